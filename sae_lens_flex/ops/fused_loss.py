@@ -1,0 +1,321 @@
+"""What the fused losses share: the PyTorch operator, its autograd and the check of its arguments.
+
+A fused loss returns a scalar, so its forward pass can produce every gradient up to the factor that
+arrives in backward. With r_j the residual of level j, c_j its weight and
+
+    L = factor / (B D) * sum_b sum_j c_j |r_j|^2,      g_j = 2 factor / (B D) * c_j r_j,
+    S_t = sum_{j >= t} g_j,
+
+the gradients are
+
+    dL/dweight[f] = sum over the pairs (b, t) that chose f of vals[b, t] S_t,
+    dL/dvals[b, t] = weight[indices[b, t]] . S_t,      dL/dtarget[b] = -S_1.
+
+The bias is folded into the target beforehand, and autograd carries dL/dtarget on to both.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from . import _triton
+from ._triton import tl, triton
+
+INDEX_DTYPES = (torch.int32, torch.int64)
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BACKENDS = ("auto", "triton", "torch")
+
+
+class Wanted(NamedTuple):
+    """Which of the operator's outputs to compute; the others come back empty."""
+
+    residual: bool
+    grad_weight: bool
+    grad_vals: bool
+    grad_target: bool
+
+
+class Outputs(NamedTuple):
+    """What a fused loss computes.
+
+    Attributes:
+        loss: scalar, float32 (float64 for float64 inputs).
+        residual: reconstruction minus target at level K, [B, D], in the loss's dtype.
+        grad_weight: [F, D], grad_vals: [B, K], grad_target: [B, D]: the gradients of `loss`, each
+            in its input's dtype.
+    """
+
+    loss: torch.Tensor
+    residual: torch.Tensor
+    grad_weight: torch.Tensor
+    grad_vals: torch.Tensor
+    grad_target: torch.Tensor
+
+
+Launcher = Callable[
+    [
+        torch.Tensor,  # indices
+        torch.Tensor,  # weight
+        torch.Tensor,  # vals
+        torch.Tensor,  # target, less the bias
+        torch.Tensor | None,  # level_weights
+        float,  # factor
+        Wanted,
+    ],
+    Outputs,
+]
+
+_library = torch.library.Library("sae_lens_flex", "FRAGMENT")
+
+
+@triton.jit
+def _scale_kernel(gradient, factor, n_elements, BLOCK: tl.constexpr):
+    scale = tl.load(factor)
+    if scale != 1.0:
+        offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        mask = offsets < n_elements
+        scaled = tl.load(gradient + offsets, mask=mask).to(tl.float32) * scale
+        tl.store(gradient + offsets, scaled.to(gradient.dtype.element_ty), mask=mask)
+
+
+def _scale_by_triton(gradient: torch.Tensor, factor: torch.Tensor) -> None:
+    # Reads the factor on the device, so nothing waits for it, and touches no gradient where it is
+    # 1, as it almost always is.
+    block = 8192
+    grid = (triton.cdiv(gradient.numel(), block),)
+    _scale_kernel[grid](gradient, factor, gradient.numel(), BLOCK=block, num_warps=8)
+
+
+def _scale(gradient: torch.Tensor, factor: torch.Tensor) -> None:
+    if gradient.numel() == 0:
+        return
+    if _triton.is_available(gradient.device):
+        _scale_by_triton(gradient, factor)
+    elif gradient.device.type != "cpu" or factor.item() != 1:
+        gradient.mul_(factor)
+
+
+if not hasattr(torch.ops.sae_lens_flex, "scale_"):
+    _library.define("scale_(Tensor(a!) gradient, Tensor factor) -> ()")
+    _library.impl("scale_", _scale, "CompositeExplicitAutograd")
+
+
+def define_loss_operator(name: str, *, triton: Launcher, torch_: Launcher) -> None:
+    """Define `torch.ops.sae_lens_flex.<name>`, a fused loss with its autograd.
+
+    An operator rather than a bare autograd function, so that torch.compile keeps it whole.
+
+    Args:
+        name: the operator's name.
+        triton: computes it by Triton kernels.
+        torch_: computes it by PyTorch alone.
+    """
+    if hasattr(torch.ops.sae_lens_flex, name):
+        return  # the module is imported a second time
+
+    def compute(
+        indices: torch.Tensor,
+        weight: torch.Tensor,
+        vals: torch.Tensor,
+        target: torch.Tensor,
+        level_weights: torch.Tensor | None,
+        factor: float,
+        use_triton: bool,
+        wanted: list[bool],
+    ) -> Outputs:
+        launch = triton if use_triton else torch_
+        return launch(indices, weight, vals, target, level_weights, factor, Wanted(*wanted))
+
+    def shapes_only(
+        indices: torch.Tensor,
+        weight: torch.Tensor,
+        vals: torch.Tensor,
+        target: torch.Tensor,
+        level_weights: torch.Tensor | None,
+        factor: float,
+        use_triton: bool,
+        wanted: list[bool],
+    ) -> Outputs:
+        return empty_outputs(weight, vals, target, Wanted(*wanted))
+
+    def keep_gradients(ctx, inputs, output) -> None:  # noqa: ANN001
+        gradients = output[2:]
+        ctx.mark_non_differentiable(output[1], *gradients)
+        ctx.save_for_backward(*gradients)
+
+    def backward(ctx, grad_loss, *_):  # noqa: ANN001, ANN202
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{name} has no second derivative: its backward pass was asked for a graph "
+                "(create_graph=True). Use the plain definitions in sae_lens_flex.ops.reference."
+            )
+        gradients = ctx.saved_tensors
+        for gradient in gradients:
+            # In place: a second backward pass through the same graph then raises, for autograd
+            # sees that what it saved has changed.
+            torch.ops.sae_lens_flex.scale_(gradient, grad_loss)
+        weight, vals, target = (
+            gradient if gradient.numel() else None for gradient in gradients
+        )
+        return None, weight, vals, target, None, None, None, None
+
+    _library.define(
+        f"{name}(Tensor indices, Tensor weight, Tensor vals, Tensor target, "
+        "Tensor? level_weights, float factor, bool use_triton, bool[] wanted) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    )
+    _library.impl(name, compute, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"sae_lens_flex::{name}", shapes_only)
+    torch.library.register_autograd(
+        f"sae_lens_flex::{name}", backward, setup_context=keep_gradients
+    )
+
+
+def accumulation_dtype(*tensors: torch.Tensor) -> torch.dtype:
+    """Return float64 where an input is float64, else float32."""
+    is_double = any(tensor.dtype == torch.float64 for tensor in tensors)
+    return torch.float64 if is_double else torch.float32
+
+
+def empty_outputs(
+    weight: torch.Tensor, vals: torch.Tensor, target: torch.Tensor, wanted: Wanted
+) -> Outputs:
+    """Allocate the operator's outputs, uninitialised; those not wanted have no element."""
+    dtype = accumulation_dtype(weight, vals, target)
+
+    def like(tensor: torch.Tensor, dtype: torch.dtype, is_wanted: bool) -> torch.Tensor:
+        return tensor.new_empty(tensor.shape if is_wanted else (0,), dtype=dtype)
+
+    return Outputs(
+        loss=target.new_empty((), dtype=dtype),
+        residual=like(target, dtype, wanted.residual),
+        grad_weight=like(weight, weight.dtype, wanted.grad_weight),
+        grad_vals=like(vals, vals.dtype, wanted.grad_vals),
+        grad_target=like(target, target.dtype, wanted.grad_target),
+    )
+
+
+def uses_triton(backend: str, device: torch.device) -> bool:
+    """Resolve a backend's name for tensors on `device`.
+
+    Raises:
+        ValueError: for an unknown name.
+        RuntimeError: for "triton" where its kernels cannot run; the message says why.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}, expected one of {', '.join(BACKENDS)}")
+    if backend == "auto":
+        return _triton.is_available(device)
+    if backend == "triton" and (reason := _triton.why_unavailable(device)) is not None:
+        raise RuntimeError(
+            f"the Triton kernels cannot run here: {reason}. Use backend='torch' in an SAE's "
+            "config, or the functions without the prefix triton_."
+        )
+    return backend == "triton"
+
+
+def fused_loss(
+    name: str,
+    indices: torch.Tensor,
+    weight: torch.Tensor,
+    vals: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    level_weights: torch.Tensor | None = None,
+    factor: float = 1.0,
+    backend: str = "auto",
+    needs_residual: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Call a fused loss without a bias; gradients are computed for the inputs that ask for them.
+
+    Args:
+        name: an operator defined by `define_loss_operator`.
+        indices, weight, vals, target: as in `reference.hierarchical_sae_loss`; what the bias
+            contributes is already subtracted from the target.
+        level_weights: [K] or None, as there.
+        factor: multiplies the loss. Given here rather than by the caller afterwards, it costs
+            nothing in backward.
+        backend: "auto", "triton" or "torch".
+        needs_residual: whether to return the residual.
+
+    Returns:
+        The loss (scalar) and, detached, the residual of level K ([B, D]; no element where it is
+        not needed).
+    """
+    is_enabled = torch.is_grad_enabled()
+    wanted = Wanted(
+        residual=needs_residual,
+        grad_weight=is_enabled and weight.requires_grad,
+        grad_vals=is_enabled and vals.requires_grad,
+        grad_target=is_enabled and target.requires_grad,
+    )
+    loss, residual, *_ = getattr(torch.ops.sae_lens_flex, name)(
+        indices,
+        weight,
+        vals,
+        target,
+        level_weights,
+        factor,
+        uses_triton(backend, weight.device),
+        list(wanted),
+    )
+    return loss, residual
+
+
+def subtract_bias(target: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """Return target - bias in the dtype that the kernels accumulate in."""
+    dtype = accumulation_dtype(target, bias)
+    return target.to(dtype) - bias.to(dtype)
+
+
+def check_arguments(
+    indices: torch.Tensor,
+    weight: torch.Tensor,
+    vals: torch.Tensor,
+    bias: torch.Tensor,
+    target: torch.Tensor,
+    level_weights: torch.Tensor | None = None,
+) -> None:
+    """Raise a ValueError or TypeError that names the first argument that does not fit."""
+    floats = {"weight": weight, "vals": vals, "bias": bias, "target": target}
+    if level_weights is not None:
+        floats["level_weights"] = level_weights
+    for name, tensor in {"indices": indices, **floats}.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name} is a {type(tensor).__name__}, expected a torch.Tensor")
+    if indices.dtype not in INDEX_DTYPES:
+        raise TypeError(f"indices has dtype {indices.dtype}, expected torch.int32 or torch.int64")
+    for name, tensor in floats.items():
+        if tensor.dtype not in FLOAT_DTYPES:
+            raise TypeError(
+                f"{name} has dtype {tensor.dtype}, expected torch.float32, torch.bfloat16 or "
+                "torch.float16"
+            )
+        if tensor.device != indices.device:
+            raise ValueError(
+                f"{name} is on {str(tensor.device)!r}, expected indices' {str(indices.device)!r}"
+            )
+    for name, tensor, shape in (
+        ("indices", indices, "[B, K]"),
+        ("weight", weight, "[F, D]"),
+        ("target", target, "[B, D]"),
+    ):
+        if tensor.ndim != 2 or tensor.numel() == 0:
+            raise ValueError(
+                f"{name} has shape {list(tensor.shape)}, expected {shape} with no empty dimension"
+            )
+    n_samples, k = indices.shape
+    d_in = weight.shape[1]
+    expected = {
+        "vals": (vals, [n_samples, k], "indices'"),
+        "bias": (bias, [d_in], "weight's last dimension"),
+        "target": (target, [n_samples, d_in], "indices' and weight's"),
+    }
+    if level_weights is not None:
+        expected["level_weights"] = (level_weights, [k], "indices' last dimension")
+    for name, (tensor, shape, source) in expected.items():
+        if list(tensor.shape) != shape:
+            raise ValueError(
+                f"{name} has shape {list(tensor.shape)}, expected {source} {shape}"
+            )

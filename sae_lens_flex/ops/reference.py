@@ -1,0 +1,62 @@
+"""The losses in plain PyTorch, as short as their formulas.
+
+Every backend is tested against this file in float64. Both build a [B, K, D] tensor: use them to
+check, or on small problems.
+
+Symbols, here and in every file of `ops`: B activations of width D, a dictionary of F latents, K of
+them kept for each activation. Level j is the reconstruction from an activation's first j latents:
+
+    x_hat_j = bias + sum_{i <= j} vals[i] * weight[indices[i]]
+"""
+
+import torch
+
+
+def levels(
+    indices: torch.Tensor, weight: torch.Tensor, vals: torch.Tensor, bias: torch.Tensor
+) -> torch.Tensor:
+    """Return every level's reconstruction, shape [B, K, D]."""
+    return (vals.unsqueeze(-1) * weight[indices]).cumsum(dim=1) + bias
+
+
+def hierarchical_sae_loss(
+    indices: torch.Tensor,
+    weight: torch.Tensor,
+    vals: torch.Tensor,
+    bias: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    level_weights: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return the squared error of every level, averaged over B, K and D.
+
+    The loss of HierarchicalTopK (Balagansky et al. 2025, arXiv 2505.24473).
+
+    Args:
+        indices: kept latents, [B, K], integers in [0, F), in the order of the levels.
+        weight: decoder rows, [F, D].
+        vals: decode coefficients, [B, K], of any sign and order.
+        bias: decoder bias, [D].
+        target: activations to reconstruct, [B, D].
+        level_weights: weight of each level's mean squared error, [K]. None weighs each 1 / K.
+
+    Returns:
+        The loss, a scalar, differentiable in weight, vals, bias and target.
+    """
+    error = (levels(indices, weight, vals, bias) - target.unsqueeze(1)).square().mean(dim=(0, 2))
+    return error.mean() if level_weights is None else error @ level_weights
+
+
+def topk_sae_loss(
+    indices: torch.Tensor,
+    weight: torch.Tensor,
+    vals: torch.Tensor,
+    bias: torch.Tensor,
+    target: torch.Tensor,
+) -> torch.Tensor:
+    """Return the squared error of the reconstruction from all K latents, averaged over B and D.
+
+    Arguments as in `hierarchical_sae_loss`.
+    """
+    reconstruction = (vals.unsqueeze(-1) * weight[indices]).sum(dim=1) + bias
+    return (reconstruction - target).square().mean()

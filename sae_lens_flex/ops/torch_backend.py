@@ -1,0 +1,107 @@
+"""The fused losses by PyTorch alone, for every device without Triton.
+
+It walks the batch in chunks, so that its memory does not grow with B * K * D, and computes the
+gradients by the formulas of `fused_loss` while a chunk's rows are at hand.
+"""
+
+import torch
+
+from .fused_loss import Outputs, Wanted, accumulation_dtype, empty_outputs
+
+# A chunk's [b, K, D] tensors have about this many elements. On a CPU 2^18 (1 MiB in float32) keeps
+# the handful of them in the second-level cache; a GPU wants work enough to fill it.
+CPU_CHUNK_ELEMENTS = 2**18
+GPU_CHUNK_ELEMENTS = 2**24
+
+
+def hierarchical(
+    indices: torch.Tensor,
+    weight: torch.Tensor,
+    vals: torch.Tensor,
+    target: torch.Tensor,
+    level_weights: torch.Tensor | None,
+    factor: float,
+    wanted: Wanted,
+) -> Outputs:
+    """Compute the loss over all levels; arguments and result as in `fused_loss`."""
+    k = indices.shape[1]
+    if level_weights is None:
+        level_weights = weight.new_full((k,), 1 / k, dtype=torch.float32)
+    return _walk_batch(indices, weight, vals, target, level_weights, factor, wanted)
+
+
+def topk(
+    indices: torch.Tensor,
+    weight: torch.Tensor,
+    vals: torch.Tensor,
+    target: torch.Tensor,
+    level_weights: None,
+    factor: float,
+    wanted: Wanted,
+) -> Outputs:
+    """Compute the loss of level K; arguments and result as in `fused_loss`."""
+    return _walk_batch(indices, weight, vals, target, None, factor, wanted)
+
+
+def _walk_batch(
+    indices: torch.Tensor,
+    weight: torch.Tensor,
+    vals: torch.Tensor,
+    target: torch.Tensor,
+    level_weights: torch.Tensor | None,
+    factor: float,
+    wanted: Wanted,
+) -> Outputs:
+    """Level weights [K], or None for level K alone."""
+    _check_range(indices, weight.shape[0])
+    dtype = accumulation_dtype(weight, vals, target)
+    outputs = empty_outputs(weight, vals, target, wanted)
+    grad_weight = (
+        torch.zeros_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
+        if wanted.grad_weight
+        else outputs.grad_weight
+    )
+    loss = torch.zeros_like(outputs.loss)
+    scale = factor / target.numel()
+    n_samples, k = indices.shape
+    is_cpu = weight.device.type == "cpu"
+    chunk_elements = CPU_CHUNK_ELEMENTS if is_cpu else GPU_CHUNK_ELEMENTS
+    chunk = max(1, chunk_elements // (k * weight.shape[1]))
+    if level_weights is not None:
+        level_weights = level_weights.to(dtype).view(1, k, 1)
+
+    for start in range(0, n_samples, chunk):
+        rows = slice(start, start + chunk)
+        w = weight[indices[rows].long()].to(dtype)
+        v = vals[rows].to(dtype)
+        x = target[rows].to(dtype)
+        if level_weights is None:
+            r = torch.bmm(v.unsqueeze(1), w) - x.unsqueeze(1)
+            loss += r.square().sum()
+            s = (2 * scale) * r
+        else:
+            r = (v.unsqueeze(-1) * w).cumsum(dim=1).sub_(x.unsqueeze(1))
+            g = r * level_weights
+            loss += torch.dot(g.flatten(), r.flatten())
+            s = g.flip(1).cumsum_(dim=1).flip(1).mul_(2 * scale)
+        if wanted.residual:
+            outputs.residual[rows] = r[:, -1]
+        if wanted.grad_vals:
+            outputs.grad_vals[rows] = (w * s).sum(-1).to(vals.dtype)
+        if wanted.grad_target:
+            outputs.grad_target[rows] = s[:, 0].neg().to(target.dtype)
+        if wanted.grad_weight:
+            grad_weight.index_add_(
+                0, indices[rows].flatten(), (v.unsqueeze(-1) * s).flatten(0, 1)
+            )
+    return outputs._replace(loss=loss * scale, grad_weight=grad_weight.to(weight.dtype))
+
+
+def _check_range(indices: torch.Tensor, n_latents: int) -> None:
+    """Raise an IndexError for a latent outside [0, F)."""
+    lowest, highest = indices.aminmax()
+    if lowest < 0 or highest >= n_latents:
+        raise IndexError(
+            f"indices reaches from {int(lowest)} to {int(highest)}, expected latents in "
+            f"[0, {n_latents})"
+        )
