@@ -19,7 +19,7 @@ else:
     except ImportError:
 
         class _Absent:
-            """Takes the place of `triton` and `tl`: decorates, is never launched."""
+            """Takes the place of `triton` and `tl`: decorates kernels that are never launched."""
 
             constexpr = Any
 
@@ -27,7 +27,7 @@ else:
             def jit(kernel: Any) -> Any:
                 return kernel
 
-        triton = tl = _Absent()
+        triton = tl = _Absent
         IS_INSTALLED = False
 
 INTERPRETED = IS_INSTALLED and os.environ.get("TRITON_INTERPRET") == "1"

@@ -84,16 +84,29 @@ def _scale_by_triton(gradient: torch.Tensor, factor: torch.Tensor) -> None:
     # 1, as it almost always is.
     block = 8192
     grid = (triton.cdiv(gradient.numel(), block),)
-    _scale_kernel[grid](gradient, factor, gradient.numel(), BLOCK=block, num_warps=8)
+    _scale_kernel[grid](
+        gradient,
+        factor,
+        gradient.numel(),
+        BLOCK=block,
+        num_warps=8,  # pyright: ignore[reportCallIssue]
+    )
 
 
 def _scale(gradient: torch.Tensor, factor: torch.Tensor) -> None:
-    if gradient.numel() == 0:
-        return
     if _triton.is_available(gradient.device):
         _scale_by_triton(gradient, factor)
     elif gradient.device.type != "cpu" or factor.item() != 1:
         gradient.mul_(factor)
+
+
+def _scaled(gradient: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    if type(gradient) is not torch.Tensor:  # being traced: memory is the compiler's affair
+        return gradient * factor
+    # In place, without a second gradient in memory. Another backward pass through the same graph
+    # then raises, for autograd sees that what it saved has changed.
+    torch.ops.sae_lens_flex.scale_(gradient, factor)
+    return gradient
 
 
 if not hasattr(torch.ops.sae_lens_flex, "scale_"):
@@ -139,24 +152,20 @@ def define_loss_operator(name: str, *, triton: Launcher, torch_: Launcher) -> No
     ) -> Outputs:
         return empty_outputs(weight, vals, target, Wanted(*wanted))
 
-    def keep_gradients(ctx, inputs, output) -> None:  # noqa: ANN001
+    def keep_gradients(ctx, inputs, output) -> None:
         gradients = output[2:]
         ctx.mark_non_differentiable(output[1], *gradients)
         ctx.save_for_backward(*gradients)
 
-    def backward(ctx, grad_loss, *_):  # noqa: ANN001, ANN202
+    def backward(ctx, grad_loss, *_):
         if torch.is_grad_enabled():
             raise RuntimeError(
                 f"{name} has no second derivative: its backward pass was asked for a graph "
                 "(create_graph=True). Use the plain definitions in sae_lens_flex.ops.reference."
             )
-        gradients = ctx.saved_tensors
-        for gradient in gradients:
-            # In place: a second backward pass through the same graph then raises, for autograd
-            # sees that what it saved has changed.
-            torch.ops.sae_lens_flex.scale_(gradient, grad_loss)
         weight, vals, target = (
-            gradient if gradient.numel() else None for gradient in gradients
+            _scaled(gradient, grad_loss) if gradient.numel() else None
+            for gradient in ctx.saved_tensors
         )
         return None, weight, vals, target, None, None, None, None
 
@@ -316,6 +325,4 @@ def check_arguments(
         expected["level_weights"] = (level_weights, [k], "indices' last dimension")
     for name, (tensor, shape, source) in expected.items():
         if list(tensor.shape) != shape:
-            raise ValueError(
-                f"{name} has shape {list(tensor.shape)}, expected {source} {shape}"
-            )
+            raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {source} {shape}")

@@ -22,6 +22,7 @@ from .fused_loss import (
     subtract_bias,
 )
 
+
 @triton.jit
 def _hierarchical_kernel(
     indices,
@@ -165,7 +166,7 @@ def _launch(
         GRAD_WEIGHT=wanted.grad_weight,
         GRAD_VALS=wanted.grad_vals,
         GRAD_TARGET=wanted.grad_target,
-        num_warps=NUM_WARPS,
+        num_warps=NUM_WARPS,  # pyright: ignore[reportCallIssue]
     )
     return outputs._replace(
         loss=loss_parts.sum(),

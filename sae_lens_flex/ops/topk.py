@@ -5,7 +5,8 @@
 with w_i = weight[indices[b, i]] and v_i = vals[b, i]. Every level shares one S, so unlike in
 `hierarchical` the gradients
 
-    dL/dweight[f] = sum over the pairs (b, t) that chose f of v_t S[b],   dL/dvals[b, t] = w_t . S[b]
+    dL/dweight[f] = sum over the pairs (b, t) that chose f of v_t S[b],
+    dL/dvals[b, t] = w_t . S[b]
 
 can be taken latent by latent: the first kernel gathers rows of weight and stores r, the second
 walks the inverted index and gathers rows of r, once for both gradients.
@@ -151,7 +152,7 @@ def _launch(
     weight: torch.Tensor,
     vals: torch.Tensor,
     target: torch.Tensor,
-    level_weights: None,
+    level_weights: torch.Tensor | None,
     factor: float,
     wanted: Wanted,
 ) -> Outputs:
@@ -179,7 +180,7 @@ def _launch(
         weight.stride(1),
         BLOCK_B=RESIDUAL_BLOCK_B,
         BLOCK_D=RESIDUAL_BLOCK_D,
-        num_warps=RESIDUAL_NUM_WARPS,
+        num_warps=RESIDUAL_NUM_WARPS,  # pyright: ignore[reportCallIssue]
     )
     grad_weight, grad_vals, grad_target = outputs[2:]
     if wanted.grad_weight or wanted.grad_vals:
@@ -210,7 +211,7 @@ def _launch(
             BLOCK_D=GRADIENTS_BLOCK_D,
             GRAD_WEIGHT=wanted.grad_weight,
             GRAD_VALS=wanted.grad_vals,
-            num_warps=GRADIENTS_NUM_WARPS,
+            num_warps=GRADIENTS_NUM_WARPS,  # pyright: ignore[reportCallIssue]
         )
         grad_weight = grad_weight.to(weight.dtype)
         if wanted.grad_vals:

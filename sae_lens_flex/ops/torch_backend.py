@@ -35,7 +35,7 @@ def topk(
     weight: torch.Tensor,
     vals: torch.Tensor,
     target: torch.Tensor,
-    level_weights: None,
+    level_weights: torch.Tensor | None,
     factor: float,
     wanted: Wanted,
 ) -> Outputs:
@@ -91,9 +91,7 @@ def _walk_batch(
         if wanted.grad_target:
             outputs.grad_target[rows] = s[:, 0].neg().to(target.dtype)
         if wanted.grad_weight:
-            grad_weight.index_add_(
-                0, indices[rows].flatten(), (v.unsqueeze(-1) * s).flatten(0, 1)
-            )
+            grad_weight.index_add_(0, indices[rows].flatten(), (v.unsqueeze(-1) * s).flatten(0, 1))
     return outputs._replace(loss=loss * scale, grad_weight=grad_weight.to(weight.dtype))
 
 

@@ -1,0 +1,37 @@
+"""One sparse autoencoder for every sparsity, trained with SAELens.
+
+Importing this package registers the architectures "hierarchical_topk" and "flex_topk" in SAELens.
+"""
+
+from .ops import (
+    hierarchical_sae_loss,
+    topk_sae_loss,
+    triton_hierarchical_sae_loss,
+    triton_topk_sae_loss,
+)
+from .saes import (
+    FlexTopKTrainingSAE,
+    FlexTopKTrainingSAEConfig,
+    HierarchicalTopKSAE,
+    HierarchicalTopKSAEConfig,
+    HierarchicalTopKTrainingSAE,
+    HierarchicalTopKTrainingSAEConfig,
+)
+from .saes.registration import register_architectures
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FlexTopKTrainingSAE",
+    "FlexTopKTrainingSAEConfig",
+    "HierarchicalTopKSAE",
+    "HierarchicalTopKSAEConfig",
+    "HierarchicalTopKTrainingSAE",
+    "HierarchicalTopKTrainingSAEConfig",
+    "hierarchical_sae_loss",
+    "topk_sae_loss",
+    "triton_hierarchical_sae_loss",
+    "triton_topk_sae_loss",
+]
+
+register_architectures()

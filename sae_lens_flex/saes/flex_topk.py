@@ -1,0 +1,30 @@
+"""`flex_topk`: SAELens's TopK, with the same losses, trained through the fused kernels."""
+
+from dataclasses import dataclass
+
+from typing_extensions import override
+
+from .fused_topk import FusedTopKTrainingSAE, FusedTopKTrainingSAEConfig
+
+
+@dataclass
+class FlexTopKTrainingSAEConfig(FusedTopKTrainingSAEConfig):
+    __doc__ = (FusedTopKTrainingSAEConfig.__doc__ or "").replace(
+        "Configuration shared by the architectures that train through fused kernels.",
+        "Configuration class for training a FlexTopKTrainingSAE.",
+    )
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        return "flex_topk"
+
+
+class FlexTopKTrainingSAE(FusedTopKTrainingSAE):
+    """
+    SAELens's `topk`, trained through the fused kernels.
+
+    From equal weights its losses and gradients are those of `TopKTrainingSAE`. The inference model
+    that it saves is an ordinary `"topk"` SAE, which loads without this package. See
+    `FusedTopKTrainingSAE` for what a training step returns.
+    """

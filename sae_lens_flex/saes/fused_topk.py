@@ -1,0 +1,269 @@
+"""What the two fused architectures share: the checks of a config, and the training step."""
+
+import math
+import operator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
+from sae_lens.saes.topk_sae import TopK, TopKTrainingSAE, TopKTrainingSAEConfig
+from sae_lens.util import str_to_dtype
+from transformer_lens.hook_points import HookPoint
+from typing_extensions import override
+
+from ..ops.fused_loss import BACKENDS, accumulation_dtype, fused_loss
+
+
+def check_integer(name: str, value: Any, highest: int | None = None, highest_name: str = "") -> int:
+    """Return `value` as an int in 1..highest, or raise a ValueError that names it."""
+    bound = "at least 1" if highest is None else f"within 1..{highest_name} ({highest})"
+    message = f"{name} is {value!r}, expected an integer {bound}"
+    if value is None:
+        raise ValueError(f"{name} is missing, expected an integer {bound}")
+    if isinstance(value, bool):
+        raise ValueError(message)
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise ValueError(message) from None
+    if number < 1 or (highest is not None and number > highest):
+        raise ValueError(message)
+    return number
+
+
+def check_bool(name: str, value: Any) -> None:
+    """Raise a ValueError that names `value` where it is no bool."""
+    if value is None:
+        raise ValueError(f"{name} is missing, expected true or false")
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} is {value!r}, expected true or false")
+
+
+@dataclass
+class FusedTopKTrainingSAEConfig(TopKTrainingSAEConfig):
+    """
+    Configuration shared by the architectures that train through fused kernels.
+
+    Args:
+        use_sparse_activations (bool): Whether the `feature_acts` that a training step reports are
+            a sparse COO tensor, which the trainer counts faster. Devices without sparse COO tensors
+            get a dense one. `encode()` returns a dense tensor either way.
+        backend (Literal["auto", "triton", "torch"]): What computes the decoder loss. "auto" takes
+            the Triton kernels on a CUDA device that has them, PyTorch elsewhere.
+        k (int): Number of latents to keep active, 1..d_sae. Inherited from TopKTrainingSAEConfig.
+        aux_loss_coefficient (float): Coefficient of the auxiliary loss on dead latents, 0 to turn
+            it off. Inherited from TopKTrainingSAEConfig.
+        rescale_acts_by_decoder_norm (bool): Treat the decoder as if it was already normalized.
+            Inherited from TopKTrainingSAEConfig.
+        decoder_init_norm (float | None): Norm to initialize decoder weights to. None to disable.
+            Inherited from TrainingSAEConfig.
+        d_in (int): Input dimension. Inherited from SAEConfig.
+        d_sae (int): SAE latent dimension. Inherited from SAEConfig.
+        dtype (str): Data type of the SAE's parameters. Inherited from SAEConfig.
+        device (str): Device to place the SAE on. Inherited from SAEConfig.
+        apply_b_dec_to_input (bool): Whether to subtract the decoder bias from the input before
+            encoding. Inherited from SAEConfig.
+        normalize_activations (Literal): Normalization strategy for input activations. "layer_norm"
+            and "constant_norm_rescale" need aux_loss_coefficient=0. Inherited from SAEConfig.
+        reshape_activations (Literal["none", "hook_z"]): How to reshape activations. Inherited from
+            SAEConfig.
+        metadata (SAEMetadata): Metadata about the SAE training. Inherited from SAEConfig.
+    """
+
+    use_sparse_activations: bool = True
+    backend: Literal["auto", "triton", "torch"] = "auto"
+
+    @override
+    def __post_init__(self) -> None:
+        self.d_in = check_integer("d_in", self.d_in)
+        self.d_sae = check_integer("d_sae", self.d_sae)
+        self.k = check_integer("k", self.k, self.d_sae, "d_sae")
+        check_bool("rescale_acts_by_decoder_norm", self.rescale_acts_by_decoder_norm)
+        check_bool("use_sparse_activations", self.use_sparse_activations)
+        str_to_dtype(self.dtype)  # raises on an unknown one
+        if self.backend not in BACKENDS:
+            raise ValueError(f"backend is {self.backend!r}, expected one of {', '.join(BACKENDS)}")
+        if not (math.isfinite(self.aux_loss_coefficient) and self.aux_loss_coefficient >= 0):
+            raise ValueError(
+                f"aux_loss_coefficient is {self.aux_loss_coefficient!r}, expected a finite number "
+                "of at least 0"
+            )
+        if self.decoder_init_norm is not None and not (
+            math.isfinite(self.decoder_init_norm) and self.decoder_init_norm > 0
+        ):
+            raise ValueError(
+                f"decoder_init_norm is {self.decoder_init_norm!r}, expected a finite number above "
+                "0, or None"
+            )
+        if (
+            self.normalize_activations in ("layer_norm", "constant_norm_rescale")
+            and self.aux_loss_coefficient != 0
+        ):
+            raise ValueError(
+                f"normalize_activations is {self.normalize_activations!r} and aux_loss_coefficient "
+                f"is {self.aux_loss_coefficient!r}, expected aux_loss_coefficient=0 with this "
+                "normalization: SAELens's auxiliary loss does not support it and would end the run "
+                "as soon as a latent is dead"
+            )
+        super().__post_init__()
+
+
+class FusedTopKTrainingSAE(TopKTrainingSAE):
+    """
+    SAELens's TopK training SAE with the decoder loss in one fused operator.
+
+    A training step selects the k largest pre-activations h (of h * ||W_dec|| with
+    `rescale_acts_by_decoder_norm`) and hands the operator their latents and relu(h): the norm that
+    the reported activations carry cancels against the one that decoding divides by, in the value
+    and in the gradient.
+
+    Of a fused step's `TrainStepOutput`, `loss` and `losses` carry gradients; `sae_out`,
+    `feature_acts` and `hidden_pre` do not. A subclass that adds a loss of its own on one of these
+    (in `calculate_aux_loss` or `training_forward_pass`) sets `use_fused_path = False` and gets
+    steps in which they do, at SAELens's speed and memory. Steps with hooks on the points that the
+    fused path skips (`hook_sae_acts_pre`, `hook_sae_acts_post`, `hook_sae_recons`) take that path
+    by themselves.
+    """
+
+    cfg: FusedTopKTrainingSAEConfig  # type: ignore[assignment]
+
+    use_fused_path: bool = True
+
+    # what SAELens's input normalization leaves for its output normalization
+    ln_mu: torch.Tensor
+    ln_std: torch.Tensor
+    x_norm_coeff: torch.Tensor
+
+    @override
+    def get_activation_fn(self) -> TopK:
+        return TopK(self.cfg.k, use_sparse_activations=False)
+
+    @override
+    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        """Compute a training step's losses from activations of shape [batch, d_in]."""
+        if self._needs_unfused_path(step_input):
+            return self._unfused_training_forward_pass(step_input)
+
+        x = step_input.sae_in
+        hidden_pre = self.process_sae_in(x) @ self.W_enc + self.b_enc
+        acts_pre = hidden_pre
+        if self.cfg.rescale_acts_by_decoder_norm:
+            acts_pre = hidden_pre * self.W_dec.norm(dim=-1)
+        top_acts_pre, indices = acts_pre.detach().topk(self.cfg.k)
+
+        vals = hidden_pre.gather(-1, indices).relu()
+        vals, target = self._fold_into_target(vals, x)
+        self._forget_normalization()
+        mse_loss, residual = self._decoder_loss(indices, vals, target)
+        sae_out = (x + residual).to(self.dtype)
+        feature_acts = self._report_feature_acts(indices, top_acts_pre.relu())
+
+        losses = {"mse_loss": mse_loss}
+        aux_losses = self.calculate_aux_loss(
+            step_input=step_input,
+            feature_acts=feature_acts,
+            hidden_pre=acts_pre,
+            sae_out=sae_out,
+        )
+        losses.update(aux_losses)
+        return TrainStepOutput(
+            sae_in=x,
+            sae_out=sae_out,
+            feature_acts=feature_acts,
+            hidden_pre=acts_pre.detach(),
+            loss=torch.stack(list(losses.values())).sum(),
+            losses=losses,
+        )
+
+    @override
+    def calculate_aux_loss(
+        self,
+        step_input: TrainStepInput,
+        feature_acts: torch.Tensor,
+        hidden_pre: torch.Tensor,
+        sae_out: torch.Tensor,
+    ) -> dict[str, torch.Tensor]:
+        if self.cfg.aux_loss_coefficient == 0:
+            return {"auxiliary_reconstruction_loss": sae_out.new_zeros((), dtype=torch.float32)}
+        return super().calculate_aux_loss(step_input, feature_acts, hidden_pre, sae_out)
+
+    def _decoder_loss(
+        self, indices: torch.Tensor, vals: torch.Tensor, target: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return `mse_loss` and the residual of level k.
+
+        Args:
+            indices: kept latents, [batch, k], in the order of the levels.
+            vals: their decode coefficients, [batch, k].
+            target: what `vals @ W_dec[indices]` is to reconstruct, [batch, d_in].
+        """
+        return fused_loss(
+            "topk_loss",
+            indices,
+            self.W_dec,
+            vals,
+            target,
+            factor=self.cfg.d_in,  # SAELens sums over d_in, where the operator averages
+            backend=self.cfg.backend,
+            needs_residual=True,
+        )
+
+    def _unfused_training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        return super().training_forward_pass(step_input)
+
+    def _needs_unfused_path(self, step_input: TrainStepInput) -> bool:
+        skipped = (self.hook_sae_acts_pre, self.hook_sae_acts_post, self.hook_sae_recons)
+        return (
+            not self.use_fused_path
+            or step_input.sae_in.ndim != 2
+            or any(_has_hooks(point) for point in skipped)
+        )
+
+    def _fold_into_target(
+        self, vals: torch.Tensor, x: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Move decoder bias and output normalization to the target's side.
+
+        The output is scale * (vals @ W_dec + b_dec) + shift, with the scale and shift that
+        `process_sae_in` left on the SAE. Returns scale * vals and x - shift - scale * b_dec.
+        """
+        dtype = accumulation_dtype(self.W_dec, x)
+        x, b_dec = x.to(dtype), self.b_dec.to(dtype)
+        if self.cfg.normalize_activations == "layer_norm":
+            scale, shift = self.ln_std.to(dtype), self.ln_mu.to(dtype)
+            return vals * scale, x - shift - scale * b_dec
+        if self.cfg.normalize_activations == "constant_norm_rescale":
+            scale = 1 / self.x_norm_coeff.to(dtype)
+            return vals * scale, x - scale * b_dec
+        return vals, x - b_dec
+
+    def _forget_normalization(self) -> None:
+        """Delete what `process_sae_in` left on the SAE, as SAELens's `decode` does."""
+        for name in ("ln_mu", "ln_std", "x_norm_coeff"):
+            if hasattr(self, name):
+                delattr(self, name)
+
+    def _report_feature_acts(self, indices: torch.Tensor, acts: torch.Tensor) -> torch.Tensor:
+        """Return the activations [batch, k] of `indices` as a [batch, d_sae] tensor."""
+        shape = (indices.shape[0], self.cfg.d_sae)
+        # MPS, for one, has no sparse COO tensors.
+        if self.cfg.use_sparse_activations and indices.device.type in ("cpu", "cuda"):
+            return _sparse_rows(indices, acts, shape)
+        return acts.new_zeros(shape).scatter_(-1, indices, acts)
+
+
+@torch.compiler.disable()  # torch.compile has no sparse tensors
+def _sparse_rows(indices: torch.Tensor, acts: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+    rows = torch.arange(shape[0], device=indices.device).unsqueeze(-1).expand_as(indices)
+    coordinates = torch.stack((rows, indices)).flatten(1)
+    return torch.sparse_coo_tensor(coordinates, acts.flatten(), shape, check_invariants=False)
+
+
+def _has_hooks(point: HookPoint) -> bool:
+    return bool(
+        point._forward_hooks
+        or point._forward_pre_hooks
+        or point._backward_hooks
+        or point._backward_pre_hooks
+    )

@@ -1,0 +1,253 @@
+"""`hierarchical_topk`: one SAE that reconstructs well from its first 1, 2, ... k latents.
+
+HierarchicalTopK (Balagansky et al. 2025, arXiv 2505.24473) trains on the mean, over the budgets j,
+of the squared error of the reconstruction from the j largest latents. The trained SAE then takes
+any budget up to k at run time.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
+from sae_lens.saes.topk_sae import TopK, TopKSAE, TopKSAEConfig
+from typing_extensions import override
+
+from ..ops.fused_loss import fused_loss
+from .fused_topk import (
+    FusedTopKTrainingSAE,
+    FusedTopKTrainingSAEConfig,
+    check_bool,
+    check_integer,
+)
+
+
+class RuntimeBudget:
+    """
+    Lets an SAE with a TopK activation function keep fewer than cfg.k latents.
+
+    `encode`, and all that calls it, keeps the `budget` largest latents. The config, and so a saved
+    SAE, knows nothing of it.
+    """
+
+    cfg: TopKSAEConfig | FusedTopKTrainingSAEConfig
+
+    @property
+    def budget(self) -> int:
+        """Number of latents that `encode` keeps, 1..cfg.k; cfg.k until it is set."""
+        return cast(TopK, self.activation_fn).k  # type: ignore[attr-defined]
+
+    @budget.setter
+    def budget(self, budget: int) -> None:
+        self.activation_fn.k = check_integer(  # type: ignore[attr-defined]
+            "budget", budget, self.cfg.k, "k"
+        )
+
+    @contextmanager
+    def at_budget(self, budget: int) -> Iterator[None]:
+        """Keep `budget` latents within the `with` block, then what was kept before."""
+        previous = self.budget
+        self.budget = budget
+        try:
+            yield
+        finally:
+            self.budget = previous
+
+
+@dataclass
+class HierarchicalTopKSAEConfig(TopKSAEConfig):
+    """
+    Configuration class for HierarchicalTopKSAE inference.
+
+    `k` and `rescale_acts_by_decoder_norm` have no default: a wrong guess would give a wrong SAE.
+
+    Args:
+        k (int): The largest budget, 1..d_sae.
+        rescale_acts_by_decoder_norm (bool): Whether latents are chosen and reported as if the
+            decoder was normalized. Must be as the SAE was trained.
+        d_in (int): Input dimension. Inherited from SAEConfig.
+        d_sae (int): SAE latent dimension. Inherited from SAEConfig.
+        dtype (str): Data type of the SAE's parameters. Inherited from SAEConfig.
+        device (str): Device to place the SAE on. Inherited from SAEConfig.
+        apply_b_dec_to_input (bool): Whether to subtract the decoder bias from the input before
+            encoding. Inherited from SAEConfig.
+        normalize_activations (Literal): Normalization strategy for input activations. Inherited
+            from SAEConfig.
+        reshape_activations (Literal["none", "hook_z"]): How to reshape activations. Inherited from
+            SAEConfig.
+        metadata (SAEMetadata): Metadata about the SAE. Inherited from SAEConfig.
+    """
+
+    k: int = cast(int, None)
+    rescale_acts_by_decoder_norm: bool = cast(bool, None)
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        return "hierarchical_topk"
+
+    @override
+    def __post_init__(self) -> None:
+        self.d_in = check_integer("d_in", self.d_in)
+        self.d_sae = check_integer("d_sae", self.d_sae)
+        self.k = check_integer("k", self.k, self.d_sae, "d_sae")
+        check_bool("rescale_acts_by_decoder_norm", self.rescale_acts_by_decoder_norm)
+        super().__post_init__()
+
+
+class HierarchicalTopKSAE(RuntimeBudget, TopKSAE):
+    """
+    An inference-only SAE that takes its sparsity at run time.
+
+        sae.budget = 16  # keep 16 latents from now on, 1..cfg.k
+        with sae.at_budget(4):
+            reconstruction = sae(activations)
+
+    Otherwise as SAELens's TopKSAE.
+    """
+
+    cfg: HierarchicalTopKSAEConfig  # type: ignore[assignment]
+
+
+@dataclass
+class HierarchicalTopKTrainingSAEConfig(FusedTopKTrainingSAEConfig):
+    """
+    Configuration class for training a HierarchicalTopKTrainingSAE.
+
+    Args:
+        budgets (list[int] | None): Budgets that the loss averages over: ascending, without repeats,
+            within 1..k, the last one k. None takes every budget 1..k, as the paper does.
+        k (int): The largest budget: latents kept per activation in training, 1..d_sae. Inherited
+            from TopKTrainingSAEConfig.
+        use_sparse_activations (bool): Whether the `feature_acts` that a training step reports are
+            a sparse COO tensor. Inherited from FusedTopKTrainingSAEConfig.
+        backend (Literal["auto", "triton", "torch"]): What computes the decoder loss. Inherited
+            from FusedTopKTrainingSAEConfig.
+        aux_loss_coefficient (float): Coefficient of the auxiliary loss on dead latents, 0 to turn
+            it off. Inherited from TopKTrainingSAEConfig.
+        rescale_acts_by_decoder_norm (bool): Treat the decoder as if it was already normalized.
+            Inherited from TopKTrainingSAEConfig.
+        decoder_init_norm (float | None): Norm to initialize decoder weights to. None to disable.
+            Inherited from TrainingSAEConfig.
+        d_in (int): Input dimension. Inherited from SAEConfig.
+        d_sae (int): SAE latent dimension. Inherited from SAEConfig.
+        dtype (str): Data type of the SAE's parameters. Inherited from SAEConfig.
+        device (str): Device to place the SAE on. Inherited from SAEConfig.
+        apply_b_dec_to_input (bool): Whether to subtract the decoder bias from the input before
+            encoding. Inherited from SAEConfig.
+        normalize_activations (Literal): Normalization strategy for input activations. "layer_norm"
+            and "constant_norm_rescale" need aux_loss_coefficient=0. Inherited from SAEConfig.
+        reshape_activations (Literal["none", "hook_z"]): How to reshape activations. Inherited from
+            SAEConfig.
+        metadata (SAEMetadata): Metadata about the SAE training. Inherited from SAEConfig.
+    """
+
+    budgets: list[int] | None = None
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        return "hierarchical_topk"
+
+    @override
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.budgets is None:
+            return
+        if isinstance(self.budgets, str) or not hasattr(self.budgets, "__iter__"):
+            raise ValueError(f"budgets is {self.budgets!r}, expected a list of integers or None")
+        budgets = [check_integer("budgets' element", j, self.k, "k") for j in self.budgets]
+        if budgets != sorted(set(budgets)) or budgets[-1:] != [self.k]:
+            raise ValueError(
+                f"budgets is {self.budgets!r}, expected ascending integers without repeats that "
+                f"end with k ({self.k})"
+            )
+        self.budgets = budgets
+
+
+class HierarchicalTopKTrainingSAE(RuntimeBudget, FusedTopKTrainingSAE):
+    """
+    Trains one SAE for every budget 1..k.
+
+    `mse_loss` is the mean, over the config's budgets j, of SAELens's MSE of the reconstruction from
+    the j latents with the largest activations. The auxiliary loss is TopK's, at budget k.
+
+    A training step keeps k latents whatever `budget` says; outside it `budget` and `at_budget` work
+    as in HierarchicalTopKSAE. See `FusedTopKTrainingSAE` for what a training step returns.
+    """
+
+    cfg: HierarchicalTopKTrainingSAEConfig  # type: ignore[assignment]
+
+    _level_weights_on_device: torch.Tensor | None = None
+
+    @override
+    def _decoder_loss(
+        self, indices: torch.Tensor, vals: torch.Tensor, target: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._levels_loss(indices, vals, target, self._level_weights(target.device))
+
+    @override
+    def _unfused_training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        # Level k is the output of `decode`, with its hooks; the levels below are prefixes of the
+        # activations that `hook_sae_acts_post` returned.
+        x = step_input.sae_in
+        k = self.cfg.k
+        with self.at_budget(k):
+            feature_acts, hidden_pre = self.encode_with_hidden_pre(x)
+        vals, indices = feature_acts.flatten(0, -2).topk(k)
+        if self.cfg.rescale_acts_by_decoder_norm:
+            vals = vals / self.W_dec.norm(dim=-1)[indices]
+        vals, target = self._fold_into_target(vals.view(*x.shape[:-1], k), x)
+        sae_out = self.decode(feature_acts)
+
+        level_weights = self._level_weights(x.device)
+        if level_weights is None:
+            level_weights = target.new_full((k,), 1 / k)
+        below_k = torch.cat((level_weights[:-1], level_weights.new_zeros(1)))
+        loss_below_k, _ = self._levels_loss(
+            indices, vals.flatten(0, -2), target.flatten(0, -2), below_k
+        )
+        loss_at_k = self.mse_loss_fn(sae_out, x).sum(dim=-1).mean()
+        losses = {"mse_loss": loss_below_k + level_weights[-1] * loss_at_k}
+        losses.update(self.calculate_aux_loss(step_input, feature_acts, hidden_pre, sae_out))
+        return TrainStepOutput(
+            sae_in=x,
+            sae_out=sae_out,
+            feature_acts=feature_acts,
+            hidden_pre=hidden_pre,
+            loss=torch.stack(list(losses.values())).sum(),
+            losses=losses,
+        )
+
+    def _levels_loss(
+        self,
+        indices: torch.Tensor,
+        vals: torch.Tensor,
+        target: torch.Tensor,
+        level_weights: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return fused_loss(
+            "hierarchical_loss",
+            indices,
+            self.W_dec,
+            vals,
+            target,
+            level_weights=level_weights,
+            factor=self.cfg.d_in,  # SAELens sums over d_in, where the operator averages
+            backend=self.cfg.backend,
+            needs_residual=True,
+        )
+
+    def _level_weights(self, device: torch.device) -> torch.Tensor | None:
+        """Return the loss's weight of each level 1..k, or None for equal ones."""
+        budgets = self.cfg.budgets
+        if budgets is None:
+            return None
+        weights = self._level_weights_on_device
+        if weights is None or weights.device != device:
+            weights = torch.zeros(self.cfg.k)
+            weights[torch.tensor(budgets) - 1] = 1 / len(budgets)
+            self._level_weights_on_device = weights = weights.to(device)
+        return weights
