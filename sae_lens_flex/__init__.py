@@ -3,6 +3,7 @@
 Importing this package registers the architectures "hierarchical_topk" and "flex_topk" in SAELens.
 """
 
+from .budgets import BudgetMetrics, BudgetSweep, smallest_budget, sweep_budgets
 from .ops import (
     hierarchical_sae_loss,
     topk_sae_loss,
@@ -22,6 +23,8 @@ from .saes.registration import register_architectures
 __version__ = "0.1.0"
 
 __all__ = [
+    "BudgetMetrics",
+    "BudgetSweep",
     "FlexTopKTrainingSAE",
     "FlexTopKTrainingSAEConfig",
     "HierarchicalTopKSAE",
@@ -29,6 +32,8 @@ __all__ = [
     "HierarchicalTopKTrainingSAE",
     "HierarchicalTopKTrainingSAEConfig",
     "hierarchical_sae_loss",
+    "smallest_budget",
+    "sweep_budgets",
     "topk_sae_loss",
     "triton_hierarchical_sae_loss",
     "triton_topk_sae_loss",

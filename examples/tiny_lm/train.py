@@ -35,12 +35,17 @@ N_LAYERS, D_MODEL, N_HEADS = 4, 192, 6
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--steps", type=int, help="stop after this many steps (for a quick try)")
-    parser.add_argument("--batch-size", type=int, default=64, help="sequences of 128 tokens")
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--batch-size", type=int, default=16, help="sequences of 128 tokens")
+    parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--weight-decay", type=float, default=0.1)
-    parser.add_argument("--dropout", type=float, default=0.1)
+    parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument(
+        "--bf16",
+        action="store_true",
+        help="bfloat16 autocast, for hardware that multiplies matrices faster in it",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=HERE)
     return parser.parse_args()
@@ -190,7 +195,7 @@ def main() -> None:
     losses: list[torch.Tensor] = []
     batches = training_batches(train_tokens, args.epochs, args.batch_size)
     for step, batch in zip(range(1, n_steps + 1), batches, strict=False):
-        with torch.autocast(batch.device.type, torch.bfloat16, enabled=on_gpu):
+        with torch.autocast(batch.device.type, torch.bfloat16, enabled=args.bf16):
             loss = token_losses(model, batch).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -217,7 +222,10 @@ def main() -> None:
     saved_model = GPT2LMHeadModel.from_pretrained(args.out).to(args.device)
     held_out_nats = evaluate(saved_model, held_out_tokens)
     options = {name.replace("_", "-"): value for name, value in vars(args).items()}
-    options = [f"--{name} {v}" for name, v in options.items() if name != "out" and v is not None]
+    options = {
+        name: "" if v is True else f" {v}" for name, v in options.items() if v not in (None, False)
+    }
+    options = [f"--{name}{v}" for name, v in options.items() if name != "out"]
     record = {
         "held_out_loss_nats_per_token": held_out_nats / len(held_out_tokens),
         "held_out_bits_per_byte": held_out_nats / math.log(2) / held_out_bytes,
@@ -232,7 +240,11 @@ def main() -> None:
         "best_step": best_step,
         "parameters": sum(p.numel() for p in model.parameters()),
         "wall_time_seconds": round(time.time() - start, 1),
-        "machine": torch.cuda.get_device_name(args.device) if on_gpu else platform.machine(),
+        "machine": (
+            torch.cuda.get_device_name(args.device)
+            if on_gpu
+            else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+        ),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

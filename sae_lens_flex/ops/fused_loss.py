@@ -66,7 +66,8 @@ Launcher = Callable[
     Outputs,
 ]
 
-_library = torch.library.Library("sae_lens_flex", "FRAGMENT")
+# Kept when this module is reloaded: the operators would go with the library.
+_library = globals().get("_library") or torch.library.Library("sae_lens_flex", "FRAGMENT")
 
 
 @triton.jit

@@ -13,6 +13,7 @@ from transformer_lens.hook_points import HookPoint
 from typing_extensions import override
 
 from ..ops.fused_loss import BACKENDS, accumulation_dtype, fused_loss
+from .normalization import forget_output_map, read_output_map
 
 
 def check_integer(name: str, value: Any, highest: int | None = None, highest_name: str = "") -> int:
@@ -130,11 +131,6 @@ class FusedTopKTrainingSAE(TopKTrainingSAE):
 
     use_fused_path: bool = True
 
-    # what SAELens's input normalization leaves for its output normalization
-    ln_mu: torch.Tensor
-    ln_std: torch.Tensor
-    x_norm_coeff: torch.Tensor
-
     @override
     def get_activation_fn(self) -> TopK:
         return TopK(self.cfg.k, use_sparse_activations=False)
@@ -154,10 +150,13 @@ class FusedTopKTrainingSAE(TopKTrainingSAE):
 
         vals = hidden_pre.gather(-1, indices).relu()
         vals, target = self._fold_into_target(vals, x)
-        self._forget_normalization()
+        forget_output_map(self)
         mse_loss, residual = self._decoder_loss(indices, vals, target)
         sae_out = (x + residual).to(self.dtype)
         feature_acts = self._report_feature_acts(indices, top_acts_pre.relu())
+        metrics = {}
+        if step_input.is_logging_step:
+            metrics = self._logging_metrics(indices, vals, target, x)
 
         losses = {"mse_loss": mse_loss}
         aux_losses = self.calculate_aux_loss(
@@ -174,6 +173,7 @@ class FusedTopKTrainingSAE(TopKTrainingSAE):
             hidden_pre=acts_pre.detach(),
             loss=torch.stack(list(losses.values())).sum(),
             losses=losses,
+            metrics={**metrics},
         )
 
     @override
@@ -209,6 +209,16 @@ class FusedTopKTrainingSAE(TopKTrainingSAE):
             needs_residual=True,
         )
 
+    def _logging_metrics(
+        self,
+        indices: torch.Tensor,
+        vals: torch.Tensor,
+        target: torch.Tensor,
+        x: torch.Tensor,
+    ) -> dict[str, torch.Tensor]:
+        """Return the metrics of a logging step; the first three arguments as in `_decoder_loss`."""
+        return {}
+
     def _unfused_training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         return super().training_forward_pass(step_input)
 
@@ -225,24 +235,13 @@ class FusedTopKTrainingSAE(TopKTrainingSAE):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Move decoder bias and output normalization to the target's side.
 
-        The output is scale * (vals @ W_dec + b_dec) + shift, with the scale and shift that
-        `process_sae_in` left on the SAE. Returns scale * vals and x - shift - scale * b_dec.
+        Returns scale * vals and x - shift - scale * b_dec, what `vals @ W_dec` is to reconstruct.
         """
+        output_map = read_output_map(self)
         dtype = accumulation_dtype(self.W_dec, x)
-        x, b_dec = x.to(dtype), self.b_dec.to(dtype)
-        if self.cfg.normalize_activations == "layer_norm":
-            scale, shift = self.ln_std.to(dtype), self.ln_mu.to(dtype)
-            return vals * scale, x - shift - scale * b_dec
-        if self.cfg.normalize_activations == "constant_norm_rescale":
-            scale = 1 / self.x_norm_coeff.to(dtype)
-            return vals * scale, x - scale * b_dec
-        return vals, x - b_dec
-
-    def _forget_normalization(self) -> None:
-        """Delete what `process_sae_in` left on the SAE, as SAELens's `decode` does."""
-        for name in ("ln_mu", "ln_std", "x_norm_coeff"):
-            if hasattr(self, name):
-                delattr(self, name)
+        offset = output_map.apply(self.b_dec.to(dtype))
+        vals = vals if output_map.scale is None else vals * output_map.scale
+        return vals, x.to(dtype) - offset
 
     def _report_feature_acts(self, indices: torch.Tensor, acts: torch.Tensor) -> torch.Tensor:
         """Return the activations [batch, k] of `indices` as a [batch, d_sae] tensor."""

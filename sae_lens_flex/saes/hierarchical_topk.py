@@ -5,26 +5,44 @@ of the squared error of the reconstruction from the j largest latents. The train
 any budget up to k at run time.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
-from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
+from sae_lens.saes.sae import SAE, TrainStepInput, TrainStepOutput
 from sae_lens.saes.topk_sae import TopK, TopKSAE, TopKSAEConfig
 from typing_extensions import override
 
-from ..ops.fused_loss import fused_loss
+from ..ops.fused_loss import accumulation_dtype, fused_loss
+from ..ops.prefixes import prefix_residuals
 from .fused_topk import (
     FusedTopKTrainingSAE,
     FusedTopKTrainingSAEConfig,
     check_bool,
     check_integer,
 )
+from .normalization import forget_output_map, read_output_map
 
 
-class RuntimeBudget:
+def doubling_budgets(k: int) -> list[int]:
+    """Return 1, 2, 4, ... up to and including k."""
+    return [*(2**n for n in range(k.bit_length()) if 2**n < k), k]
+
+
+def check_budgets(name: str, budgets: Any, k: int) -> list[int]:
+    """Return `budgets` as ascending ints within 1..k, or raise a ValueError that names it."""
+    expected = f"expected ascending integers within 1..k ({k}) without repeats"
+    if isinstance(budgets, str) or not hasattr(budgets, "__iter__"):
+        raise ValueError(f"{name} is {budgets!r}, {expected}")
+    checked = [check_integer(f"an element of {name}", budget, k, "k") for budget in budgets]
+    if not checked or checked != sorted(set(checked)):
+        raise ValueError(f"{name} is {budgets!r}, {expected}")
+    return checked
+
+
+class RuntimeBudget(SAE[Any]):
     """
     Lets an SAE with a TopK activation function keep fewer than cfg.k latents.
 
@@ -32,18 +50,16 @@ class RuntimeBudget:
     SAE, knows nothing of it.
     """
 
-    cfg: TopKSAEConfig | FusedTopKTrainingSAEConfig
+    activation_fn: TopK
 
     @property
     def budget(self) -> int:
         """Number of latents that `encode` keeps, 1..cfg.k; cfg.k until it is set."""
-        return cast(TopK, self.activation_fn).k  # type: ignore[attr-defined]
+        return self.activation_fn.k
 
     @budget.setter
     def budget(self, budget: int) -> None:
-        self.activation_fn.k = check_integer(  # type: ignore[attr-defined]
-            "budget", budget, self.cfg.k, "k"
-        )
+        self.activation_fn.k = check_integer("budget", budget, self.cfg.k, "k")
 
     @contextmanager
     def at_budget(self, budget: int) -> Iterator[None]:
@@ -54,6 +70,46 @@ class RuntimeBudget:
             yield
         finally:
             self.budget = previous
+
+    def encode_levels(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Encode `x` and sort the latents that are kept: a prefix of them is a smaller budget.
+
+        Args:
+            x: activations, [..., d_in].
+
+        Returns:
+            The activations of the kept latents, descending, and the latents, each [..., budget].
+        """
+        acts, latents = self.encode(x).topk(self.budget)
+        return acts, latents
+
+    @torch.no_grad()
+    def decode_levels(
+        self, acts: torch.Tensor, latents: torch.Tensor, budgets: Sequence[int] | None = None
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """Reconstruct at several budgets what `encode_levels` has just encoded.
+
+        All of them together cost what the largest alone does.
+
+        Args:
+            acts, latents: the result of `encode_levels`, [..., budget].
+            budgets: ascending, within 1..budget. None takes 1, 2, 4, ... and the last.
+
+        Yields:
+            Each budget and its reconstruction, [..., d_in], without gradients.
+        """
+        k = acts.shape[-1]
+        budgets = doubling_budgets(k) if budgets is None else check_budgets("budgets", budgets, k)
+        output_map = read_output_map(self)
+        forget_output_map(self)
+        latents = latents.flatten(0, -2)
+        vals = acts.flatten(0, -2)
+        if self.cfg.rescale_acts_by_decoder_norm:
+            vals = vals / self.W_dec.norm(dim=-1)[latents]
+        minus_bias = -self.b_dec.to(accumulation_dtype(self.W_dec)).expand(len(vals), -1)
+        for budget, decoded in prefix_residuals(latents, self.W_dec, vals, minus_bias, budgets):
+            decoded = self.hook_sae_recons(decoded.to(self.dtype).view(*acts.shape[:-1], -1))
+            yield budget, self.reshape_fn_out(output_map.apply(decoded), self.d_head)
 
 
 @dataclass
@@ -156,14 +212,9 @@ class HierarchicalTopKTrainingSAEConfig(FusedTopKTrainingSAEConfig):
         super().__post_init__()
         if self.budgets is None:
             return
-        if isinstance(self.budgets, str) or not hasattr(self.budgets, "__iter__"):
-            raise ValueError(f"budgets is {self.budgets!r}, expected a list of integers or None")
-        budgets = [check_integer("budgets' element", j, self.k, "k") for j in self.budgets]
-        if budgets != sorted(set(budgets)) or budgets[-1:] != [self.k]:
-            raise ValueError(
-                f"budgets is {self.budgets!r}, expected ascending integers without repeats that "
-                f"end with k ({self.k})"
-            )
+        budgets = check_budgets("budgets", self.budgets, self.k)
+        if budgets[-1] != self.k:
+            raise ValueError(f"budgets is {self.budgets!r}, expected its last to be k ({self.k})")
         self.budgets = budgets
 
 
@@ -189,6 +240,26 @@ class HierarchicalTopKTrainingSAE(RuntimeBudget, FusedTopKTrainingSAE):
         return self._levels_loss(indices, vals, target, self._level_weights(target.device))
 
     @override
+    def _logging_metrics(
+        self,
+        indices: torch.Tensor,
+        vals: torch.Tensor,
+        target: torch.Tensor,
+        x: torch.Tensor,
+    ) -> dict[str, torch.Tensor]:
+        """Return explained variance and MSE at budgets 1, 2, 4, ... k, as SAELens defines them."""
+        x = x.to(target.dtype)
+        variance = (x - x.mean(0)).square().sum(-1).mean()
+        metrics = {}
+        for budget, residual in prefix_residuals(
+            indices, self.W_dec, vals, target, doubling_budgets(self.cfg.k), self.cfg.backend
+        ):
+            mse = residual.square().sum(-1).mean()
+            metrics[f"explained_variance_at_{budget}"] = 1 - mse / variance
+            metrics[f"mse_at_{budget}"] = mse
+        return metrics
+
+    @override
     def _unfused_training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         # Level k is the output of `decode`, with its hooks; the levels below are prefixes of the
         # activations that `hook_sae_acts_post` returned.
@@ -202,13 +273,16 @@ class HierarchicalTopKTrainingSAE(RuntimeBudget, FusedTopKTrainingSAE):
         vals, target = self._fold_into_target(vals.view(*x.shape[:-1], k), x)
         sae_out = self.decode(feature_acts)
 
+        vals, target = vals.flatten(0, -2), target.flatten(0, -2)
+        metrics = {}
+        if step_input.is_logging_step:
+            metrics = self._logging_metrics(indices, vals, target, x.flatten(0, -2))
+
         level_weights = self._level_weights(x.device)
         if level_weights is None:
             level_weights = target.new_full((k,), 1 / k)
         below_k = torch.cat((level_weights[:-1], level_weights.new_zeros(1)))
-        loss_below_k, _ = self._levels_loss(
-            indices, vals.flatten(0, -2), target.flatten(0, -2), below_k
-        )
+        loss_below_k, _ = self._levels_loss(indices, vals, target, below_k)
         loss_at_k = self.mse_loss_fn(sae_out, x).sum(dim=-1).mean()
         losses = {"mse_loss": loss_below_k + level_weights[-1] * loss_at_k}
         losses.update(self.calculate_aux_loss(step_input, feature_acts, hidden_pre, sae_out))
@@ -219,6 +293,7 @@ class HierarchicalTopKTrainingSAE(RuntimeBudget, FusedTopKTrainingSAE):
             hidden_pre=hidden_pre,
             loss=torch.stack(list(losses.values())).sum(),
             losses=losses,
+            metrics={**metrics},
         )
 
     def _levels_loss(

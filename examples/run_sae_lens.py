@@ -1,0 +1,144 @@
+"""Train one SAE for every sparsity up to k with SAELens, load it back, and use it at several.
+
+    python examples/run_sae_lens.py
+    python examples/run_sae_lens.py --model gpt2 --dataset monology/pile-uncopyrighted
+    python examples/run_sae_lens.py --preset gemma-2-2b
+
+Without arguments it takes the tiny model and the text of examples/tiny_lm and needs no network.
+"""
+
+import argparse
+from pathlib import Path
+
+from datasets import load_dataset
+from sae_lens import (
+    SAE,
+    ActivationsStore,
+    LanguageModelSAERunnerConfig,
+    LanguageModelSAETrainingRunner,
+    LoggingConfig,
+)
+from sae_lens.load_model import load_model
+from transformers import AutoConfig
+
+import sae_lens_flex  # registers "hierarchical_topk"
+
+HELD_OUT_DOCUMENTS = 1000
+TINY_LM = Path(__file__).parent / "tiny_lm"
+
+PRESETS = {
+    # 2 CPU cores, under 2 minutes
+    "tiny": dict(
+        model=str(TINY_LM),
+        model_class="AutoModelForCausalLM",
+        hook="transformer.h.1",
+        dataset=str(TINY_LM / "wordnet_glosses"),
+        d_sae=2048,
+        k=32,
+        tokens=400_000,
+        batch_size=1024,
+        lr=1e-3,
+    ),
+    # a GPU; for models that TransformerLens knows
+    "hub": dict(
+        model="gpt2",
+        model_class="HookedTransformer",
+        hook=None,
+        dataset="monology/pile-uncopyrighted",
+        d_sae=24576,
+        k=64,
+        tokens=100_000_000,
+        batch_size=4096,
+        lr=3e-4,
+    ),
+    # the paper's setting (arXiv 2505.24473)
+    "gemma-2-2b": dict(
+        model="google/gemma-2-2b",
+        model_class="HookedTransformer",
+        hook="blocks.12.hook_resid_post",
+        dataset="HuggingFaceFW/fineweb",
+        d_sae=65536,
+        k=128,
+        tokens=1_000_000_000,
+        batch_size=4096,
+        lr=3e-4,
+    ),
+}
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--preset", choices=PRESETS, help="tiny, or hub if --model is given")
+    parser.add_argument("--model", help="a model that TransformerLens knows")
+    parser.add_argument("--dataset", help="a text dataset of the Hugging Face hub, or its path")
+    parser.add_argument("--hook", help="default for hub models: the middle layer's residual stream")
+    parser.add_argument("--d-sae", type=int, help="latents in the dictionary")
+    parser.add_argument("--k", type=int, help="the largest budget")
+    parser.add_argument("--tokens", type=int, help="tokens to train on")
+    parser.add_argument("--batch-size", type=int, help="tokens in a batch")
+    parser.add_argument("--lr", type=float, help="learning rate")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or mps")
+    parser.add_argument("--output", default="output", help="where to save the SAE")
+    args = parser.parse_args()
+    preset = PRESETS[args.preset or ("hub" if args.model else "tiny")]
+    for name, value in preset.items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, value)
+    return args
+
+
+def train(args: argparse.Namespace) -> None:
+    model_config = AutoConfig.from_pretrained(args.model)
+    if args.hook is None:
+        args.hook = f"blocks.{model_config.num_hidden_layers // 2}.hook_resid_post"
+    cfg = LanguageModelSAERunnerConfig(
+        # The two lines that differ from training a TopK SAE: the import above, and this class.
+        sae=sae_lens_flex.HierarchicalTopKTrainingSAEConfig(
+            d_in=model_config.hidden_size,
+            d_sae=args.d_sae,
+            k=args.k,
+        ),
+        model_name=args.model,
+        model_class_name=args.model_class,
+        hook_name=args.hook,
+        dataset_path=args.dataset,
+        is_dataset_tokenized=False,
+        training_tokens=args.tokens,
+        train_batch_size_tokens=args.batch_size,
+        lr=args.lr,
+        lr_warm_up_steps=args.tokens // args.batch_size // 20,
+        lr_decay_steps=args.tokens // args.batch_size // 5,
+        device=args.device,
+        autocast=args.device == "cuda",
+        logger=LoggingConfig(log_to_wandb=False),
+        checkpoint_path=None,
+        output_path=args.output,
+    )
+    training_text = load_dataset(args.dataset, split="train", streaming=True)
+    LanguageModelSAETrainingRunner(
+        cfg, override_dataset=training_text.skip(HELD_OUT_DOCUMENTS)
+    ).run()
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    sae = SAE.load_from_disk(args.output, device=args.device)
+    model = load_model(args.model_class, args.model, args.device, hook_names=[args.hook])
+    held_out_text = load_dataset(args.dataset, split="train", streaming=True).take(
+        HELD_OUT_DOCUMENTS
+    )
+    store = ActivationsStore.from_sae(model, sae, dataset=held_out_text, device=args.device)
+    sweep = sae_lens_flex.sweep_budgets(sae, store, n_batches=4, batch_size_prompts=16)
+
+    columns = ["budget", "explained_variance", "ce_loss_score"]
+    print(f"\nOne SAE, measured on the same {sweep.n_tokens} held-out tokens at every budget:\n")
+    print(sweep.to_pandas()[columns].to_string(index=False, float_format="{:.3f}".format))
+    print(f"\nThe SAE is saved in {args.output}. To use it at one of these budgets:")
+    print(f'    import sae_lens_flex; sae = SAE.load_from_disk("{args.output}"); sae.budget = 8')
+
+
+if __name__ == "__main__":
+    arguments = parse_args()
+    train(arguments)
+    evaluate(arguments)

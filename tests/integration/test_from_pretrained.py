@@ -1,0 +1,232 @@
+"""`SAE.from_pretrained` from a stand-in for the Hugging Face hub, and configs that cannot be."""
+
+import hashlib
+import json
+import shutil
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from sae_lens import SAE, TrainingSAE
+
+from sae_lens_flex import HierarchicalTopKSAE
+
+from .flows import D_SAE, K, run_python
+
+REPO = "someone/saes"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+MISSING = object()
+
+CLIENT = """
+    import sys
+    from safetensors.torch import load_file, save_file
+    from sae_lens import SAE
+    import sae_lens_flex
+
+    directory = sys.argv[1]
+    x = load_file(directory + "/in.safetensors")["x"]
+    results = {}
+    for path in ("hierarchical_topk/layer_0", "flex_topk/layer_0"):
+        sae, cfg, log_sparsity = SAE.from_pretrained_with_cfg_and_sparsity("someone/saes", path)
+        print(path, type(sae).__name__, cfg["architecture"], log_sparsity is not None)
+        results[path] = SAE.from_pretrained("someone/saes", path)(x).detach()
+    save_file(results, directory + "/out.safetensors")
+"""
+PRINTED = [
+    "hierarchical_topk/layer_0 HierarchicalTopKSAE hierarchical_topk True",
+    "flex_topk/layer_0 TopKSAE topk False",
+]
+
+
+class Hub:
+    """Serves the files of a directory as the hub serves those of one repository."""
+
+    def __init__(self, root: Path):
+        self.gets: list[str] = []
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_HEAD(self) -> None:
+                self.answer(has_body=False)
+
+            def do_GET(self) -> None:
+                hub.gets.append(self.path)
+                self.answer(has_body=True)
+
+            def answer(self, has_body: bool) -> None:
+                prefix = f"/{REPO}/resolve/main/"
+                file = root / self.path.removeprefix(prefix)
+                if not self.path.startswith(prefix) or not file.is_file():
+                    self.send_response(404)
+                    self.send_header("X-Error-Code", "EntryNotFound")
+                    self.send_header("X-Repo-Commit", COMMIT)
+                    self.send_header("Content-Length", "0")
+                    self.end_headers()
+                    return
+                content = file.read_bytes()
+                self.send_response(200)
+                self.send_header("X-Repo-Commit", COMMIT)
+                self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                if has_body:
+                    self.wfile.write(content)
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        self.thread = threading.Thread(target=self.server.serve_forever, daemon=True)
+        self.thread.start()
+
+    def stop(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+        self.thread.join()
+
+
+@pytest.fixture
+def hub(trained: dict[str, SimpleNamespace], tmp_path: Path) -> Iterator[Hub]:
+    root = tmp_path / "repository"
+    for architecture, run in trained.items():
+        shutil.copytree(run.output, root / architecture / "layer_0")
+    # one of the two without the sparsity that SAELens asks for: the hub says that it has none
+    (root / "flex_topk" / "layer_0" / "sparsity.safetensors").unlink()
+    hub = Hub(root)
+    yield hub
+    hub.stop()
+
+
+def test_loads_from_the_hub_and_then_offline_from_the_cache(
+    hub: Hub, trained: dict[str, SimpleNamespace], activations: torch.Tensor, tmp_path: Path
+):
+    save_file({"x": activations}, tmp_path / "in.safetensors")
+    environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf_home")}
+
+    def load(**more: str) -> dict[str, torch.Tensor]:
+        printed = run_python(CLIENT, tmp_path, **environment, **more)
+        assert [line for line in printed.splitlines() if "layer_0" in line] == PRINTED
+        return load_file(tmp_path / "out.safetensors")
+
+    online = load(HF_HUB_OFFLINE="0")
+    fetched = {path.rsplit("/resolve/main/")[-1] for path in hub.gets}
+    assert {
+        f"{architecture}/layer_0/{file}"
+        for architecture in trained
+        for file in ("cfg.json", "sae_weights.safetensors")
+    } <= fetched
+    hub.stop()
+    offline = load(HF_HUB_OFFLINE="1")
+
+    for architecture, run in trained.items():
+        expected = run.sae(activations)
+        torch.testing.assert_close(online[f"{architecture}/layer_0"], expected)
+        assert torch.equal(offline[f"{architecture}/layer_0"], online[f"{architecture}/layer_0"])
+
+
+def edited(source: Path, destination: Path, **fields: Any) -> Path:
+    """Copy a saved SAE with another cfg.json, and return the copy's directory."""
+    shutil.copytree(source, destination)
+    cfg = json.loads((destination / "cfg.json").read_text())
+    for name, value in fields.items():
+        if value is MISSING:
+            del cfg[name]
+        else:
+            cfg[name] = value
+    (destination / "cfg.json").write_text(json.dumps(cfg))
+    return destination
+
+
+NOT_A_LATENT_COUNT = [MISSING, None, 0, -8, float("nan"), float("inf"), 2.5, 8.0, "8", True, [8]]
+NOT_A_BOOL = [MISSING, None, 1, 0, "true", "", float("nan"), []]
+
+
+def id_of(value: Any) -> str | None:
+    return "missing" if value is MISSING else repr(value)
+
+
+@pytest.mark.parametrize("source", ["output", "checkpoint"])
+@pytest.mark.parametrize("k", [*NOT_A_LATENT_COUNT, D_SAE + 1], ids=id_of)
+def test_config_without_a_possible_k_is_refused(
+    k: Any, source: str, trained: dict[str, SimpleNamespace], tmp_path: Path
+):
+    path = edited(getattr(trained["hierarchical_topk"], source), tmp_path / "sae", k=k)
+    with pytest.raises(ValueError, match=r"^k is "):
+        SAE.load_from_disk(path)
+
+
+@pytest.mark.parametrize("source", ["output", "checkpoint"])
+@pytest.mark.parametrize("value", NOT_A_BOOL, ids=id_of)
+def test_config_without_a_possible_rescaling_is_refused(
+    value: Any, source: str, trained: dict[str, SimpleNamespace], tmp_path: Path
+):
+    path = edited(
+        getattr(trained["hierarchical_topk"], source),
+        tmp_path / "sae",
+        rescale_acts_by_decoder_norm=value,
+    )
+    with pytest.raises(ValueError, match=r"^rescale_acts_by_decoder_norm is "):
+        SAE.load_from_disk(path)
+
+
+@pytest.mark.parametrize("field", ["d_in", "d_sae"])
+@pytest.mark.parametrize("value", NOT_A_LATENT_COUNT[1:], ids=id_of)
+def test_config_with_an_impossible_dimension_is_refused(
+    field: str, value: Any, trained: dict[str, SimpleNamespace], tmp_path: Path
+):
+    path = edited(trained["hierarchical_topk"].output, tmp_path / "sae", **{field: value})
+    with pytest.raises(ValueError, match=rf"^{field} is "):
+        SAE.load_from_disk(path)
+
+
+@pytest.mark.parametrize("field", ["d_in", "d_sae"])
+def test_config_without_a_dimension_is_refused(
+    field: str, trained: dict[str, SimpleNamespace], tmp_path: Path
+):
+    path = edited(trained["hierarchical_topk"].output, tmp_path / "sae", **{field: MISSING})
+    with pytest.raises(TypeError, match=rf"'{field}'"):
+        SAE.load_from_disk(path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("k", D_SAE + 1),
+        ("k", "8"),
+        ("k", float("nan")),
+        ("budgets", [1, 2]),
+        ("budgets", "8"),
+        ("budgets", [0, K]),
+        ("budgets", [1.0, K]),
+        ("backend", "cuda"),
+        ("rescale_acts_by_decoder_norm", "true"),
+        ("aux_loss_coefficient", float("nan")),
+        ("aux_loss_coefficient", -1.0),
+        ("decoder_init_norm", 0.0),
+    ],
+)
+def test_training_checkpoint_with_an_impossible_value_is_refused(
+    field: str, value: Any, trained: dict[str, SimpleNamespace], tmp_path: Path
+):
+    path = edited(trained["hierarchical_topk"].checkpoint, tmp_path / "sae", **{field: value})
+    with pytest.raises(ValueError, match=rf"\b{field}\b"):
+        TrainingSAE.load_from_disk(path)
+
+
+def test_unknown_keys_of_a_config_are_ignored(
+    trained: dict[str, SimpleNamespace], activations: torch.Tensor, tmp_path: Path
+):
+    run = trained["hierarchical_topk"]
+    path = edited(run.output, tmp_path / "sae", budget=3, from_a_later_version={"k": 1})
+    loaded = SAE.load_from_disk(path)
+    assert type(loaded) is HierarchicalTopKSAE
+    torch.testing.assert_close(loaded(activations), run.sae(activations))

@@ -1,0 +1,274 @@
+"""SAELens's training runners, on both architectures and with SAELens's options."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from sae_lens import (
+    SAE,
+    HookedSAETransformer,
+    LanguageModelSAETrainingRunner,
+    MultiSAETrainingRunner,
+    MultiSAETrainingRunnerConfig,
+    TrainingSAEConfig,
+)
+from sae_lens.synthetic import (
+    SyntheticModelConfig,
+    SyntheticSAERunner,
+    SyntheticSAERunnerConfig,
+)
+
+from sae_lens_flex import (
+    FlexTopKTrainingSAE,
+    FlexTopKTrainingSAEConfig,
+    HierarchicalTopKTrainingSAE,
+    HierarchicalTopKTrainingSAEConfig,
+)
+
+from .flows import (
+    ARCHITECTURES,
+    BATCH_SIZE,
+    D_IN,
+    D_SAE,
+    HOOK_NAME,
+    K,
+    assert_losses_fall,
+    explained_variance,
+    runner_config,
+    runner_fields,
+    training_sae_config,
+)
+
+SAE_CLASSES = {
+    "hierarchical_topk": HierarchicalTopKTrainingSAE,
+    "flex_topk": FlexTopKTrainingSAE,
+}
+CONFIG_CLASSES = {
+    "hierarchical_topk": HierarchicalTopKTrainingSAEConfig,
+    "flex_topk": FlexTopKTrainingSAEConfig,
+}
+StepLosses = dict[str, list[float]]
+
+
+def run(
+    sae: TrainingSAEConfig, model: HookedSAETransformer, dataset: Dataset, **fields: Any
+) -> Any:
+    return LanguageModelSAETrainingRunner(
+        runner_config(sae, **fields), override_model=model, override_dataset=dataset
+    ).run()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_runner_trains_from_a_config_object(
+    architecture: str,
+    language_model: HookedSAETransformer,
+    token_dataset: Dataset,
+    step_losses: StepLosses,
+):
+    cfg = CONFIG_CLASSES[architecture](d_in=D_IN, d_sae=D_SAE, k=K)
+    sae = run(cfg, language_model, token_dataset)
+    assert type(sae) is SAE_CLASSES[architecture]
+    assert sae.cfg.metadata.hook_name == HOOK_NAME
+    assert_losses_fall(step_losses[architecture])
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_runner_trains_from_a_config_dictionary(
+    architecture: str,
+    language_model: HookedSAETransformer,
+    token_dataset: Dataset,
+    step_losses: StepLosses,
+):
+    budgets = {"budgets": [1, 2, K]} if architecture == "hierarchical_topk" else {}
+    cfg = TrainingSAEConfig.from_dict(
+        {"architecture": architecture, "d_in": D_IN, "d_sae": D_SAE, "k": K} | budgets
+    )
+    sae = run(cfg, language_model, token_dataset)
+    assert type(sae) is SAE_CLASSES[architecture]
+    assert getattr(sae.cfg, "budgets", None) == budgets.get("budgets")
+    assert_losses_fall(step_losses[architecture])
+
+
+def test_hierarchical_training_reconstructs_at_every_budget_better_than_topk(
+    language_model: HookedSAETransformer, token_dataset: Dataset, activations: torch.Tensor
+):
+    saes = {}
+    for architecture in ARCHITECTURES:
+        torch.manual_seed(0)
+        cfg = training_sae_config(architecture)
+        saes[architecture] = run(
+            cfg, language_model, token_dataset, training_tokens=150 * BATCH_SIZE
+        )
+    hierarchical, topk = (
+        [explained_variance(saes[architecture], activations, budget) for budget in (1, 2, 4)]
+        for architecture in ARCHITECTURES
+    )
+    assert hierarchical == sorted(hierarchical)
+    assert all(ours > theirs for ours, theirs in zip(hierarchical, topk, strict=True))
+
+
+def test_multi_sae_runner_trains_both_architectures_on_one_model(
+    language_model: HookedSAETransformer,
+    token_dataset: Dataset,
+    step_losses: StepLosses,
+    activations: torch.Tensor,
+    tmp_path: Path,
+):
+    fields = runner_fields()
+    del fields["hook_name"], fields["verbose"]
+    cfg = MultiSAETrainingRunnerConfig(
+        saes={
+            "hierarchical": training_sae_config("hierarchical_topk"),
+            "flex": training_sae_config(
+                "flex_topk", normalize_activations="expected_average_only_in"
+            ),
+        },
+        hook_names={"hierarchical": HOOK_NAME, "flex": "blocks.1.hook_resid_post"},
+        **fields | {"output_path": str(tmp_path)},
+    )
+    saes = MultiSAETrainingRunner(
+        cfg, override_model=language_model, override_dataset=token_dataset
+    ).run()
+    assert type(saes["hierarchical"]) is HierarchicalTopKTrainingSAE
+    assert type(saes["flex"]) is FlexTopKTrainingSAE
+    for architecture in ARCHITECTURES:
+        assert_losses_fall(step_losses[architecture])
+    for name, sae in saes.items():
+        loaded = SAE.load_from_disk(tmp_path / name)
+        torch.testing.assert_close(loaded(activations), sae(activations))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_synthetic_runner_trains_evaluates_and_saves(
+    architecture: str, step_losses: StepLosses, tmp_path: Path
+):
+    cfg = SyntheticSAERunnerConfig(
+        synthetic_model=SyntheticModelConfig(
+            num_features=32, hidden_dim=D_IN, orthogonalization=None, seed=0
+        ),
+        sae=training_sae_config(architecture),
+        training_samples=60 * BATCH_SIZE,
+        batch_size=BATCH_SIZE,
+        lr=3e-3,
+        checkpoint_path=None,
+        output_path=str(tmp_path),
+        eval_samples=4 * BATCH_SIZE,
+        logger=runner_fields()["logger"],
+    )
+    result = SyntheticSAERunner(cfg).run()
+    assert type(result.sae) is SAE_CLASSES[architecture]
+    assert_losses_fall(step_losses[architecture])
+    assert result.final_eval is not None
+    assert 0 < result.final_eval.sae_l0 <= K
+    x = torch.randn(32, D_IN)
+    torch.testing.assert_close(SAE.load_from_disk(tmp_path)(x), result.sae(x))
+
+
+@pytest.mark.parametrize(
+    "normalization",
+    [
+        "none",
+        "expected_average_only_in",
+        "covariance_whitening",
+        "layer_norm",
+        "constant_norm_rescale",
+    ],
+)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_runner_trains_with_every_normalization(
+    architecture: str,
+    normalization: str,
+    language_model: HookedSAETransformer,
+    token_dataset: Dataset,
+    step_losses: StepLosses,
+    activations: torch.Tensor,
+):
+    has_no_aux_loss = normalization in ("layer_norm", "constant_norm_rescale")
+    cfg = training_sae_config(
+        architecture,
+        normalize_activations=normalization,
+        aux_loss_coefficient=0.0 if has_no_aux_loss else 1.0,
+    )
+    sae = run(
+        cfg,
+        language_model,
+        token_dataset,
+        training_tokens=80 * BATCH_SIZE,
+        dead_feature_window=5,
+    )
+    assert_losses_fall(step_losses[architecture])
+    # what the trainer estimated is folded into the weights: the SAE takes raw activations
+    assert explained_variance(sae, activations, K) > 0.5
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_autocast_trains(
+    architecture: str,
+    language_model: HookedSAETransformer,
+    token_dataset: Dataset,
+    step_losses: StepLosses,
+):
+    sae = run(training_sae_config(architecture), language_model, token_dataset, autocast=True)
+    assert sae.W_dec.dtype == torch.float32
+    assert_losses_fall(step_losses[architecture])
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_bfloat16_parameters_train_and_are_saved_as_such(
+    architecture: str,
+    language_model: HookedSAETransformer,
+    token_dataset: Dataset,
+    step_losses: StepLosses,
+    tmp_path: Path,
+):
+    sae = run(
+        training_sae_config(architecture, dtype="bfloat16"),
+        language_model,
+        token_dataset,
+        dtype="bfloat16",
+        output_path=str(tmp_path),
+    )
+    assert sae.W_dec.dtype == torch.bfloat16
+    assert_losses_fall(step_losses[architecture])
+    assert SAE.load_from_disk(tmp_path).W_dec.dtype == torch.bfloat16
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_compiled_training_takes_the_same_steps(
+    language_model: HookedSAETransformer, token_dataset: Dataset, step_losses: StepLosses
+):
+    for compile_sae in (False, True):
+        torch.manual_seed(0)
+        run(
+            training_sae_config("hierarchical_topk"),
+            language_model,
+            token_dataset,
+            compile_sae=compile_sae,
+            dead_feature_window=5,
+        )
+    losses = torch.tensor(step_losses["hierarchical_topk"]).view(2, -1)
+    assert_losses_fall(losses[1].tolist())
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-3, atol=0)
+
+
+def test_prefetching_in_a_thread_trains(
+    language_model: HookedSAETransformer, token_dataset: Dataset, step_losses: StepLosses
+):
+    run(
+        training_sae_config("hierarchical_topk"),
+        language_model,
+        token_dataset,
+        prefetch_llm_batches=True,
+    )
+    assert_losses_fall(step_losses["hierarchical_topk"])
+
+
+def test_final_output_records_how_it_was_trained(trained: dict[str, Any]):
+    for architecture, run_ in trained.items():
+        metadata = json.loads((run_.output / "cfg.json").read_text())["metadata"]
+        assert metadata["training_architecture"] == architecture
+        assert metadata["training_architecture_details"]["aux_loss_coefficient"] == 1.0

@@ -1,0 +1,260 @@
+"""What the configs accept, refuse and write."""
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from comparison import FUSED_ARCHITECTURES, TRAINING_CLASSES, K, training_config
+from sae_lens import SAEConfig, TrainingSAEConfig
+
+from sae_lens_flex import (
+    HierarchicalTopKSAEConfig,
+    HierarchicalTopKTrainingSAEConfig,
+)
+
+NAN, INFINITY = float("nan"), float("inf")
+NO_NUMBERS = ["8", "x", "", [8], (8,), {8: 1}, {8}, b"8", 1j, object(), torch.float32, int]
+
+# Values that a cfg.json, a command line or a slip can put in a field.
+BAD_INTEGERS = [0, -1, 2.5, 8.0, True, False, None, NAN, INFINITY, np.float32(8), *NO_NUMBERS]
+BAD_COEFFICIENTS = [-1, -1e-9, NAN, INFINITY, -INFINITY, True, None, 10**400, *NO_NUMBERS]
+BAD_NORMS = [0, -0.1, NAN, INFINITY, True, 10**400, *NO_NUMBERS]
+BAD_BOOLS = ["true", "", 0, 1, 1.0, None, NAN, [], [True], {}]
+BAD_CHOICES = ["cuda", "Torch", "", None, 0, True, NAN, ["torch"], {"torch": 1}, torch.float32]
+BAD_DTYPES = ["nonsense", "float8", "", "int32", None, 0, True, NAN, ["float32"], {"float32": 1}]
+BAD_BUDGETS = [
+    [],
+    [0, K],
+    [-1, K],
+    [1, K, K + 1],
+    [1, 4],
+    [K, 1],
+    [1, 1, K],
+    [1, 4, 2, K],
+    [1.0, K],
+    [True, K],
+    [None, K],
+    ["1", K],
+    [NAN, K],
+    [[1], K],
+    [[1, K]],
+    [1, [K]],
+    "all",
+    "1,8",
+    "[1, 8]",
+    b"\x01\x08",
+    K,
+    0,
+    2.5,
+    True,
+    False,
+    NAN,
+    {1: "a", K: "b"},
+    {1, K},
+    list,
+    object(),
+    torch.tensor(K),
+    np.array(K),
+]
+
+both_architectures = pytest.mark.parametrize("architecture", FUSED_ARCHITECTURES)
+
+
+def cases(bad_values: dict[str, list[Any]]) -> list[Any]:
+    return [
+        pytest.param(field, value, id=f"{field}-{repr(value)[:20]}")
+        for field, values in bad_values.items()
+        for value in values
+    ]
+
+
+@both_architectures
+@pytest.mark.parametrize(
+    ("field", "value"),
+    cases(
+        {
+            "d_in": BAD_INTEGERS,
+            "d_sae": BAD_INTEGERS,
+            "k": [49, 10**30, *BAD_INTEGERS],
+            "rescale_acts_by_decoder_norm": BAD_BOOLS,
+            "use_sparse_activations": BAD_BOOLS,
+            "apply_b_dec_to_input": BAD_BOOLS,
+            "aux_loss_coefficient": BAD_COEFFICIENTS,
+            "decoder_init_norm": BAD_NORMS,
+            "backend": BAD_CHOICES,
+            "normalize_activations": BAD_CHOICES,
+            "dtype": BAD_DTYPES,
+        }
+    ),
+)
+def test_impossible_values_are_refused_by_name(architecture, field, value) -> None:
+    with pytest.raises(ValueError, match=field):
+        training_config(architecture, **{field: value})
+
+
+@pytest.mark.parametrize(("field", "value"), cases({"budgets": BAD_BUDGETS}))
+def test_impossible_budgets_are_refused_by_name(field, value) -> None:
+    with pytest.raises(ValueError, match="budgets"):
+        training_config("hierarchical_topk", **{field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    cases(
+        {
+            "d_in": BAD_INTEGERS,
+            "d_sae": BAD_INTEGERS,
+            "k": [49, *BAD_INTEGERS],
+            "rescale_acts_by_decoder_norm": BAD_BOOLS,
+            "apply_b_dec_to_input": BAD_BOOLS,
+            "normalize_activations": BAD_CHOICES,
+        }
+    ),
+)
+def test_inference_config_refuses_impossible_values_by_name(field, value) -> None:
+    fields = {"d_in": 16, "d_sae": 48, "k": K, "rescale_acts_by_decoder_norm": True, field: value}
+    with pytest.raises(ValueError, match=field):
+        HierarchicalTopKSAEConfig(**fields)
+    with pytest.raises(ValueError, match=field):
+        SAEConfig.from_dict({**fields, "architecture": "hierarchical_topk"})
+
+
+@pytest.mark.parametrize("missing", ["k", "rescale_acts_by_decoder_norm"])
+def test_inference_config_does_not_guess(missing) -> None:
+    fields = {"d_in": 16, "d_sae": 48, "k": K, "rescale_acts_by_decoder_norm": True}
+    del fields[missing]
+    with pytest.raises(ValueError, match=f"{missing} is missing"):
+        HierarchicalTopKSAEConfig(**fields)
+    with pytest.raises(ValueError, match=f"{missing} is missing"):
+        SAEConfig.from_dict({**fields, "architecture": "hierarchical_topk"})
+
+
+@both_architectures
+def test_message_says_what_came_and_what_was_expected(architecture) -> None:
+    with pytest.raises(ValueError, match=r"k is 64, expected an integer within 1\.\.d_sae \(48\)"):
+        training_config(architecture, k=64)
+    with pytest.raises(ValueError, match="backend is 'cuda', expected one of auto, triton, torch"):
+        training_config(architecture, backend="cuda")
+
+
+@both_architectures
+@pytest.mark.parametrize("normalization", ["layer_norm", "constant_norm_rescale"])
+def test_auxiliary_loss_is_refused_with_run_time_normalization(architecture, normalization) -> None:
+    with pytest.raises(ValueError, match="aux_loss_coefficient"):
+        training_config(architecture, normalize_activations=normalization)
+    cfg = training_config(architecture, normalize_activations=normalization, aux_loss_coefficient=0)
+    assert cfg.normalize_activations == normalization
+
+
+@both_architectures
+def test_defaults_are_those_of_stock_topk(architecture) -> None:
+    ours = TRAINING_CLASSES[architecture][1](d_in=16, d_sae=128).to_dict()
+    stock = TRAINING_CLASSES["topk"][1](d_in=16, d_sae=128).to_dict()
+    differing = {name for name, value in stock.items() if ours[name] != value}
+    assert differing == {"architecture", "metadata", "use_sparse_activations"}
+    assert ours["use_sparse_activations"] is True
+    assert ours["backend"] == "auto"
+    assert set(ours) - set(stock) == {"backend"} | (
+        {"budgets"} if architecture == "hierarchical_topk" else set()
+    )
+
+
+@both_architectures
+@pytest.mark.parametrize("integer", [np.int64, np.int32, np.uint8])
+def test_numpy_integers_become_ints(architecture, integer) -> None:
+    cfg = training_config(architecture, d_in=integer(16), d_sae=integer(48), k=integer(K))
+    assert (type(cfg.d_in), type(cfg.d_sae), type(cfg.k)) == (int, int, int)
+    written = json.loads(json.dumps(cfg.to_dict()))
+    assert (written["d_in"], written["d_sae"], written["k"]) == (16, 48, K)
+
+
+@both_architectures
+def test_numpy_floats_are_written_as_json(architecture) -> None:
+    cfg = training_config(
+        architecture, aux_loss_coefficient=np.float32(0.5), decoder_init_norm=np.float32(0.25)
+    )
+    written = json.loads(json.dumps(cfg.to_dict()))
+    assert (written["aux_loss_coefficient"], written["decoder_init_norm"]) == (0.5, 0.25)
+
+
+@both_architectures
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "torch.bfloat16", "bfloat16"])
+def test_dtype_is_written_as_its_name(architecture, dtype) -> None:
+    cfg = training_config(architecture, dtype=dtype)
+    assert json.loads(json.dumps(cfg.to_dict()))["dtype"] in ("bfloat16", "torch.bfloat16")
+
+
+@pytest.mark.parametrize(
+    "budgets",
+    [[1, 4, K], (1, 4, K), np.array([1, 4, K]), torch.tensor([1, 4, K]), [np.int64(1), 4, K]],
+    ids=["list", "tuple", "numpy", "torch", "numpy_integer"],
+)
+def test_budgets_become_a_list_of_ints(budgets) -> None:
+    cfg = training_config("hierarchical_topk", budgets=budgets)
+    assert cfg.budgets == [1, 4, K]
+    assert type(cfg.budgets) is list
+    assert {type(budget) for budget in cfg.budgets} == {int}
+    assert cfg.metadata.training_architecture_details["budgets"] == [1, 4, K]
+    assert type(cfg.metadata.training_architecture_details["budgets"]) is list
+    assert json.loads(json.dumps(cfg.to_dict()))["budgets"] == [1, 4, K]
+
+
+def test_config_keeps_its_own_list_of_budgets() -> None:
+    budgets = [1, 4, K]
+    cfg = training_config("hierarchical_topk", budgets=budgets)
+    budgets.append(0)
+    assert cfg.budgets == [1, 4, K]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "fields"),
+    [
+        ("flex_topk", {}),
+        ("flex_topk", {"backend": "torch", "decoder_init_norm": None}),
+        ("flex_topk", {"normalize_activations": "layer_norm", "aux_loss_coefficient": 0.0}),
+        ("hierarchical_topk", {}),
+        ("hierarchical_topk", {"budgets": [1, 4, K], "rescale_acts_by_decoder_norm": False}),
+        ("hierarchical_topk", {"budgets": (K,), "use_sparse_activations": False}),
+    ],
+)
+def test_config_survives_json(architecture, fields) -> None:
+    cfg = training_config(architecture, **fields)
+    written = json.loads(json.dumps(cfg.to_dict()))
+    assert written["architecture"] == architecture
+    assert TrainingSAEConfig.from_dict(written) == cfg
+
+
+def test_inference_config_survives_json() -> None:
+    cfg = HierarchicalTopKSAEConfig(d_in=16, d_sae=48, k=K, rescale_acts_by_decoder_norm=False)
+    written = json.loads(json.dumps(cfg.to_dict()))
+    assert written["architecture"] == "hierarchical_topk"
+    assert SAEConfig.from_dict(written) == cfg
+
+
+@both_architectures
+def test_unknown_keys_are_ignored(architecture) -> None:
+    cfg = training_config(architecture)
+    written = {**cfg.to_dict(), "hook_name": "blocks.0.hook_resid_post", "foo": 1}
+    assert TrainingSAEConfig.from_dict(written) == cfg
+
+
+@both_architectures
+def test_inference_config_of_a_training_config_keeps_what_inference_needs(architecture) -> None:
+    cfg = training_config(architecture, rescale_acts_by_decoder_norm=False)
+    inference = SAEConfig.from_dict(json.loads(json.dumps(cfg.get_inference_sae_cfg_dict())))
+    expected = {"flex_topk": "topk"}.get(architecture, architecture)
+    assert inference.architecture() == expected
+    assert (inference.d_in, inference.d_sae, inference.k) == (16, 48, K)
+    assert inference.rescale_acts_by_decoder_norm is False
+    details = inference.metadata.training_architecture_details
+    assert inference.metadata.training_architecture == architecture
+    assert details["backend"] == "auto"
+    assert ("budgets" in details) == (architecture == "hierarchical_topk")
+
+
+def test_budgets_must_still_end_with_k_when_a_config_is_replaced() -> None:
+    cfg = training_config("hierarchical_topk", budgets=[1, K])
+    with pytest.raises(ValueError, match="budgets"):
+        HierarchicalTopKTrainingSAEConfig(d_in=16, d_sae=48, k=K - 1, budgets=cfg.budgets)

@@ -1,0 +1,219 @@
+"""flex_topk against SAELens's topk."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from comparison import (
+    FEW_DEAD,
+    MANY_DEAD,
+    assert_close,
+    assert_same_gradients,
+    assert_same_losses,
+    copy_weights,
+    dead_mask,
+    new_sae,
+    random_activations,
+    run_step,
+    trained_sae,
+)
+from sae_lens import SAE
+from sae_lens.saes.topk_sae import TopKSAE
+
+
+@dataclass
+class Training:
+    """A size, a backend and a length of training."""
+
+    device: str
+    backend: str
+    n_steps: int
+    d_in: int = 16
+    d_sae: int = 64
+    k: int = 4
+    batch: int = 32
+    dead_window: int = 3
+
+    @property
+    def few_dead(self) -> int:
+        return self.d_in // 4
+
+    @property
+    def many_dead(self) -> int:
+        return self.d_in
+
+    def fields(self) -> dict[str, Any]:
+        return {"d_in": self.d_in, "d_sae": self.d_sae, "k": self.k, "device": self.device}
+
+    def batches(self) -> list[torch.Tensor]:
+        """Sparse combinations of fixed directions, so that there is something to learn."""
+        generator = torch.Generator().manual_seed(3)
+        directions = torch.randn(self.d_sae, self.d_in, generator=generator)
+        coefficients = torch.rand(self.n_steps, self.batch, self.d_sae, generator=generator)
+        coefficients = (coefficients - (1 - self.k / self.d_sae)).relu() * self.d_sae / self.k
+        return list((coefficients @ directions).to(self.device))
+
+
+TRAININGS = [
+    pytest.param(Training("cpu", "torch", n_steps=200), id="torch-cpu"),
+    pytest.param(
+        Training("cpu", "triton", n_steps=5, d_sae=32, batch=16, dead_window=1),
+        id="triton-cpu",
+        marks=pytest.mark.skipif(
+            torch.cuda.is_available(), reason="kernels are compiled where there is a CUDA device"
+        ),
+    ),
+    pytest.param(
+        Training("cuda", "triton", n_steps=200, d_in=64, d_sae=512, k=16, batch=128),
+        id="triton-cuda",
+        marks=pytest.mark.gpu,
+    ),
+]
+
+OPTIONS = [
+    pytest.param({"rescale_acts_by_decoder_norm": rescale, "apply_b_dec_to_input": apply}, id=name)
+    for name, rescale, apply in [
+        ("default", True, True),
+        ("b_dec_not_applied", True, False),
+        ("not_rescaled", False, True),
+        ("neither", False, False),
+    ]
+] + [pytest.param({"decoder_init_norm": None}, id="no_decoder_init_norm")]
+
+
+def new_pair(training: Training, options: dict[str, Any]) -> tuple[Any, Any]:
+    """SAELens's SAE and ours, from the same initialization."""
+    torch.manual_seed(0)
+    stock = new_sae("topk", **training.fields(), **options)
+    flex = new_sae("flex_topk", **training.fields(), **options, backend=training.backend)
+    copy_weights(stock, flex)
+    return stock, flex
+
+
+def adam(sae: torch.nn.Module) -> torch.optim.Adam:
+    return torch.optim.Adam(sae.parameters(), lr=1e-3)
+
+
+def update(sae: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Apply the gradients as SAETrainer does."""
+    torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
+    optimizer.step()
+
+
+def silence(sae: Any, n_latents: int) -> None:
+    """Make the first `n_latents` latents fire on nothing."""
+    with torch.no_grad():
+        sae.b_enc[:n_latents] = -5.0
+
+
+@pytest.mark.parametrize("training", TRAININGS)
+@pytest.mark.parametrize("options", OPTIONS)
+def test_every_step_has_the_losses_and_gradients_of_stock_topk(training, options) -> None:
+    stock, flex = new_pair(training, options)
+    optimizer = adam(stock)
+    steps_since_fired = torch.zeros(training.d_sae, device=training.device)
+    dead_counts = []
+    for step, batch in enumerate(training.batches()):
+        if step in (0, training.n_steps // 2):
+            silence(stock, training.few_dead if step == 0 else training.many_dead)
+        copy_weights(stock, flex)
+        dead = steps_since_fired > training.dead_window
+        dead_counts.append(int(dead.sum()))
+
+        expected = run_step(stock, batch, dead)
+        output = run_step(flex, batch, dead)
+
+        assert_same_losses(output, expected)
+        assert_same_gradients(flex, stock)
+        assert_close(output.sae_out, expected.sae_out, name="sae_out")
+        assert (expected.losses["auxiliary_reconstruction_loss"] > 0) == (dead_counts[-1] > 0)
+
+        update(stock, optimizer)
+        steps_since_fired += 1
+        steps_since_fired[expected.feature_acts.bool().any(0)] = 0
+    # The auxiliary loss has met no dead latent, fewer than the d_in // 2 it takes, and more.
+    assert dead_counts[0] == 0
+    assert any(0 < n_dead < training.d_in // 2 for n_dead in dead_counts)
+    assert any(n_dead > training.d_in // 2 for n_dead in dead_counts)
+
+
+@pytest.mark.parametrize("training", TRAININGS)
+@pytest.mark.parametrize("options", OPTIONS)
+def test_training_without_dead_latents_stays_with_stock_topk(training, options) -> None:
+    stock, flex = new_pair(training, options)
+    initial = {name: value.clone() for name, value in stock.state_dict().items()}
+    optimizers = adam(stock), adam(flex)
+    for batch in training.batches():
+        expected, output = run_step(stock, batch), run_step(flex, batch)
+        assert_close(output.loss, expected.loss, 1e-4, "loss")
+        update(stock, optimizers[0])
+        update(flex, optimizers[1])
+    for name, parameter in stock.named_parameters():
+        assert not torch.equal(parameter, initial[name])
+        assert_close(flex.get_parameter(name), parameter, 1e-4, name)
+
+
+@pytest.mark.parametrize("normalization", ["layer_norm", "constant_norm_rescale"])
+@pytest.mark.parametrize("options", OPTIONS[:4])
+def test_run_time_normalization_matches_stock_topk(normalization, options) -> None:
+    fields = {"normalize_activations": normalization, "aux_loss_coefficient": 0, **options}
+    stock, flex = trained_sae("topk", **fields), trained_sae("flex_topk", **fields)
+    attributes = set(vars(flex))
+    batch = random_activations()
+
+    expected, output = run_step(stock, batch), run_step(flex, batch)
+
+    assert_same_losses(output, expected)
+    assert_same_gradients(flex, stock)
+    assert_close(output.sae_out, expected.sae_out, name="sae_out")
+    assert set(vars(flex)) == attributes
+
+
+@pytest.mark.parametrize("normalization", ["layer_norm", "constant_norm_rescale"])
+def test_dead_latents_do_not_end_a_normalized_run(normalization) -> None:
+    fields = {"normalize_activations": normalization, "aux_loss_coefficient": 0}
+    flex = trained_sae("flex_topk", **fields)
+    without_dead = run_step(flex, random_activations())
+    output = run_step(flex, random_activations(), dead_mask(MANY_DEAD))
+    assert output.losses["auxiliary_reconstruction_loss"] == 0
+    assert torch.equal(output.loss, without_dead.loss)
+
+
+@pytest.mark.parametrize("n_dead", [0, 1, FEW_DEAD, MANY_DEAD])
+@pytest.mark.parametrize("coefficient", [0, 1 / 32, 1.0])
+def test_aux_loss_coefficient_means_what_it_means_in_stock_topk(n_dead, coefficient) -> None:
+    fields = {"aux_loss_coefficient": coefficient}
+    stock, flex = trained_sae("topk", **fields), trained_sae("flex_topk", **fields)
+    dead = dead_mask(n_dead)
+    expected = run_step(stock, random_activations(), dead)
+    output = run_step(flex, random_activations(), dead)
+    assert_same_losses(output, expected)
+    assert_same_gradients(flex, stock)
+
+
+def test_gradient_of_the_input_matches_stock_topk() -> None:
+    stock, flex = trained_sae("topk"), trained_sae("flex_topk")
+    inputs = [random_activations().requires_grad_() for _ in range(2)]
+    run_step(stock, inputs[0], dead_mask(MANY_DEAD))
+    run_step(flex, inputs[1], dead_mask(MANY_DEAD))
+    assert_close(inputs[1].grad, inputs[0].grad, name="gradient of sae_in")
+
+
+def test_saved_for_inference_it_is_a_stock_topk(tmp_path) -> None:
+    flex = trained_sae("flex_topk")
+    flex.save_inference_model(tmp_path)
+    loaded = SAE.load_from_disk(tmp_path)
+    assert type(loaded) is TopKSAE
+    assert loaded.cfg.architecture() == "topk"
+    batch = random_activations()
+    assert_close(loaded(batch), flex(batch), name="output")
+    assert_close(loaded.encode(batch), flex.encode(batch), name="feature_acts")
+
+
+def test_its_training_checkpoint_loads_as_a_stock_topk(tmp_path) -> None:
+    flex = trained_sae("flex_topk")
+    flex.save_model(tmp_path)
+    loaded = SAE.load_from_disk(tmp_path)
+    assert type(loaded) is TopKSAE
+    assert torch.equal(loaded(random_activations()), flex(random_activations()))
