@@ -19,6 +19,7 @@ from .saes import (
     HierarchicalTopKTrainingSAEConfig,
 )
 from .saes.registration import register_architectures
+from .sharing import export_topk, from_topk, upload
 
 __version__ = "0.1.0"
 
@@ -31,12 +32,15 @@ __all__ = [
     "HierarchicalTopKSAEConfig",
     "HierarchicalTopKTrainingSAE",
     "HierarchicalTopKTrainingSAEConfig",
+    "export_topk",
+    "from_topk",
     "hierarchical_sae_loss",
     "smallest_budget",
     "sweep_budgets",
     "topk_sae_loss",
     "triton_hierarchical_sae_loss",
     "triton_topk_sae_loss",
+    "upload",
 ]
 
 register_architectures()

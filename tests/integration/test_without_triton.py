@@ -73,7 +73,9 @@ def report(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("architecture", ["hierarchical_topk", "flex_topk"])
-def test_both_architectures_train_through_the_torch_backend(report: dict[str, Any], architecture: str):
+def test_both_architectures_train_through_the_torch_backend(
+    report: dict[str, Any], architecture: str
+):
     loss, *gradient_norms = report[architecture]["auto"]
     assert loss > 0
     assert all(norm > 0 for norm in gradient_norms)
@@ -81,7 +83,9 @@ def test_both_architectures_train_through_the_torch_backend(report: dict[str, An
 
 
 @pytest.mark.parametrize("architecture", ["hierarchical_topk", "flex_topk"])
-def test_triton_backend_raises_at_the_first_step_and_says_why(report: dict[str, Any], architecture: str):
+def test_triton_backend_raises_at_the_first_step_and_says_why(
+    report: dict[str, Any], architecture: str
+):
     kind, message = report[architecture]["triton"]
     assert kind == "RuntimeError"
     assert re.search(report["reason"], message)
