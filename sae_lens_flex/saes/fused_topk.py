@@ -82,6 +82,7 @@ class FusedTopKTrainingSAEConfig(TopKTrainingSAEConfig):
         self.k = check_integer("k", self.k, self.d_sae, "d_sae")
         check_bool("rescale_acts_by_decoder_norm", self.rescale_acts_by_decoder_norm)
         check_bool("use_sparse_activations", self.use_sparse_activations)
+        check_bool("apply_b_dec_to_input", self.apply_b_dec_to_input)
         str_to_dtype(self.dtype)  # raises on an unknown one
         if self.backend not in BACKENDS:
             raise ValueError(f"backend is {self.backend!r}, expected one of {', '.join(BACKENDS)}")

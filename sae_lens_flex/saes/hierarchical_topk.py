@@ -84,6 +84,51 @@ class RuntimeBudget(SAE[Any]):
         return acts, latents
 
     @torch.no_grad()
+    def encode_adaptive(self, x: torch.Tensor, tolerance: float) -> torch.Tensor:
+        """Encode each activation with as few latents as its reconstruction needs.
+
+        Keeps the first j latents of an activation, j the smallest with
+
+            |residual at level j|^2 <= tolerance * |x - b_dec|^2,
+
+        or all `budget` of them where no level reaches it. With an output normalization, b_dec is
+        taken where the reconstruction is: scaled and shifted like the output.
+
+        Args:
+            x: activations, [..., d_in].
+            tolerance: the share of the squared norm that may be left over, at least 0.
+
+        Returns:
+            Feature activations, [..., d_sae], without gradients.
+        """
+        if not tolerance >= 0:
+            raise ValueError(f"tolerance is {tolerance!r}, expected a number of at least 0")
+        acts, latents = self.encode_levels(x)
+        output_map = read_output_map(self)
+        forget_output_map(self)
+        target = self.reshape_fn_in(x).to(accumulation_dtype(self.W_dec))
+        target = target - output_map.apply(self.b_dec.to(target.dtype))
+        vals = self._decode_coefficients(acts, latents)
+        if output_map.scale is not None:
+            vals = vals * output_map.scale
+        k = acts.shape[-1]
+        allowed = tolerance * target.square().sum(-1).flatten()
+        kept = torch.full_like(allowed, k, dtype=torch.int64)
+        residuals = prefix_residuals(
+            latents.flatten(0, -2),
+            self.W_dec,
+            vals.flatten(0, -2),
+            target.flatten(0, -2),
+            range(1, k + 1),
+        )
+        for level, residual in residuals:
+            reached = residual.square().sum(-1) <= allowed
+            kept = torch.where(reached, kept.clamp(max=level), kept)
+        levels = torch.arange(k, device=x.device)
+        acts = acts.where(levels < kept.view(*acts.shape[:-1], 1), 0)
+        return acts.new_zeros(*acts.shape[:-1], self.cfg.d_sae).scatter_(-1, latents, acts)
+
+    @torch.no_grad()
     def decode_levels(
         self, acts: torch.Tensor, latents: torch.Tensor, budgets: Sequence[int] | None = None
     ) -> Iterator[tuple[int, torch.Tensor]]:
@@ -103,13 +148,17 @@ class RuntimeBudget(SAE[Any]):
         output_map = read_output_map(self)
         forget_output_map(self)
         latents = latents.flatten(0, -2)
-        vals = acts.flatten(0, -2)
-        if self.cfg.rescale_acts_by_decoder_norm:
-            vals = vals / self.W_dec.norm(dim=-1)[latents]
+        vals = self._decode_coefficients(acts.flatten(0, -2), latents)
         minus_bias = -self.b_dec.to(accumulation_dtype(self.W_dec)).expand(len(vals), -1)
         for budget, decoded in prefix_residuals(latents, self.W_dec, vals, minus_bias, budgets):
             decoded = self.hook_sae_recons(decoded.to(self.dtype).view(*acts.shape[:-1], -1))
             yield budget, self.reshape_fn_out(output_map.apply(decoded), self.d_head)
+
+    def _decode_coefficients(self, acts: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        """Return what the latents' decoder rows are multiplied by."""
+        if self.cfg.rescale_acts_by_decoder_norm:
+            return acts / self.W_dec.norm(dim=-1)[latents]
+        return acts
 
 
 @dataclass
@@ -150,6 +199,7 @@ class HierarchicalTopKSAEConfig(TopKSAEConfig):
         self.d_sae = check_integer("d_sae", self.d_sae)
         self.k = check_integer("k", self.k, self.d_sae, "d_sae")
         check_bool("rescale_acts_by_decoder_norm", self.rescale_acts_by_decoder_norm)
+        check_bool("apply_b_dec_to_input", self.apply_b_dec_to_input)
         super().__post_init__()
 
 
@@ -268,8 +318,7 @@ class HierarchicalTopKTrainingSAE(RuntimeBudget, FusedTopKTrainingSAE):
         with self.at_budget(k):
             feature_acts, hidden_pre = self.encode_with_hidden_pre(x)
         vals, indices = feature_acts.flatten(0, -2).topk(k)
-        if self.cfg.rescale_acts_by_decoder_norm:
-            vals = vals / self.W_dec.norm(dim=-1)[indices]
+        vals = self._decode_coefficients(vals, indices)
         vals, target = self._fold_into_target(vals.view(*x.shape[:-1], k), x)
         sae_out = self.decode(feature_acts)
 

@@ -9,17 +9,18 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from safetensors.torch import load_file, save_file
 from sae_lens import (
     SAE,
     HookedSAETransformer,
     LanguageModelSAETrainingRunner,
-    LoggingConfig,
+    MultiSAETrainingRunner,
+    MultiSAETrainingRunnerConfig,
     SAETrainer,
     TopKSAE,
     TrainingSAE,
 )
 from sae_lens.saes.sae import TrainStepInput
+from safetensors.torch import load_file, save_file
 
 from sae_lens_flex import (
     FlexTopKTrainingSAE,
@@ -32,12 +33,14 @@ from .flows import (
     BATCH_SIZE,
     D_IN,
     D_SAE,
+    HOOK_NAME,
     K,
     activation_batches,
     make_trainer,
     reconstruct,
     run_python,
     runner_config,
+    runner_fields,
     training_sae_config,
 )
 
@@ -166,6 +169,44 @@ def test_runner_resumes_where_its_checkpoint_was_taken(
     assert len(resumed_losses) == len(losses) - n_steps_before
     # not the same batches (README), but weights and optimizer that have got this far
     assert resumed_losses[0] < 0.5 * (losses[0] + losses[n_steps_before - 1])
+
+
+def test_multi_sae_runner_resumes_where_its_checkpoint_was_taken(
+    language_model: HookedSAETransformer,
+    token_dataset: Dataset,
+    step_losses: dict[str, list[float]],
+    tmp_path: Path,
+):
+    fields = runner_fields()
+    del fields["hook_name"], fields["verbose"]
+
+    def run(**more: Any) -> MultiSAETrainingRunnerConfig:
+        cfg = MultiSAETrainingRunnerConfig(
+            saes={
+                architecture: training_sae_config(
+                    architecture, normalize_activations="covariance_whitening"
+                )
+                for architecture in ARCHITECTURES
+            },
+            hook_names=HOOK_NAME,
+            **fields | more,
+        )
+        MultiSAETrainingRunner(
+            cfg, override_model=language_model, override_dataset=token_dataset
+        ).run()
+        return cfg
+
+    cfg = run(n_checkpoints=1, checkpoint_path=str(tmp_path))
+    (checkpoint,) = Path(cfg.checkpoint_path or "").iterdir()
+    n_steps_before = int(checkpoint.name) // BATCH_SIZE
+    losses = {architecture: list(step_losses[architecture]) for architecture in ARCHITECTURES}
+    step_losses.clear()
+
+    run(resume_from_checkpoint=str(checkpoint))
+    for architecture in ARCHITECTURES:
+        resumed_losses = step_losses[architecture]
+        assert len(resumed_losses) == len(losses[architecture]) - n_steps_before
+        assert resumed_losses[0] < losses[architecture][0]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

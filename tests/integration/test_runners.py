@@ -255,6 +255,32 @@ def test_compiled_training_takes_the_same_steps(
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_attention_heads_output_trains_and_attaches(
+    architecture: str,
+    language_model: HookedSAETransformer,
+    token_dataset: Dataset,
+    step_losses: StepLosses,
+    tmp_path: Path,
+):
+    hook_name = "blocks.0.attn.hook_z"
+    trained_sae = run(
+        training_sae_config(architecture, reshape_activations="hook_z"),
+        language_model,
+        token_dataset,
+        hook_name=hook_name,
+        output_path=str(tmp_path),
+    )
+    assert_losses_fall(step_losses[architecture])
+    sae = SAE.load_from_disk(tmp_path)
+    tokens = torch.as_tensor(token_dataset[:4]["tokens"])
+    expected = language_model.run_with_hooks(
+        tokens,
+        fwd_hooks=[(hook_name, lambda z, hook: trained_sae(z.flatten(-2)).view_as(z))],
+    )
+    torch.testing.assert_close(language_model.run_with_saes(tokens, saes=[sae]), expected)
+
+
 def test_prefetching_in_a_thread_trains(
     language_model: HookedSAETransformer, token_dataset: Dataset, step_losses: StepLosses
 ):

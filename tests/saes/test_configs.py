@@ -1,6 +1,7 @@
 """What the configs accept, refuse and write."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,10 +10,7 @@ import torch
 from comparison import FUSED_ARCHITECTURES, TRAINING_CLASSES, K, training_config
 from sae_lens import SAEConfig, TrainingSAEConfig
 
-from sae_lens_flex import (
-    HierarchicalTopKSAEConfig,
-    HierarchicalTopKTrainingSAEConfig,
-)
+from sae_lens_flex import HierarchicalTopKSAEConfig
 
 NAN, INFINITY = float("nan"), float("inf")
 NO_NUMBERS = ["8", "x", "", [8], (8,), {8: 1}, {8}, b"8", 1j, object(), torch.float32, int]
@@ -254,7 +252,7 @@ def test_inference_config_of_a_training_config_keeps_what_inference_needs(archit
     assert ("budgets" in details) == (architecture == "hierarchical_topk")
 
 
-def test_budgets_must_still_end_with_k_when_a_config_is_replaced() -> None:
+def test_changing_k_alone_is_refused_where_budgets_are_given() -> None:
     cfg = training_config("hierarchical_topk", budgets=[1, K])
     with pytest.raises(ValueError, match="budgets"):
-        HierarchicalTopKTrainingSAEConfig(d_in=16, d_sae=48, k=K - 1, budgets=cfg.budgets)
+        replace(cfg, k=K - 1)
