@@ -2,9 +2,11 @@
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from itertools import islice
+from numbers import Real
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,10 +15,14 @@ import plotly.graph_objects as go
 import torch
 from sae_lens import SAE, ActivationsStore
 from sae_lens.evals import ExplainedVarianceCalculator
-from sae_lens.util import get_special_token_ids
+from sae_lens.util import (
+    extract_stop_at_layer_from_tlens_hook_name,
+    get_special_token_ids,
+)
 from tqdm.auto import tqdm
 from transformer_lens.HookedRootModule import HookedRootModule
 
+from .saes.fused_topk import check_integer
 from .saes.hierarchical_topk import RuntimeBudget, check_budgets, doubling_budgets
 
 # TransformerLens gives these activations a head dimension.
@@ -76,8 +82,10 @@ class BudgetSweep:
 
     def to_pandas(self) -> pd.DataFrame:
         """Return one row per SAE and budget; metrics that were not computed have no column."""
-        frame = pd.DataFrame([asdict(row) for row in self.metrics])
-        return frame.dropna(axis="columns", how="all")
+        rows = [asdict(row) for row in self.metrics]
+        frame = pd.DataFrame(rows).astype({"budget": "Int64"})
+        missing = [name for name in frame.columns if all(row[name] is None for row in rows)]
+        return frame.drop(columns=[name for name in missing if name != "budget"])
 
     def to_json(self, path: str | Path | None = None) -> str:
         """Return the sweep as JSON, and write it to `path` if one is given."""
@@ -105,6 +113,8 @@ class BudgetSweep:
         names = [field.name for field in fields(BudgetMetrics)][2:]
         if metric not in names:
             raise ValueError(f"metric is {metric!r}, expected one of {', '.join(names)}")
+        if all(getattr(row, metric) is None for row in self.metrics):
+            raise ValueError(f"metric is {metric!r}, expected one that the sweep computed")
         figure = go.Figure()
         for name in dict.fromkeys(row.sae for row in self.metrics):
             rows = [row for row in self.metrics if row.sae == name]
@@ -136,17 +146,22 @@ def smallest_budget(
         sae: whose budgets to look at; may be None where the sweep has one SAE.
 
     Raises:
-        ValueError: if no budget reaches it; the message says how far the best one gets.
+        ValueError: if no budget reaches it; the message says how far the best one gets. Also for
+            arguments that do not fit the sweep.
     """
     names = list(dict.fromkeys(row.sae for row in sweep.metrics))
     if sae is None and len(names) > 1:
         raise ValueError(f"sae is None, expected one of the sweep's SAEs: {', '.join(names)}")
     if sae is not None and sae not in names:
         raise ValueError(f"sae is {sae!r}, expected one of the sweep's SAEs: {', '.join(names)}")
+    if not isinstance(explained_variance, Real):
+        raise ValueError(f"explained_variance is {explained_variance!r}, expected a number")
     rows = [row for row in sweep.metrics if sae in (None, row.sae) and row.budget is not None]
+    if not rows:
+        raise ValueError(f"sae is {sae!r}, expected one that was measured at budgets")
     reached = [row.budget for row in rows if row.explained_variance >= explained_variance]
     if not reached:
-        best = max((row.explained_variance for row in rows), default=math.nan)
+        best = max(row.explained_variance for row in rows)
         raise ValueError(
             f"explained_variance is {explained_variance}, expected at most {best:.4f}, the best of "
             "the sweep's budgets"
@@ -179,8 +194,8 @@ def sweep_budgets(
         activations: SAELens's ActivationsStore, from which tokens are drawn for the model; or
             activations themselves: a tensor [n_tokens, d_in] or an iterable of such.
         model: the language model. None with a store takes the store's.
-        budgets: ascending. None takes 1, 2, 4, ... and k, for each SAE. Those above an SAE's k are
-            left out for it.
+        budgets: ascending, within 1 and the SAEs' largest k. None takes 1, 2, 4, ... and k, for
+            each SAE. Those above an SAE's own k are left out for it.
         n_batches: batches to take; of an iterable, at most.
         batch_size_prompts: prompts in a batch. None takes the store's.
         compute_ce_loss: whether to run the model once per budget for the cross-entropy recovered.
@@ -191,15 +206,20 @@ def sweep_budgets(
         show_progress: whether to show a progress bar.
 
     Raises:
-        ValueError: for arguments that do not fit each other; the message names the first.
+        ValueError, TypeError: for arguments that do not fit; the message names the first.
     """
     named = dict(saes) if isinstance(saes, Mapping) else {"sae": saes}
     if not named:
         raise ValueError("saes is empty, expected at least one SAE")
-    if n_batches < 1:
-        raise ValueError(f"n_batches is {n_batches}, expected at least 1")
-    budgets_of = {name: _budgets_of(sae, budgets) for name, sae in named.items()}
+    for sae in named.values():
+        if not isinstance(sae, SAE):
+            raise TypeError(f"saes has a {type(sae).__name__}, expected SAELens's SAEs")
+    n_batches = check_integer("n_batches", n_batches)
+    if batch_size_prompts is not None:
+        batch_size_prompts = check_integer("batch_size_prompts", batch_size_prompts)
+    budgets_of = _choose_budgets(named, budgets)
     if isinstance(activations, ActivationsStore):
+        with_ce, with_kl = compute_ce_loss is not False, compute_kl
         batches = _model_batches(
             named,
             activations,
@@ -207,18 +227,23 @@ def sweep_budgets(
             n_batches,
             batch_size_prompts,
             exclude_special_tokens,
-            compute_ce_loss is not False or compute_kl,
+            with_ce,
+            with_kl,
             dict(model_kwargs or {}),
         )
-        with_ce, with_kl = compute_ce_loss is not False, compute_kl
     else:
-        if compute_ce_loss or compute_kl:
-            raise ValueError(
-                "activations is no ActivationsStore, expected one for compute_ce_loss and "
-                "compute_kl"
-            )
-        batches = _plain_batches(activations, n_batches)
+        for name, is_given in (
+            ("model", model is not None),
+            ("compute_ce_loss", compute_ce_loss),
+            ("compute_kl", compute_kl),
+        ):
+            if is_given:
+                raise ValueError(
+                    f"{name} is given and activations is a {type(activations).__name__}, expected "
+                    "an ActivationsStore with it"
+                )
         with_ce = with_kl = False
+        batches = _plain_batches(activations, n_batches)
 
     totals = {
         (name, budget): _Totals(sae) for name, sae in named.items() for budget in budgets_of[name]
@@ -228,43 +253,77 @@ def sweep_budgets(
         n_tokens += int(batch.mask.sum())
         for name, sae in named.items():
             x = batch.activations(sae)
+            if x.shape[-1] != sae.cfg.d_in:
+                raise ValueError(
+                    f"activations has width {x.shape[-1]}, expected {sae.cfg.d_in}, the d_in of "
+                    f"{name!r}"
+                )
             for budget, latents, acts, reconstruction in _reconstruct(sae, x, budgets_of[name]):
                 total = totals[name, budget]
                 total.add(x, reconstruction, latents, acts, batch.mask)
                 if with_ce or with_kl:
-                    total.add_model_run(batch.run_model(sae, reconstruction), with_kl)
+                    total.add_model_metrics(batch.model_metrics(sae, reconstruction))
     if n_tokens == 0:
         raise ValueError("activations gave no token, expected at least one")
     return BudgetSweep(
-        [total.metrics(name, budget, with_ce, with_kl) for (name, budget), total in totals.items()],
-        n_tokens,
+        [total.metrics(name, budget) for (name, budget), total in totals.items()], n_tokens
     )
 
 
-def _budgets_of(sae: SAE[Any], budgets: Sequence[int] | None) -> list[int | None]:
-    if not isinstance(sae, RuntimeBudget):
-        k = getattr(sae.cfg, "k", None)
-        return [k if isinstance(k, int) else None]
-    k = sae.cfg.k
-    if budgets is None:
-        return list(doubling_budgets(k))
-    fitting = [budget for budget in budgets if not isinstance(budget, int) or budget <= k]
-    return list(check_budgets("budgets", fitting, k))
+def _choose_budgets(
+    saes: dict[str, SAE[Any]], budgets: Sequence[int] | None
+) -> dict[str, list[int | None]]:
+    """Return the budgets of each SAE: one, perhaps None, for an SAE without a run-time budget."""
+    k_of = {name: sae.cfg.k for name, sae in saes.items() if isinstance(sae, RuntimeBudget)}
+    if budgets is not None:
+        if not k_of:
+            raise ValueError(
+                f"budgets is {budgets!r}, expected None: no SAE of saes takes a budget at run time"
+            )
+        budgets = check_budgets("budgets", budgets, max(k_of.values()))
+    chosen: dict[str, list[int | None]] = {}
+    for name, sae in saes.items():
+        if name not in k_of:
+            k = getattr(sae.cfg, "k", None)
+            chosen[name] = [k if isinstance(k, int) else None]
+            continue
+        within = doubling_budgets(k_of[name]) if budgets is None else budgets
+        chosen[name] = [budget for budget in within if budget <= k_of[name]]
+        if not chosen[name]:
+            raise ValueError(
+                f"budgets is {budgets!r}, expected one within {name!r}'s k ({k_of[name]})"
+            )
+    return chosen
 
 
 def _reconstruct(
     sae: SAE[Any], x: torch.Tensor, budgets: list[int | None]
 ) -> Iterator[tuple[int | None, torch.Tensor | None, torch.Tensor, torch.Tensor]]:
     """Yield, per budget: budget, latents (None for a dense `acts`), acts, reconstruction."""
-    if not isinstance(sae, RuntimeBudget):
-        acts = sae.encode(x)
-        yield budgets[0], None, acts, sae.decode(acts)
+    with _flat_heads(sae):
+        if not isinstance(sae, RuntimeBudget):
+            acts = sae.encode(x)
+            reconstruction = sae.decode(acts)
+            yield budgets[0], None, acts.to_dense() if acts.is_sparse else acts, reconstruction
+            return
+        ascending = cast(list[int], budgets)
+        with sae.at_budget(ascending[-1]):
+            acts, latents = sae.encode_levels(x)
+        for budget, reconstruction in sae.decode_levels(acts, latents, ascending):
+            yield budget, latents[..., :budget], acts[..., :budget], reconstruction
+
+
+@contextmanager
+def _flat_heads(sae: SAE[Any]) -> Iterator[None]:
+    """Take activations whose heads are concatenated already, as `run_evals` does."""
+    if not sae.hook_z_reshaping_mode:
+        yield
         return
-    ascending = cast(list[int], budgets)
-    with sae.at_budget(ascending[-1]):
-        acts, latents = sae.encode_levels(x)
-    for budget, reconstruction in sae.decode_levels(acts, latents, ascending):
-        yield budget, latents[..., :budget], acts[..., :budget], reconstruction
+    sae.turn_off_forward_pass_hook_z_reshaping()
+    try:
+        yield
+    finally:
+        sae.turn_on_forward_pass_hook_z_reshaping()
 
 
 class _Batch:
@@ -277,20 +336,26 @@ class _Batch:
     def activations(self, sae: SAE[Any]) -> torch.Tensor:
         return self.x.to(sae.device)
 
-    def run_model(self, sae: SAE[Any], reconstruction: torch.Tensor) -> dict[str, torch.Tensor]:
+    def model_metrics(self, sae: SAE[Any], reconstruction: torch.Tensor) -> dict[str, torch.Tensor]:
         raise NotImplementedError
 
 
 def _plain_batches(
     activations: torch.Tensor | Iterable[torch.Tensor], n_batches: int
 ) -> Iterator[_Batch]:
+    if not isinstance(activations, Iterable):
+        raise TypeError(
+            f"activations is a {type(activations).__name__}, expected an ActivationsStore or "
+            "tensors of [n_tokens, d_in]"
+        )
     if isinstance(activations, torch.Tensor):
         activations = activations.chunk(n_batches)
     for x in islice(activations, n_batches):
         if not isinstance(x, torch.Tensor) or x.ndim != 2:
             given = list(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
             raise ValueError(f"activations gave {given}, expected tensors of [n_tokens, d_in]")
-        yield _Batch(x)
+        if len(x) > 0:
+            yield _Batch(x)
 
 
 class _ModelBatch(_Batch):
@@ -300,74 +365,102 @@ class _ModelBatch(_Batch):
         self,
         tokens: torch.Tensor,
         model: HookedRootModule,
-        hook_names: list[str],
+        saes: list[SAE[Any]],
         ignored_tokens: list[int],
-        runs_model: bool,
+        with_ce: bool,
+        with_kl: bool,
         model_kwargs: dict[str, Any],
     ):
         self.tokens = tokens
         self.model = model
+        self.with_ce = with_ce
+        self.with_kl = with_kl
         self.model_kwargs = model_kwargs
-        self.mask = ~torch.isin(tokens, torch.tensor(ignored_tokens, device=tokens.device))
-        output, cache = model.run_with_cache(
+        ignored = torch.tensor(ignored_tokens, dtype=tokens.dtype, device=tokens.device)
+        self.mask = ~torch.isin(tokens, ignored)
+        hook_names = list(dict.fromkeys(_hook_name(sae) for sae in saes))
+        if not (with_ce or with_kl):
+            layers = [extract_stop_at_layer_from_tlens_hook_name(name) for name in hook_names]
+            layers = [layer for layer in layers if layer is not None]
+            stop = max(layers) if len(layers) == len(hook_names) else None
+            _, self.cache = model.run_with_cache(
+                tokens, names_filter=hook_names, stop_at_layer=stop, **model_kwargs
+            )
+            return
+        (self.logits, loss), self.cache = model.run_with_cache(
             tokens,
             return_type="both",
             loss_per_token=True,
             names_filter=hook_names,
             **model_kwargs,
         )
-        self.cache = {name: cache[name] for name in hook_names}
-        if runs_model:
-            self.logits, self.loss = output
-            self.ablated = {name: self._run(name, torch.zeros_like) for name in hook_names}
+        self.without_sae = {"ce_loss_without_sae": self._masked(loss)} if with_ce else {}
+        self.with_ablation = {
+            (name, head): self._metrics_with("ablation", name, head, torch.zeros_like)
+            for name, head in {(_hook_name(sae), _head(sae)) for sae in saes}
+        }
 
     def activations(self, sae: SAE[Any]) -> torch.Tensor:
-        name, head = _hook_name(sae), sae.cfg.metadata.hook_head_index
+        name, head = _hook_name(sae), _head(sae)
         x = self.cache[name]
         if head is not None:
             x = x[:, :, head]
-        elif any(hook in name for hook in HEAD_HOOKS):
+        elif _has_heads(name):
             x = x.flatten(-2, -1)
         return x.to(sae.device)
 
-    def run_model(self, sae: SAE[Any], reconstruction: torch.Tensor) -> dict[str, torch.Tensor]:
-        name, head = _hook_name(sae), sae.cfg.metadata.hook_head_index
+    def model_metrics(self, sae: SAE[Any], reconstruction: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the model's metrics of every token that counts.
+
+        Tokens that do not count keep their own activations.
+        """
 
         def replace(x: torch.Tensor) -> torch.Tensor:
-            mask = self.mask.to(x.device)[..., None]
-            new = reconstruction.to(x.device, x.dtype)
-            if head is not None:
-                x = x.clone()
-                x[:, :, head] = torch.where(mask, new, x[:, :, head])
-                return x
-            if x.ndim > new.ndim:
-                return torch.where(mask[..., None], new.view_as(x), x)
+            new = reconstruction.to(x.device, x.dtype).view_as(x)
+            mask = self.mask.to(x.device).view(*self.mask.shape, *[1] * (x.ndim - 2))
             return torch.where(mask, new, x)
 
-        logits, loss = self._run(name, replace)
-        ablated_logits, ablated_loss = self.ablated[name]
-        return {
-            "logits": self.logits,
-            "logits_with_sae": logits,
-            "logits_with_ablation": ablated_logits,
-            "ce_loss_without_sae": self._masked(self.loss),
-            "ce_loss_with_sae": self._masked(loss),
-            "ce_loss_with_ablation": self._masked(ablated_loss),
-            "mask": self.mask,
-        }
+        name, head = _hook_name(sae), _head(sae)
+        return (
+            self.without_sae
+            | self.with_ablation[name, head]
+            | self._metrics_with("sae", name, head, replace)
+        )
 
-    def _run(self, hook_name: str, replace: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.model.run_with_hooks(
+    def _metrics_with(
+        self,
+        what: str,
+        hook_name: str,
+        head: int | None,
+        replace: Callable[[torch.Tensor], torch.Tensor],
+    ) -> dict[str, torch.Tensor]:
+        def hook_function(x: torch.Tensor, hook: Any) -> torch.Tensor:
+            if head is None:
+                return replace(x)
+            x = x.clone()
+            x[:, :, head] = replace(x[:, :, head])
+            return x
+
+        logits, loss = self.model.run_with_hooks(
             self.tokens,
             return_type="both",
             loss_per_token=True,
-            fwd_hooks=[(hook_name, lambda x, hook: replace(x))],
+            fwd_hooks=[(hook_name, hook_function)],
             **self.model_kwargs,
         )
+        metrics = {}
+        if self.with_ce:
+            metrics[f"ce_loss_with_{what}"] = self._masked(loss)
+        if self.with_kl:
+            kl = torch.nn.functional.kl_div(
+                logits.log_softmax(-1), self.logits.softmax(-1), reduction="none"
+            )
+            metrics[f"kl_div_with_{what}"] = self._masked(kl.sum(-1))
+        return metrics
 
-    def _masked(self, loss: torch.Tensor) -> torch.Tensor:
+    def _masked(self, values: torch.Tensor) -> torch.Tensor:
         # A token's cross-entropy counts with the token that predicts it; the last predicts nothing.
-        return loss[self.mask[:, : loss.shape[1]].to(loss.device)]
+        return values[self.mask[:, : values.shape[1]].to(values.device)]
 
 
 def _model_batches(
@@ -377,17 +470,25 @@ def _model_batches(
     n_batches: int,
     batch_size_prompts: int | None,
     exclude_special_tokens: Iterable[int] | bool,
-    runs_model: bool,
+    with_ce: bool,
+    with_kl: bool,
     model_kwargs: dict[str, Any],
 ) -> Iterator[_Batch]:
     if exclude_special_tokens is True:
-        ignored = get_special_token_ids(cast(Any, model).tokenizer)
+        tokenizer = getattr(model, "tokenizer", None)
+        if tokenizer is None:
+            raise ValueError(
+                "exclude_special_tokens is True and the model has no tokenizer, expected False or "
+                "the tokens themselves"
+            )
+        ignored = get_special_token_ids(tokenizer)
     else:
         ignored = list(exclude_special_tokens or [])
-    hook_names = list(dict.fromkeys(_hook_name(sae) for sae in saes.values()))
     for _ in range(n_batches):
         tokens = store.get_batch_tokens(batch_size_prompts)
-        yield _ModelBatch(tokens, model, hook_names, ignored, runs_model, model_kwargs)
+        yield _ModelBatch(
+            tokens, model, list(saes.values()), ignored, with_ce, with_kl, model_kwargs
+        )
 
 
 def _hook_name(sae: SAE[Any]) -> str:
@@ -397,6 +498,14 @@ def _hook_name(sae: SAE[Any]) -> str:
             "model's hook point that it reads"
         )
     return sae.cfg.metadata.hook_name
+
+
+def _head(sae: SAE[Any]) -> int | None:
+    return sae.cfg.metadata.hook_head_index
+
+
+def _has_heads(hook_name: str) -> bool:
+    return any(hook in hook_name for hook in HEAD_HOOKS)
 
 
 class _Totals:
@@ -428,30 +537,23 @@ class _Totals:
         else:
             self.fired[latents[mask][is_active]] = True
 
-    def add_model_run(self, run: dict[str, torch.Tensor], with_kl: bool) -> None:
-        values = {name: value for name, value in run.items() if name.startswith("ce_loss")}
-        if with_kl:
-            for name in ("kl_div_with_sae", "kl_div_with_ablation"):
-                log_p = run["logits"].log_softmax(-1)
-                log_q = run[name.replace("kl_div", "logits")].log_softmax(-1)
-                kl = (log_p.exp() * (log_p - log_q)).sum(-1)
-                values[name] = kl[run["mask"].to(kl.device)]
-        for name, value in values.items():
+    def add_model_metrics(self, metrics: dict[str, torch.Tensor]) -> None:
+        for name, value in metrics.items():
             self.sums[name] = self.sums.get(name, 0.0) + float(value.double().sum())
             self.counts[name] = self.counts.get(name, 0) + value.numel()
 
-    def metrics(self, sae: str, budget: int | None, with_ce: bool, with_kl: bool) -> BudgetMetrics:
-        means: dict[str, float] = {name: self.sums[name] / self.counts[name] for name in self.sums}
-        if not with_ce:
-            means = {name: mean for name, mean in means.items() if name.startswith("kl")}
-        else:
-            means["ce_loss_score"] = (
-                means["ce_loss_with_ablation"] - means["ce_loss_with_sae"]
-            ) / (means["ce_loss_with_ablation"] - means["ce_loss_without_sae"])
-        if with_kl:
-            means["kl_div_score"] = (
-                means["kl_div_with_ablation"] - means["kl_div_with_sae"]
-            ) / means["kl_div_with_ablation"]
+    def metrics(self, sae: str, budget: int | None) -> BudgetMetrics:
+        means = {name: _ratio(self.sums[name], self.counts[name]) for name in self.sums}
+        if "ce_loss_with_sae" in means:
+            means["ce_loss_score"] = _ratio(
+                means["ce_loss_with_ablation"] - means["ce_loss_with_sae"],
+                means["ce_loss_with_ablation"] - means["ce_loss_without_sae"],
+            )
+        if "kl_div_with_sae" in means:
+            means["kl_div_score"] = _ratio(
+                means["kl_div_with_ablation"] - means["kl_div_with_sae"],
+                means["kl_div_with_ablation"],
+            )
         return BudgetMetrics(
             sae=sae,
             budget=budget,
@@ -461,3 +563,7 @@ class _Totals:
             dead_latents=1 - float(self.fired.float().mean()),
             **means,
         )
+
+
+def _ratio(numerator: float, denominator: float) -> float:
+    return numerator / denominator if denominator else math.nan

@@ -4,7 +4,8 @@ import argparse
 import contextlib
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,9 +14,12 @@ from sae_lens.llm_sae_training_runner import _parse_cfg_args
 from sae_lens.load_model import load_model
 
 from .budgets import sweep_budgets
+from .saes.hierarchical_topk import RuntimeBudget, check_budgets
 from .sharing import export_topk
 
 SUMMARY = """\
+usage: sae-lens-flex [--traceback] COMMAND ...
+
 Train and use one sparse autoencoder for every sparsity, with SAELens.
 
 commands:
@@ -23,7 +27,8 @@ commands:
   sweep    measure a trained SAE at many budgets
   export   save a trained SAE at one budget as an ordinary SAELens TopK SAE
 
-"sae-lens-flex COMMAND --help" explains each.
+"sae-lens-flex COMMAND --help" explains each. What goes wrong is told in one line; --traceback shows
+where in the code it arose.
 """
 
 TRAIN_SUMMARY = """\
@@ -34,12 +39,14 @@ Train an SAE with SAELens. The flags are SAELens's own. Those that matter first:
 
   --architecture    hierarchical_topk: one SAE for every budget up to k
                     flex_topk: a TopK SAE for one k, trained by the same kernels
+                    (left out: "standard", as in SAELens)
   --d_in, --d_sae   width of the activations, number of latents
   --k               the largest budget: latents kept per activation
   --budgets         levels in the loss, such as 1 8 64; left out: every one of 1..k
   --model_name, --hook_name, --dataset_path, --is_dataset_tokenized
   --training_tokens, --train_batch_size_tokens, --lr, --device, --autocast
   --output_path     where to save the SAE
+  --log_to_wandb    "false" trains without Weights & Biases
 
 "sae-lens-flex train --architecture hierarchical_topk --all-flags" lists every flag of SAELens.
 """
@@ -55,6 +62,9 @@ class OneLineParser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line on `argv`, or on the process's arguments; return the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    shows_traceback = argv[:1] == ["--traceback"]
+    if shows_traceback:
+        del argv[0]
     command, rest = (argv[0], argv[1:]) if argv else ("--help", [])
     if command in ("-h", "--help"):
         print(SUMMARY, end="")
@@ -69,12 +79,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         return commands[command](rest)
-    except (ValueError, TypeError, KeyError, OSError) as error:
-        message = " ".join(str(error).split())
-        if isinstance(error, KeyError):
-            message = f"{message} is missing"
-        print(f"sae-lens-flex {command}: error: {message}", file=sys.stderr)
+    except Exception as error:
+        if shows_traceback:
+            raise
+        print(f"sae-lens-flex {command}: error: {_in_one_line(error)}", file=sys.stderr)
         return 2
+
+
+def _in_one_line(error: Exception) -> str:
+    message = " ".join(str(error).split())
+    if message and isinstance(error, (ValueError, TypeError, OSError)):
+        return message
+    return f"{type(error).__name__}: {message}"
+
+
+@contextlib.contextmanager
+def _naming(what: str) -> Iterator[None]:
+    """Say what could not be read, which the libraries below often do not."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{what}: {_in_one_line(error)}") from error
 
 
 def train(argv: list[str]) -> int:
@@ -116,8 +141,8 @@ def sweep(argv: list[str]) -> int:
         "--model-class", help="SAELens's model class; default: the one that the SAE names"
     )
     parser.add_argument("--dataset", help="text; default: the dataset that the SAE was trained on")
-    parser.add_argument("--n-batches", type=int, default=10, help="batches of prompts (10)")
-    parser.add_argument("--batch-size-prompts", type=int, default=8, help="prompts a batch (8)")
+    parser.add_argument("--n-batches", type=_count, default=10, help="batches of prompts (10)")
+    parser.add_argument("--batch-size-prompts", type=_count, default=8, help="prompts a batch (8)")
     parser.add_argument("--no-ce", action="store_true", help="leave the cross-entropy out")
     parser.add_argument("--kl", action="store_true", help="compute KL divergences too")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or mps (cpu)")
@@ -125,22 +150,39 @@ def sweep(argv: list[str]) -> int:
     parser.add_argument("--figure", type=Path, help="draw explained variance here (.html or .png)")
     args = parser.parse_args(argv)
 
+    for flag, path in (("--json", args.json), ("--figure", args.figure)):
+        if path is not None and (path.is_dir() or not path.parent.is_dir()):
+            parser.error(f"argument {flag}: {str(path)!r} is no file in an existing directory")
+    if args.figure is not None and args.figure.suffix != ".html" and not find_spec("kaleido"):
+        parser.error("argument --figure: images need the package kaleido; give a name in .html")
+
     sae = _load(args.sae, args.sae_id, args.device)
+    if args.budgets is not None:
+        if not isinstance(sae, RuntimeBudget):
+            parser.error(
+                f"argument --budgets: a {type(sae).__name__} takes no budget at run time; leave "
+                "the flag out to measure it as it is"
+            )
+        args.budgets = check_budgets("--budgets", args.budgets, sae.cfg.k)
     metadata = sae.cfg.metadata
     model_name = args.model or metadata.model_name
     dataset = args.dataset or metadata.dataset_path
+    if not metadata.hook_name:
+        parser.error("the SAE names no hook point of a language model")
     if not model_name:
         parser.error("the SAE names no language model: give --model")
     if not dataset:
         parser.error("the SAE names no dataset: give --dataset")
-    model = load_model(
-        args.model_class or metadata.model_class_name or "HookedTransformer",
-        model_name,
-        device=args.device,
-        model_from_pretrained_kwargs=metadata.model_from_pretrained_kwargs,
-        hook_names=[metadata.hook_name],
-    )
-    store = ActivationsStore.from_sae(model, sae, dataset=dataset, device=args.device)
+    with _naming(f"model {model_name}"):
+        model = load_model(
+            args.model_class or metadata.model_class_name or "HookedTransformer",
+            model_name,
+            device=args.device,
+            model_from_pretrained_kwargs=metadata.model_from_pretrained_kwargs,
+            hook_names=[metadata.hook_name],
+        )
+    with _naming(f"dataset {dataset}"):
+        store = ActivationsStore.from_sae(model, sae, dataset=dataset, device=args.device)
     result = sweep_budgets(
         sae,
         store,
@@ -171,6 +213,8 @@ def export(argv: list[str]) -> int:
     parser.add_argument("--budget", type=int, required=True, help="latents to keep, 1..k")
     parser.add_argument("--output", type=Path, required=True, help="directory to write")
     args = parser.parse_args(argv)
+    if Path(args.sae).is_dir() and args.output.resolve() == Path(args.sae).resolve():
+        parser.error("argument --output: that is the SAE itself")
     export_topk(_load(args.sae, args.sae_id, "cpu"), args.output, budget=args.budget)
     print(f"{args.output}: a topk SAE with k={args.budget}")
     return 0
@@ -183,12 +227,20 @@ def _add_sae_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sae-id", help="the SAE's folder in the repository")
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return int(text)
+
+
 def _load(path_or_repo: str, sae_id: str | None, device: str) -> Any:
     if Path(path_or_repo).is_dir():
-        return SAE.load_from_disk(path_or_repo, device=device)
+        with _naming(path_or_repo):
+            return SAE.load_from_disk(path_or_repo, device=device)
     if sae_id is None:
         raise ValueError(
             f"{path_or_repo!r} is no directory; to take it as a repository of the Hugging Face "
             "hub, give --sae-id"
         )
-    return SAE.from_pretrained(path_or_repo, sae_id, device=device)
+    with _naming(f"{path_or_repo} {sae_id}"):
+        return SAE.from_pretrained(path_or_repo, sae_id, device=device)

@@ -36,11 +36,7 @@ def export_topk(
     Returns:
         The directory.
     """
-    if not isinstance(sae, (HierarchicalTopKSAE, HierarchicalTopKTrainingSAE)):
-        raise TypeError(
-            f"sae is a {type(sae).__name__}, expected a HierarchicalTopKSAE or a "
-            "HierarchicalTopKTrainingSAE"
-        )
+    _check_hierarchical(sae)
     budget = check_integer("budget", budget, sae.cfg.k, "k")
     values = {
         field.name: getattr(sae.cfg, field.name)
@@ -66,8 +62,9 @@ def from_topk(
     Args:
         sae: SAELens's TopK SAE, for inference or in training; its weights are copied.
         training_fields: fields of HierarchicalTopKTrainingSAEConfig that the SAE does not settle,
-            such as `budgets`, `backend` or `aux_loss_coefficient`. With the normalizations that do
-            not go with an auxiliary loss, that coefficient is 0 if it is not given.
+            such as `budgets`, `backend` or `aux_loss_coefficient`. If that coefficient is not
+            given, it is that of an SAE in training; with the normalizations that do not go with an
+            auxiliary loss it is 0.
     """
     if not isinstance(sae, (TopKSAE, TopKTrainingSAE)):
         raise TypeError(f"sae is a {type(sae).__name__}, expected a TopKSAE or a TopKTrainingSAE")
@@ -77,6 +74,8 @@ def from_topk(
             raise ValueError(f"{name} is given, expected the SAE's own: {getattr(sae.cfg, name)!r}")
     if sae.cfg.normalize_activations in ("layer_norm", "constant_norm_rescale"):
         training_fields.setdefault("aux_loss_coefficient", 0.0)
+    elif isinstance(sae, TopKTrainingSAE):
+        training_fields.setdefault("aux_loss_coefficient", sae.cfg.aux_loss_coefficient)
     cfg = HierarchicalTopKTrainingSAEConfig(
         **{name: getattr(sae.cfg, name) for name in settled}, **training_fields
     )
@@ -109,6 +108,8 @@ def upload(
         sweep: what `sweep_budgets` measured, for the model card's table.
         revision: the branch.
     """
+    _check_hierarchical(sae)
+    card = model_card(sae, repo_id, sae_id, sweep).encode()
     with TemporaryDirectory() as directory:
         if isinstance(sae, TrainingSAE):
             sae.save_inference_model(directory)
@@ -118,7 +119,6 @@ def upload(
             {sae_id: directory}, repo_id, revision, show_progress=False, add_default_readme=False
         )
     api = HfApi()
-    card = model_card(sae, repo_id, sae_id, sweep).encode()
     paths = [f"{sae_id}/README.md"]
     if not api.file_exists(repo_id, "README.md", revision=revision):
         paths.append("README.md")
@@ -176,3 +176,11 @@ sae.budget = {k}  # or {budgets}: any of 1..{k}
         lines = "\n".join("| " + " | ".join(row) + " |" for row in rows)
         card += f"\nMeasured on the same {sweep.n_tokens} tokens at every budget:\n\n{lines}\n"
     return card
+
+
+def _check_hierarchical(sae: Any) -> None:
+    if not isinstance(sae, (HierarchicalTopKSAE, HierarchicalTopKTrainingSAE)):
+        raise TypeError(
+            f"sae is a {type(sae).__name__}, expected a HierarchicalTopKSAE or a "
+            "HierarchicalTopKTrainingSAE"
+        )

@@ -14,6 +14,7 @@ the gradients are
 The bias is folded into the target beforehand, and autograd carries dL/dtarget on to both.
 """
 
+import os
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -25,6 +26,10 @@ from ._triton import tl, triton
 INDEX_DTYPES = (torch.int32, torch.int64)
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BACKENDS = ("auto", "triton", "torch")
+
+CHECK_INDICES = "SAE_LENS_FLEX_CHECK_INDICES"
+"""Environment variable: with "1" the Triton kernels, too, raise for a latent outside [0, F), at the
+cost of waiting for the device at every call."""
 
 
 class Wanted(NamedTuple):
@@ -138,6 +143,8 @@ def define_loss_operator(name: str, *, triton: Launcher, torch_: Launcher) -> No
         use_triton: bool,
         wanted: list[bool],
     ) -> Outputs:
+        if use_triton and os.environ.get(CHECK_INDICES) == "1":
+            check_range(indices, weight.shape[0])
         launch = triton if use_triton else torch_
         return launch(indices, weight, vals, target, level_weights, factor, Wanted(*wanted))
 
@@ -327,3 +334,13 @@ def check_arguments(
     for name, (tensor, shape, source) in expected.items():
         if list(tensor.shape) != shape:
             raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {source} {shape}")
+
+
+def check_range(indices: torch.Tensor, n_latents: int) -> None:
+    """Raise an IndexError for a latent outside [0, F)."""
+    lowest, highest = indices.aminmax()
+    if lowest < 0 or highest >= n_latents:
+        raise IndexError(
+            f"indices reaches from {int(lowest)} to {int(highest)}, expected latents in "
+            f"[0, {n_latents})"
+        )

@@ -21,6 +21,7 @@ from .fused_loss import (
     fused_loss,
     subtract_bias,
 )
+from .inverted_index import invert, sum_by_latent
 
 
 @triton.jit
@@ -35,6 +36,8 @@ def _hierarchical_kernel(
     grad_weight,  # float32, zeroed
     grad_vals_parts,  # [slices, B, K]
     grad_target,
+    suffix_sums,  # [B, K, BLOCK_D], of one slice
+    first_slice,
     scale,  # factor / (B D)
     B,
     K,
@@ -49,9 +52,11 @@ def _hierarchical_kernel(
     GRAD_WEIGHT: tl.constexpr,
     GRAD_VALS: tl.constexpr,
     GRAD_TARGET: tl.constexpr,
+    SUFFIX_SUMS: tl.constexpr,
 ):
     b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
-    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    slice_ = first_slice + tl.program_id(1)
+    d = slice_ * BLOCK_D + tl.arange(0, BLOCK_D)
     in_batch = b < B
     in_slice = d < D
     bd = b[:, None] * D + d[None, :]
@@ -76,11 +81,11 @@ def _hierarchical_kernel(
         else:
             c = 1.0 / K
         loss += c * r * r
-    tl.store(loss_parts + tl.program_id(1) * B + b, scale * tl.sum(loss, axis=1), mask=in_batch)
+    tl.store(loss_parts + slice_.to(tl.int64) * B + b, scale * tl.sum(loss, axis=1), mask=in_batch)
     if RESIDUAL:
         tl.store(residual + bd, r, mask=bd_mask)
 
-    if GRAD_WEIGHT or GRAD_VALS or GRAD_TARGET:
+    if GRAD_WEIGHT or GRAD_VALS or GRAD_TARGET or SUFFIX_SUMS:
         s = tl.zeros([BLOCK_B, BLOCK_D], tl.float32)
         for step in range(K):
             j = K - 1 - step
@@ -97,7 +102,7 @@ def _hierarchical_kernel(
             s += (2.0 * scale * c) * r
             if GRAD_VALS:
                 tl.store(
-                    grad_vals_parts + (tl.program_id(1).to(tl.int64) * B + b) * K + j,
+                    grad_vals_parts + (slice_.to(tl.int64) * B + b) * K + j,
                     tl.sum(w * s, axis=1),
                     mask=in_batch,
                 )
@@ -107,6 +112,13 @@ def _hierarchical_kernel(
                     v[:, None] * s,
                     mask=row_mask,
                     sem="relaxed",
+                )
+            if SUFFIX_SUMS:
+                column = tl.arange(0, BLOCK_D)[None, :]
+                tl.store(
+                    suffix_sums + (b * K + j)[:, None] * BLOCK_D + column,
+                    s,
+                    mask=in_batch[:, None],
                 )
             r -= v[:, None] * w
         if GRAD_TARGET:
@@ -138,36 +150,53 @@ def _launch(
     grad_vals_parts = target.new_empty(
         (n_slices, n_samples, k) if wanted.grad_vals else (0,), dtype=torch.float32
     )
-    # The slices vary slowest, so that the slice at work, of weight and of its gradient, stays in
-    # the second-level cache: 2 * 65536 * 64 * 4 bytes = 34 MB.
-    grid = (triton.cdiv(n_samples, BLOCK_B), n_slices)
-    _hierarchical_kernel[grid](
-        indices.contiguous(),
-        weight,
-        vals.contiguous(),
-        target.contiguous(),
-        level_weights,
-        loss_parts,
-        outputs.residual,
-        grad_weight,
-        grad_vals_parts,
-        outputs.grad_target,
-        factor / target.numel(),
-        n_samples,
-        k,
-        n_latents,
-        d_in,
-        weight.stride(0),
-        weight.stride(1),
-        BLOCK_B=BLOCK_B,
-        BLOCK_D=BLOCK_D,
-        HAS_LEVEL_WEIGHTS=level_weights is not None,
-        RESIDUAL=wanted.residual,
-        GRAD_WEIGHT=wanted.grad_weight,
-        GRAD_VALS=wanted.grad_vals,
-        GRAD_TARGET=wanted.grad_target,
-        num_warps=NUM_WARPS,  # pyright: ignore[reportCallIssue]
-    )
+    indices, vals, target = indices.contiguous(), vals.contiguous(), target.contiguous()
+
+    def walk(first_slice: int, n_slices: int, grad_weight_by_atomics: bool, suffix_sums=None):
+        # The slices vary slowest, so that the slice at work, of weight and of its gradient, stays
+        # in the second-level cache: 2 * 65536 * 64 * 4 bytes = 34 MB.
+        _hierarchical_kernel[(triton.cdiv(n_samples, BLOCK_B), n_slices)](
+            indices,
+            weight,
+            vals,
+            target,
+            level_weights,
+            loss_parts,
+            outputs.residual,
+            grad_weight,
+            grad_vals_parts,
+            outputs.grad_target,
+            suffix_sums,
+            first_slice,
+            factor / target.numel(),
+            n_samples,
+            k,
+            n_latents,
+            d_in,
+            weight.stride(0),
+            weight.stride(1),
+            BLOCK_B=BLOCK_B,
+            BLOCK_D=BLOCK_D,
+            HAS_LEVEL_WEIGHTS=level_weights is not None,
+            RESIDUAL=wanted.residual,
+            GRAD_WEIGHT=grad_weight_by_atomics,
+            GRAD_VALS=wanted.grad_vals,
+            GRAD_TARGET=wanted.grad_target,
+            SUFFIX_SUMS=suffix_sums is not None,
+            num_warps=NUM_WARPS,  # pyright: ignore[reportCallIssue]
+        )
+
+    if wanted.grad_weight and torch.are_deterministic_algorithms_enabled():
+        # The order of atomic additions varies, so a slice's S are stored and then added up latent
+        # by latent.
+        index = invert(indices, n_latents)
+        suffix_sums = target.new_empty((n_samples * k, BLOCK_D), dtype=torch.float32)
+        for slice_ in range(n_slices):
+            walk(slice_, 1, False, suffix_sums)
+            columns = min(BLOCK_D, d_in - slice_ * BLOCK_D)
+            sum_by_latent(index, vals, suffix_sums, grad_weight, slice_ * BLOCK_D, columns)
+    else:
+        walk(0, n_slices, wanted.grad_weight)
     return outputs._replace(
         loss=loss_parts.sum(),
         grad_weight=grad_weight.to(weight.dtype),
@@ -190,10 +219,12 @@ def triton_hierarchical_sae_loss(
     """Return the squared error of every level, averaged over B, K and D, by fused kernels.
 
     The same function as `hierarchical_sae_loss`, whose docstring has the formula and the arguments,
-    without its [B, K, D] tensor. It accumulates in float32 whatever the inputs' dtypes.
+    without its [B, K, D] tensor. It accumulates in float32 whatever the inputs' dtypes. With
+    `torch.use_deterministic_algorithms(True)` its results are the same from run to run.
 
     Args:
-        indices: [B, K], int32 or int64. A latent outside [0, F) is ignored.
+        indices: [B, K], int32 or int64. A latent outside [0, F) is ignored; with the environment
+            variable SAE_LENS_FLEX_CHECK_INDICES=1 it is an IndexError.
         weight: [F, D], vals: [B, K], bias: [D], target: [B, D]: float32, bfloat16 or float16.
         level_weights: [K], not differentiated. None weighs each level 1 / K.
 

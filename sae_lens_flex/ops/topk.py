@@ -25,7 +25,7 @@ from .fused_loss import (
     fused_loss,
     subtract_bias,
 )
-from .inverted_index import invert
+from .inverted_index import invert, sum_by_latent
 
 
 @triton.jit
@@ -192,6 +192,7 @@ def _launch(
         grad_vals_parts = target.new_empty(
             (n_slices, n_samples, k) if wanted.grad_vals else (0,), dtype=torch.float32
         )
+        is_deterministic = torch.are_deterministic_algorithms_enabled()
         _gradients_kernel[(triton.cdiv(n_samples * k, RUN), n_slices)](
             index.latents,
             index.pairs,
@@ -209,10 +210,12 @@ def _launch(
             weight.stride(1),
             RUN=RUN,
             BLOCK_D=GRADIENTS_BLOCK_D,
-            GRAD_WEIGHT=wanted.grad_weight,
+            GRAD_WEIGHT=wanted.grad_weight and not is_deterministic,
             GRAD_VALS=wanted.grad_vals,
             num_warps=GRADIENTS_NUM_WARPS,  # pyright: ignore[reportCallIssue]
         )
+        if wanted.grad_weight and is_deterministic:  # the order of atomic additions varies
+            sum_by_latent(index, vals, 2 * scale * residual, grad_weight)
         grad_weight = grad_weight.to(weight.dtype)
         if wanted.grad_vals:
             grad_vals = grad_vals_parts.sum(0).to(vals.dtype)

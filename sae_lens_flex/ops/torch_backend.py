@@ -6,7 +6,7 @@ gradients by the formulas of `fused_loss` while a chunk's rows are at hand.
 
 import torch
 
-from .fused_loss import Outputs, Wanted, accumulation_dtype, empty_outputs
+from .fused_loss import Outputs, Wanted, accumulation_dtype, check_range, empty_outputs
 
 # A chunk's [b, K, D] tensors have about this many elements. On a CPU 2^18 (1 MiB in float32) keeps
 # the handful of them in the second-level cache; a GPU wants work enough to fill it.
@@ -53,7 +53,7 @@ def _walk_batch(
     wanted: Wanted,
 ) -> Outputs:
     """Level weights [K], or None for level K alone."""
-    _check_range(indices, weight.shape[0])
+    check_range(indices, weight.shape[0])
     dtype = accumulation_dtype(weight, vals, target)
     outputs = empty_outputs(weight, vals, target, wanted)
     grad_weight = (
@@ -93,13 +93,3 @@ def _walk_batch(
         if wanted.grad_weight:
             grad_weight.index_add_(0, indices[rows].flatten(), (v.unsqueeze(-1) * s).flatten(0, 1))
     return outputs._replace(loss=loss * scale, grad_weight=grad_weight.to(weight.dtype))
-
-
-def _check_range(indices: torch.Tensor, n_latents: int) -> None:
-    """Raise an IndexError for a latent outside [0, F)."""
-    lowest, highest = indices.aminmax()
-    if lowest < 0 or highest >= n_latents:
-        raise IndexError(
-            f"indices reaches from {int(lowest)} to {int(highest)}, expected latents in "
-            f"[0, {n_latents})"
-        )

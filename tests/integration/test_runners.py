@@ -21,6 +21,7 @@ from sae_lens.synthetic import (
     SyntheticSAERunner,
     SyntheticSAERunnerConfig,
 )
+from torch._dynamo.utils import counters
 
 from sae_lens_flex import (
     FlexTopKTrainingSAE,
@@ -241,7 +242,9 @@ def test_bfloat16_parameters_train_and_are_saved_as_such(
 def test_compiled_training_takes_the_same_steps(
     language_model: HookedSAETransformer, token_dataset: Dataset, step_losses: StepLosses
 ):
+    counters.clear()
     for compile_sae in (False, True):
+        assert not counters["stats"]["unique_graphs"]
         torch.manual_seed(0)
         run(
             training_sae_config("hierarchical_topk"),
@@ -250,6 +253,7 @@ def test_compiled_training_takes_the_same_steps(
             compile_sae=compile_sae,
             dead_feature_window=5,
         )
+    assert counters["stats"]["unique_graphs"]
     losses = torch.tensor(step_losses["hierarchical_topk"]).view(2, -1)
     assert_losses_fall(losses[1].tolist())
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-3, atol=0)

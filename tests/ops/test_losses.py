@@ -1,8 +1,5 @@
 """Every implementation of the losses against the definitions in float64."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -14,9 +11,18 @@ from sae_lens_flex.ops import (
     triton_hierarchical_sae_loss,
     triton_topk_sae_loss,
 )
-from sae_lens_flex.ops.fused_loss import fused_loss, subtract_bias
+from sae_lens_flex.ops.fused_loss import fused_loss
 
-ARGUMENTS = ("weight", "vals", "bias", "target")
+from .comparison import (
+    ARGUMENTS,
+    TOLERANCE,
+    Implementation,
+    assert_matches_definition,
+    by_torch,
+    in_float64,
+    random_inputs,
+    relative_error,
+)
 
 # (B, K, F, D): nothing is a multiple of a tile; K > F repeats latents within a row.
 SHAPES = [
@@ -31,117 +37,6 @@ SHAPES = [
 
 def shape_id(shape: tuple[int, ...]) -> str:
     return "-".join(f"{name}{size}" for name, size in zip("BKFD", shape, strict=True))
-
-
-# The relative error of a tensor (Frobenius norm). Sums are accumulated in float32, whose rounding
-# grows at worst with K * 2^-24 = 2e-6 here; a gradient returned in 16 bits is also rounded once, by
-# at most 2^-8 (bfloat16) or 2^-11 (float16) of each element.
-TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 2**-8 + 5e-6, torch.float16: 2**-11 + 5e-6}
-
-
-@dataclass
-class Implementation:
-    definition: Callable[..., torch.Tensor]
-    loss: Callable[..., torch.Tensor]
-    device: str
-
-    def uses_levels(self) -> bool:
-        return self.definition is hierarchical_sae_loss
-
-
-def by_torch(name: str) -> Callable[..., torch.Tensor]:
-    def loss(indices, weight, vals, bias, target, **levels) -> torch.Tensor:
-        target = subtract_bias(target, bias)
-        return fused_loss(name, indices, weight, vals, target, backend="torch", **levels)[0]
-
-    return loss
-
-
-LOSSES = {
-    "triton_hierarchical": (hierarchical_sae_loss, triton_hierarchical_sae_loss),
-    "triton_topk": (topk_sae_loss, triton_topk_sae_loss),
-    "torch_hierarchical": (hierarchical_sae_loss, by_torch("hierarchical_loss")),
-    "torch_topk": (topk_sae_loss, by_torch("topk_loss")),
-}
-
-
-@pytest.fixture(
-    params=[
-        pytest.param((name, device), id=f"{name}-{device}", marks=marks)
-        for name in LOSSES
-        for device, marks in (("cpu", ()), ("cuda", pytest.mark.gpu))
-    ]
-)
-def implementation(request: pytest.FixtureRequest) -> Implementation:
-    name, device = request.param
-    if name.startswith("triton") and device == "cpu" and torch.cuda.is_available():
-        pytest.skip("the kernels are compiled where there is a CUDA device")
-    return Implementation(*LOSSES[name], device)
-
-
-def random_inputs(
-    shape: tuple[int, int, int, int],
-    dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
-    index_dtype: torch.dtype = torch.int64,
-    seed: int = 0,
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Indices and, by name, the other arguments; vals has zeros and both signs."""
-    n_samples, k, n_latents, d_in = shape
-    generator = torch.Generator().manual_seed(seed)
-    indices = torch.randint(n_latents, (n_samples, k), generator=generator)
-    inputs = {
-        "weight": torch.randn(n_latents, d_in, generator=generator),
-        "vals": torch.randn(n_samples, k, generator=generator),
-        "bias": torch.randn(d_in, generator=generator),
-        "target": torch.randn(n_samples, d_in, generator=generator),
-    }
-    inputs["vals"][:, ::3] = 0
-    return indices.to(device, index_dtype), {
-        name: value.to(device, dtype).requires_grad_() for name, value in inputs.items()
-    }
-
-
-def in_float64(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {
-        name: value.detach().cpu().double().requires_grad_(value.requires_grad)
-        for name, value in inputs.items()
-    }
-
-
-def relative_error(value: torch.Tensor, expected: torch.Tensor) -> float:
-    difference = value.detach().cpu().double() - expected.detach()
-    return float(difference.norm() / expected.detach().norm().clamp_min(1e-30))
-
-
-def assert_matches_definition(
-    implementation: Implementation,
-    indices: torch.Tensor,
-    inputs: dict[str, torch.Tensor],
-    factor: float = 1.0,
-    **levels: torch.Tensor,
-) -> None:
-    exact = in_float64(inputs)
-    exact_levels = {name: value.cpu().double() for name, value in levels.items()}
-    expected = implementation.definition(indices.cpu().long(), **exact, **exact_levels)
-    (factor * expected).backward()
-
-    loss = implementation.loss(indices, **inputs, **levels)
-    (factor * loss).backward()
-
-    assert loss.shape == ()
-    assert loss.dtype == torch.float32
-    assert relative_error(loss, expected) < TOLERANCE[torch.float32]
-    for name in ARGUMENTS:
-        if not inputs[name].requires_grad:
-            assert inputs[name].grad is None
-            continue
-        gradient, expected_gradient = inputs[name].grad, exact[name].grad
-        assert gradient is not None
-        assert expected_gradient is not None
-        assert gradient.dtype == inputs[name].dtype
-        error = relative_error(gradient, expected_gradient)
-        assert error < TOLERANCE[inputs[name].dtype], f"{name}: {error}"
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
@@ -360,3 +255,28 @@ def test_wrong_arguments_are_named(loss, change, error, message) -> None:
     indices, inputs = random_inputs((6, 5, 20, 33))
     with pytest.raises(error, match=message):
         loss(**{"indices": indices, **inputs, **change})
+
+
+def test_deterministic_algorithms_give_equal_results(implementation) -> None:
+    shape = (40, 12, 20, 150)
+    gradients = []
+    torch.use_deterministic_algorithms(True)
+    try:
+        for _ in range(3):
+            indices, inputs = random_inputs(shape, device=implementation.device)
+            indices[:, 0] = 3  # a latent that every sample chose
+            assert_matches_definition(implementation, indices, inputs)
+            gradients.append([value.grad for value in inputs.values()])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for other in gradients[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(gradients[0], other, strict=True))
+
+
+def test_debug_switch_makes_the_kernels_check_indices(implementation, monkeypatch) -> None:
+    monkeypatch.setenv("SAE_LENS_FLEX_CHECK_INDICES", "1")
+    indices, inputs = random_inputs((6, 5, 20, 33), device=implementation.device)
+    assert_matches_definition(implementation, indices, inputs)
+    indices[2, 3] = 20
+    with pytest.raises(IndexError, match=r"reaches from \d+ to 20, expected latents in \[0, 20\)"):
+        implementation.loss(indices, **inputs)

@@ -47,14 +47,20 @@ def count_calls(calls: list[Any]) -> Any:
 # --- the fused and the unfused path
 
 
-@both_architectures
-@pytest.mark.parametrize("budgets", [None, [1, 4, K], [K]])
+@pytest.mark.parametrize(
+    ("architecture", "levels"),
+    [
+        pytest.param("flex_topk", {}, id="flex_topk"),
+        pytest.param("hierarchical_topk", {}, id="hierarchical_topk-every_level"),
+        pytest.param(
+            "hierarchical_topk", {"budgets": [1, 4, K]}, id="hierarchical_topk-some_levels"
+        ),
+        pytest.param("hierarchical_topk", {"budgets": [K]}, id="hierarchical_topk-last_level"),
+    ],
+)
 @pytest.mark.parametrize("rescale", [True, False], ids=["rescaled", "not_rescaled"])
 @pytest.mark.parametrize("normalization", ["none", "layer_norm", "constant_norm_rescale"])
-def test_both_paths_give_the_same_step(architecture, budgets, rescale, normalization) -> None:
-    if architecture == "flex_topk" and budgets is not None:
-        pytest.skip("flex_topk has no budgets")
-    levels = {} if budgets is None else {"budgets": budgets}
+def test_both_paths_give_the_same_step(architecture, levels, rescale, normalization) -> None:
     fields = {
         "rescale_acts_by_decoder_norm": rescale,
         "normalize_activations": normalization,

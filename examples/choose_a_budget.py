@@ -1,0 +1,121 @@
+# %% [markdown]
+# # One SAE, every budget: from training to choosing k
+#
+# This trains one `hierarchical_topk` SAE and, on the same activations, a TopK SAE for each of
+# several k; measures all of them on the same held-out tokens; and then picks and uses a budget.
+# The cells run in order in a notebook editor that knows `# %%`, or as a script:
+#
+#     python examples/choose_a_budget.py
+#
+# It uses the language model and text of `examples/tiny_lm` and needs no network.
+
+# %%
+import argparse
+from pathlib import Path
+
+import torch
+from datasets import load_dataset
+from sae_lens import (
+    SAE,
+    ActivationsStore,
+    LoggingConfig,
+    MultiSAETrainingRunner,
+    MultiSAETrainingRunnerConfig,
+)
+from sae_lens.load_model import load_model
+
+import sae_lens_flex
+
+parser = argparse.ArgumentParser(description="Train SAEs, compare their budgets, choose one.")
+parser.add_argument("--tokens", type=int, default=2_000_000, help="tokens to train on")
+parser.add_argument("--output", type=Path, default=Path("output/budgets"), help="where to write")
+args = parser.parse_args()
+
+TINY_LM = Path(__file__).parent / "tiny_lm"
+HOOK = "transformer.h.1"  # the residual stream after the second of four layers
+D_IN, D_SAE, K = 192, 2048, 32
+
+# %% [markdown]
+# ## Train
+#
+# SAELens's `MultiSAETrainingRunner` feeds every SAE the same batches. `flex_topk` is SAELens's own
+# TopK, trained faster.
+
+# %%
+text = load_dataset(str(TINY_LM / "wordnet_glosses"), split="train", streaming=True)
+training_text, held_out_text = text.skip(1000), text.take(1000)
+
+cfg = MultiSAETrainingRunnerConfig(
+    saes={
+        "hierarchical": sae_lens_flex.HierarchicalTopKTrainingSAEConfig(
+            d_in=D_IN, d_sae=D_SAE, k=K
+        ),
+        **{
+            f"topk_{k}": sae_lens_flex.FlexTopKTrainingSAEConfig(d_in=D_IN, d_sae=D_SAE, k=k)
+            for k in (1, 2, 4, 8, 16, 32)
+        },
+    },
+    hook_names=HOOK,
+    model_name=str(TINY_LM),
+    model_class_name="AutoModelForCausalLM",
+    training_tokens=args.tokens,
+    train_batch_size_tokens=1024,
+    lr=1e-3,
+    lr_warm_up_steps=args.tokens // 1024 // 20,
+    lr_decay_steps=args.tokens // 1024 // 5,
+    logger=LoggingConfig(log_to_wandb=False),
+    checkpoint_path=None,
+    output_path=str(args.output / "saes"),
+)
+MultiSAETrainingRunner(cfg, override_dataset=training_text).run()
+
+# %% [markdown]
+# ## Compare
+#
+# One call measures them all, each at its budgets, on the same tokens.
+
+# %%
+saes = {name: SAE.load_from_disk(args.output / "saes" / name) for name in cfg.saes}
+model = load_model("AutoModelForCausalLM", str(TINY_LM), device="cpu", hook_names=[HOOK])
+store = ActivationsStore.from_sae(model, saes["hierarchical"], dataset=held_out_text)
+
+sweep = sae_lens_flex.sweep_budgets(saes, store, n_batches=8, batch_size_prompts=16)
+sweep.to_json(args.output / "sweep.json")
+sweep.plot(args.output / "sweep.html")
+columns = ["sae", "budget", "explained_variance", "ce_loss_score", "dead_latents"]
+print(sweep.to_pandas()[columns].to_string(index=False, float_format="{:.3f}".format))
+print(f"{sweep.n_tokens} tokens; the figure is {args.output / 'sweep.html'}")
+
+# %% [markdown]
+# ## Choose
+#
+# The smallest budget that reaches what you ask for, here nine tenths of what the largest reaches:
+
+# %%
+sae = saes["hierarchical"]
+best = max(row.explained_variance for row in sweep.metrics if row.sae == "hierarchical")
+budget = sae_lens_flex.smallest_budget(sweep, explained_variance=0.9 * best, sae="hierarchical")
+print(f"{budget} of {K} latents explain 0.9 of the variance that {K} do")
+
+# %% [markdown]
+# Use it, for a while or for good; or let every activation take as many latents as it needs:
+
+# %%
+activations = store.get_activations(store.get_batch_tokens(8)).flatten(0, -2)
+with sae.at_budget(budget):
+    print("latents per token at that budget:", (sae.encode(activations) > 0).sum(-1).float().mean())
+
+adaptive = (sae.encode_adaptive(activations, tolerance=0.3) > 0).sum(-1)
+print(
+    "latents per token where a residual of 0.3 may be left:",
+    *(f"{q:.0%}: {torch.quantile(adaptive.float(), q):.0f}" for q in (0.1, 0.5, 0.9)),
+)
+
+# %% [markdown]
+# ## Share
+#
+# At a fixed budget it is an ordinary SAELens TopK SAE, which loads without this package:
+
+# %%
+path = sae_lens_flex.export_topk(sae, args.output / f"topk_at_{budget}", budget=budget)
+print(f"SAE.load_from_disk({str(path)!r}) gives a {type(SAE.load_from_disk(path)).__name__}")

@@ -1,0 +1,112 @@
+"""What the op tests share: the implementations, their inputs, and the comparison in float64."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from sae_lens_flex.ops import (
+    hierarchical_sae_loss,
+    topk_sae_loss,
+    triton_hierarchical_sae_loss,
+    triton_topk_sae_loss,
+)
+from sae_lens_flex.ops.fused_loss import fused_loss, subtract_bias
+
+ARGUMENTS = ("weight", "vals", "bias", "target")
+
+# The relative error of a tensor (Frobenius norm). Sums are accumulated in float32, whose rounding
+# grows at worst with K * 2^-24 = 2e-6 here; a gradient returned in 16 bits is also rounded once, by
+# at most 2^-8 (bfloat16) or 2^-11 (float16) of each element.
+TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 2**-8 + 5e-6, torch.float16: 2**-11 + 5e-6}
+
+
+@dataclass
+class Implementation:
+    definition: Callable[..., torch.Tensor]
+    loss: Callable[..., torch.Tensor]
+    device: str
+
+    def uses_levels(self) -> bool:
+        return self.definition is hierarchical_sae_loss
+
+
+def by_torch(name: str) -> Callable[..., torch.Tensor]:
+    def loss(indices, weight, vals, bias, target, **levels) -> torch.Tensor:
+        target = subtract_bias(target, bias)
+        return fused_loss(name, indices, weight, vals, target, backend="torch", **levels)[0]
+
+    return loss
+
+
+LOSSES = {
+    "triton_hierarchical": (hierarchical_sae_loss, triton_hierarchical_sae_loss),
+    "triton_topk": (topk_sae_loss, triton_topk_sae_loss),
+    "torch_hierarchical": (hierarchical_sae_loss, by_torch("hierarchical_loss")),
+    "torch_topk": (topk_sae_loss, by_torch("topk_loss")),
+}
+
+
+def random_inputs(
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    index_dtype: torch.dtype = torch.int64,
+    seed: int = 0,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Indices and, by name, the other arguments; vals has zeros and both signs."""
+    n_samples, k, n_latents, d_in = shape
+    generator = torch.Generator().manual_seed(seed)
+    indices = torch.randint(n_latents, (n_samples, k), generator=generator)
+    inputs = {
+        "weight": torch.randn(n_latents, d_in, generator=generator),
+        "vals": torch.randn(n_samples, k, generator=generator),
+        "bias": torch.randn(d_in, generator=generator),
+        "target": torch.randn(n_samples, d_in, generator=generator),
+    }
+    inputs["vals"][:, ::3] = 0
+    return indices.to(device, index_dtype), {
+        name: value.to(device, dtype).requires_grad_() for name, value in inputs.items()
+    }
+
+
+def in_float64(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {
+        name: value.detach().cpu().double().requires_grad_(value.requires_grad)
+        for name, value in inputs.items()
+    }
+
+
+def relative_error(value: torch.Tensor, expected: torch.Tensor) -> float:
+    difference = value.detach().cpu().double() - expected.detach()
+    return float(difference.norm() / expected.detach().norm().clamp_min(1e-30))
+
+
+def assert_matches_definition(
+    implementation: Implementation,
+    indices: torch.Tensor,
+    inputs: dict[str, torch.Tensor],
+    factor: float = 1.0,
+    **levels: torch.Tensor,
+) -> None:
+    exact = in_float64(inputs)
+    exact_levels = {name: value.cpu().double() for name, value in levels.items()}
+    expected = implementation.definition(indices.cpu().long(), **exact, **exact_levels)
+    (factor * expected).backward()
+
+    loss = implementation.loss(indices, **inputs, **levels)
+    (factor * loss).backward()
+
+    assert loss.shape == ()
+    assert loss.dtype == torch.float32
+    assert relative_error(loss, expected) < TOLERANCE[torch.float32]
+    for name in ARGUMENTS:
+        if not inputs[name].requires_grad:
+            assert inputs[name].grad is None
+            continue
+        gradient, expected_gradient = inputs[name].grad, exact[name].grad
+        assert gradient is not None
+        assert expected_gradient is not None
+        assert gradient.dtype == inputs[name].dtype
+        error = relative_error(gradient, expected_gradient)
+        assert error < TOLERANCE[inputs[name].dtype], f"{name}: {error}"

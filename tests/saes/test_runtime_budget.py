@@ -1,0 +1,292 @@
+"""Budgets at run time: the levels of a reconstruction, adaptive encoding, and what training logs."""
+
+from typing import Any
+
+import pytest
+import torch
+from comparison import BATCH, D_IN, D_SAE, K, assert_close, random_activations, trained_sae
+from sae_lens import LoggingConfig, SAETrainer
+from sae_lens.config import SAETrainerConfig
+from sae_lens.saes.sae import TrainStepInput
+
+from sae_lens_flex import HierarchicalTopKSAE, HierarchicalTopKSAEConfig
+
+BUDGETS = [1, 2, 3, 5, K]
+NORMALIZATIONS = ["none", "layer_norm", "constant_norm_rescale", "expected_average_only_in"]
+
+
+def hierarchical_sae(kind: str = "inference", **fields: Any) -> Any:
+    """An SAE with b_dec, b_enc and decoder norms of all sizes, in training or for inference."""
+    reshape = fields.pop("reshape_activations", "none")
+    trained = trained_sae("hierarchical_topk", aux_loss_coefficient=0.0, **fields)
+    if kind == "training":
+        return trained
+    inference_fields = {
+        name: getattr(trained.cfg, name)
+        for name in (
+            *("d_in", "d_sae", "k", "dtype", "rescale_acts_by_decoder_norm"),
+            *("normalize_activations", "apply_b_dec_to_input"),
+        )
+    }
+    cfg = HierarchicalTopKSAEConfig(**inference_fields, reshape_activations=reshape)
+    cfg.metadata.hook_name = "blocks.0.attn.hook_z" if reshape == "hook_z" else None
+    sae = HierarchicalTopKSAE(cfg)
+    sae.load_state_dict(trained.state_dict())
+    return sae
+
+
+def decode_each(sae: Any, x: torch.Tensor, budgets: list[int]) -> dict[int, torch.Tensor]:
+    """Reconstruct at each budget as SAELens does: one encode and one decode for each."""
+    reconstructions = {}
+    for budget in budgets:
+        with torch.no_grad(), sae.at_budget(budget):
+            reconstructions[budget] = sae.decode(sae.encode(x))
+    return reconstructions
+
+
+@pytest.mark.parametrize("shape", [(BATCH, D_IN), (3, 5, D_IN)], ids=["2-D", "3-D"])
+@pytest.mark.parametrize("rescale", [False, True], ids=["as-is", "rescaled"])
+@pytest.mark.parametrize("kind", ["inference", "training"])
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+def test_levels_reconstruct_as_one_decode_per_budget(normalize, kind, rescale, shape) -> None:
+    sae = hierarchical_sae(
+        kind, normalize_activations=normalize, rescale_acts_by_decoder_norm=rescale
+    )
+    x = random_activations(*shape)
+    expected = decode_each(sae, x, BUDGETS)
+    acts, latents = sae.encode_levels(x)
+    assert acts.shape == latents.shape == (*shape[:-1], K)
+    reconstructions = dict(sae.decode_levels(acts, latents, BUDGETS))
+    assert list(reconstructions) == BUDGETS
+    for budget in BUDGETS:
+        assert_close(reconstructions[budget], expected[budget], 1e-6, f"budget {budget}")
+
+
+def test_levels_are_the_prefixes_of_the_descending_activations() -> None:
+    sae = hierarchical_sae()
+    x = random_activations()
+    acts, latents = sae.encode_levels(x)
+    for budget in BUDGETS:
+        with sae.at_budget(budget):
+            prefix = torch.zeros(BATCH, D_SAE).scatter(-1, latents[:, :budget], acts[:, :budget])
+            assert torch.equal(prefix, sae.encode(x))
+            assert torch.equal(sae.encode_levels(x)[0], acts[:, :budget])
+
+
+def test_levels_without_budgets_are_the_powers_of_two_and_the_last() -> None:
+    sae = hierarchical_sae(k=6)
+    levels = sae.decode_levels(*sae.encode_levels(random_activations()))
+    assert [budget for budget, _ in levels] == [1, 2, 4, 6]
+
+
+@pytest.mark.parametrize("budgets", [[], [2, 1], [1, 1], [0, 2], [K + 1], 3, "12", [1.5]], ids=repr)
+def test_impossible_levels_raise_and_name_the_budgets(budgets) -> None:
+    sae = hierarchical_sae()
+    acts, latents = sae.encode_levels(random_activations())
+    with pytest.raises(ValueError, match="budgets"):
+        list(sae.decode_levels(acts, latents, budgets))
+
+
+@pytest.mark.parametrize("shape", [(BATCH, 4, 4), (3, 5, 4, 4)], ids=["2-D", "3-D"])
+def test_levels_keep_the_heads_of_hook_z(shape) -> None:
+    sae = hierarchical_sae(reshape_activations="hook_z")
+    x = random_activations(*shape)
+    expected = decode_each(sae, x, BUDGETS)
+    for budget, reconstruction in sae.decode_levels(*sae.encode_levels(x), BUDGETS):
+        assert reconstruction.shape == x.shape
+        assert_close(reconstruction, expected[budget], 1e-6)
+
+
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+def test_levels_of_a_bfloat16_sae_are_as_close_as_its_decode(normalize) -> None:
+    x = random_activations(256, D_IN)
+    sae = hierarchical_sae(normalize_activations=normalize).to(dtype=torch.bfloat16)
+    exact = hierarchical_sae(normalize_activations=normalize).to(dtype=torch.float64)
+    exact.load_state_dict(sae.state_dict())
+    exact.to(dtype=torch.float64)
+    acts, latents = sae.encode_levels(x)
+    # The latents that bfloat16 chose, decoded without its rounding.
+    exact.process_sae_in(x)
+    references = dict(exact.decode_levels(acts.double(), latents, BUDGETS))
+    stock = decode_each(sae, x, BUDGETS)
+    sae.process_sae_in(x)
+    for budget, reconstruction in sae.decode_levels(acts, latents, BUDGETS):
+        assert reconstruction.dtype == torch.bfloat16
+        assert_close(reconstruction, references[budget], 1e-2)
+        error = (reconstruction.double() - references[budget]).norm()
+        assert error <= 1.05 * (stock[budget].double() - references[budget]).norm()
+
+
+def test_levels_leave_the_sae_as_it_was() -> None:
+    sae = hierarchical_sae(normalize_activations="layer_norm")
+    before = set(vars(sae))
+    sae.budget = 5
+    list(sae.decode_levels(*sae.encode_levels(random_activations())))
+    sae.encode_adaptive(random_activations(), 0.1)
+    assert set(vars(sae)) == before
+    assert sae.budget == 5
+
+
+def adaptive_by_definition(sae: Any, x: torch.Tensor, tolerance: float) -> torch.Tensor:
+    """Keep the first j latents, j the smallest with |residual at j|^2 <= tolerance |x - b_dec|^2.
+
+    b_dec is scaled and shifted like the output: it is the reconstruction from no latents at all.
+    """
+    flat = x.flatten(0, -2)
+    acts = torch.zeros(len(flat), sae.cfg.d_sae, dtype=sae.dtype)
+    for row in range(len(flat)):
+        one = flat[row : row + 1]
+        full = sae.encode(one)
+        bias = sae.decode(torch.zeros_like(full))
+        order = full[0].argsort(descending=True)
+        for j in range(1, sae.budget + 1):
+            kept = torch.zeros_like(full)
+            kept[0, order[:j]] = full[0, order[:j]]
+            sae.process_sae_in(one)
+            residual = sae.decode(kept) - one
+            if residual.square().sum() <= tolerance * (one - bias).square().sum():
+                break
+        acts[row] = kept[0]
+    return acts.view(*x.shape[:-1], -1)
+
+
+@pytest.mark.parametrize("tolerance", [0.05, 0.3, 0.6, 1.0])
+@pytest.mark.parametrize("rescale", [False, True], ids=["as-is", "rescaled"])
+@pytest.mark.parametrize("normalize", ["none", "layer_norm", "constant_norm_rescale"])
+def test_adaptive_encoding_matches_its_definition(normalize, rescale, tolerance) -> None:
+    sae = hierarchical_sae(
+        normalize_activations=normalize, rescale_acts_by_decoder_norm=rescale, dtype="float64"
+    )
+    x = sae.decode(sae.encode(random_activations(2, 24, D_IN, dtype=torch.float64))).detach()
+    x += 0.2 * random_activations(2, 24, D_IN, seed=5, dtype=torch.float64)
+    with torch.no_grad():
+        expected = adaptive_by_definition(sae, x, tolerance)
+    acts = sae.encode_adaptive(x, tolerance)
+    assert torch.equal(acts.count_nonzero(-1), expected.count_nonzero(-1))
+    torch.testing.assert_close(acts, expected)
+    if tolerance < 1:
+        assert len(acts.count_nonzero(-1).unique()) > 1, "every activation got the same number"
+
+
+def test_adaptive_encoding_keeps_all_latents_at_no_tolerance_and_one_at_any() -> None:
+    sae = hierarchical_sae()
+    x = random_activations()
+    assert torch.equal(sae.encode_adaptive(x, 0), sae.encode(x))
+    with sae.at_budget(1):
+        first = sae.encode(x)
+    assert torch.equal(sae.encode_adaptive(x, float("inf")), first)
+    assert torch.equal(sae.encode_adaptive(x, 1e9), first)
+
+
+def test_adaptive_encoding_keeps_no_more_than_the_budget() -> None:
+    sae = hierarchical_sae()
+    x = random_activations()
+    with sae.at_budget(3):
+        assert torch.equal(sae.encode_adaptive(x, 0), sae.encode(x))
+
+
+def test_adaptive_encoding_of_the_training_sae_is_that_of_the_inference_sae() -> None:
+    x = random_activations()
+    acts = hierarchical_sae("training").encode_adaptive(x, 0.4)
+    assert not acts.requires_grad
+    assert torch.equal(acts, hierarchical_sae().encode_adaptive(x, 0.4))
+
+
+def test_adaptive_encoding_takes_the_heads_of_hook_z() -> None:
+    sae = hierarchical_sae(reshape_activations="hook_z")
+    x = random_activations(3, 5, D_IN)
+    expected = hierarchical_sae().encode_adaptive(x, 0.4)
+    assert torch.equal(sae.encode_adaptive(x.view(3, 5, 4, 4), 0.4), expected)
+
+
+@pytest.mark.parametrize("tolerance", [-0.1, float("nan")])
+def test_adaptive_encoding_refuses_an_impossible_tolerance(tolerance) -> None:
+    with pytest.raises(ValueError, match="tolerance is"):
+        hierarchical_sae().encode_adaptive(random_activations(), tolerance)
+
+
+def logged(sae: Any, x: torch.Tensor, is_logging_step: bool) -> dict[str, Any]:
+    return sae.training_forward_pass(
+        TrainStepInput(
+            sae_in=x,
+            coefficients={},
+            dead_neuron_mask=None,
+            n_training_steps=0,
+            is_logging_step=is_logging_step,
+        )
+    ).metrics
+
+
+def expected_metrics(sae: Any, x: torch.Tensor) -> dict[str, float]:
+    """Explained variance and MSE, by SAELens's formulas, of one decode per budget."""
+    metrics = {}
+    variance = (x - x.mean(0)).square().sum(-1).mean()
+    for budget, reconstruction in decode_each(sae, x, [1, 2, 4, K]).items():
+        mse = (reconstruction - x).square().sum(-1).mean()
+        metrics[f"explained_variance_at_{budget}"] = (1 - mse / variance).item()
+        metrics[f"mse_at_{budget}"] = mse.item()
+    return metrics
+
+
+@pytest.mark.parametrize("path", ["fused", "unfused"])
+@pytest.mark.parametrize("rescale", [False, True], ids=["as-is", "rescaled"])
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+def test_logging_steps_report_every_doubling_budget(normalize, rescale, path) -> None:
+    sae = hierarchical_sae(
+        "training", normalize_activations=normalize, rescale_acts_by_decoder_norm=rescale
+    )
+    sae.use_fused_path = path == "fused"
+    x = random_activations()
+    metrics = {name: float(value) for name, value in logged(sae, x, True).items()}
+    assert metrics == pytest.approx(expected_metrics(sae, x), rel=1e-5)
+
+
+@pytest.mark.parametrize("path", ["fused", "unfused"])
+def test_other_steps_compute_no_metrics(path, monkeypatch) -> None:
+    sae = hierarchical_sae("training")
+    sae.use_fused_path = path == "fused"
+    monkeypatch.setattr(sae, "_logging_metrics", lambda *_: pytest.fail("computed"))
+    assert logged(sae, random_activations(), False) == {}
+
+
+def test_trainer_logs_the_budgets_under_metrics_on_logging_steps_only(monkeypatch) -> None:
+    sae = hierarchical_sae("training")
+    batches = [random_activations(seed=seed) for seed in range(6)]
+    cfg = SAETrainerConfig(
+        total_training_samples=len(batches) * BATCH,
+        train_batch_size_samples=BATCH,
+        lr=1e-2,
+        logger=LoggingConfig(log_to_wandb=True, wandb_log_frequency=3),
+    )
+    trainer = SAETrainer(cfg=cfg, sae=sae, data_provider=iter(batches))
+    logs = []
+
+    def record(output: Any) -> None:
+        if output.metrics:
+            assert trainer._is_logging_step()
+            logs.append(trainer.build_train_step_log_dict(output, trainer.n_training_samples))
+        else:
+            assert not trainer._is_logging_step()
+
+    expected = []
+    step = trainer._train_step
+
+    def recording_step(sae: Any, sae_in: torch.Tensor) -> Any:
+        if trainer._is_logging_step():  # the weights that the optimizer has not changed yet
+            expected.append(expected_metrics(sae, sae_in))
+        return step(sae=sae, sae_in=sae_in)
+
+    monkeypatch.setattr(trainer, "_train_step", recording_step)
+    monkeypatch.setattr(trainer, "_log_train_step", record)
+    monkeypatch.setattr(trainer, "_run_and_log_evals", lambda: None)
+    monkeypatch.setattr(trainer, "save_checkpoint", lambda *_, **__: None)
+    trainer.fit()
+    assert len(logs) == len(expected) == 2
+    for log, metrics in zip(logs, expected, strict=True):
+        assert {name: log[f"metrics/{name}"] for name in metrics} == pytest.approx(
+            metrics, rel=1e-5
+        )
+        # SAELens's own metric, of the reconstruction at k
+        assert log[f"metrics/explained_variance_at_{K}"] == pytest.approx(
+            log["metrics/explained_variance"], rel=1e-4
+        )
