@@ -401,13 +401,8 @@ class _ModelBatch(_Batch):
         }
 
     def activations(self, sae: SAE[Any]) -> torch.Tensor:
-        name, head = _hook_name(sae), _head(sae)
-        x = self.cache[name]
-        if head is not None:
-            x = x[:, :, head]
-        elif _has_heads(name):
-            x = x.flatten(-2, -1)
-        return x.to(sae.device)
+        name = _hook_name(sae)
+        return flat_activations(self.cache[name], name, _head(sae)).to(sae.device)
 
     def model_metrics(self, sae: SAE[Any], reconstruction: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the model's metrics of every token that counts.
@@ -504,8 +499,11 @@ def _head(sae: SAE[Any]) -> int | None:
     return sae.cfg.metadata.hook_head_index
 
 
-def _has_heads(hook_name: str) -> bool:
-    return any(hook in hook_name for hook in HEAD_HOOKS)
+def flat_activations(x: torch.Tensor, hook_name: str, head: int | None) -> torch.Tensor:
+    """Return what an SAE reads of a hook point: one head, or all of them in one dimension."""
+    if head is not None:
+        return x[:, :, head]
+    return x.flatten(-2, -1) if any(hook in hook_name for hook in HEAD_HOOKS) else x
 
 
 class _Totals:

@@ -3,17 +3,23 @@
 import argparse
 import contextlib
 import io
+import logging
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
+import datasets
+import torch
+import transformers
 from sae_lens import SAE, ActivationsStore, LanguageModelSAETrainingRunner
 from sae_lens.llm_sae_training_runner import _parse_cfg_args
 from sae_lens.load_model import load_model
 
-from .budgets import sweep_budgets
+from .budgets import flat_activations, sweep_budgets
+from .ops.fused_loss import uses_triton
 from .saes.hierarchical_topk import RuntimeBudget, check_budgets
 from .sharing import export_topk
 
@@ -102,13 +108,50 @@ def _naming(what: str) -> Iterator[None]:
         raise ValueError(f"{what}: {_in_one_line(error)}") from error
 
 
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep what libraries log and warn while they load from burying the line that matters."""
+    transformers.utils.logging.disable_progress_bar()
+    datasets.logging.set_verbosity(logging.CRITICAL)
+    with warnings.catch_warnings(record=True) as caught:
+        yield
+    for warning in caught:
+        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+
+
 def train(argv: list[str]) -> int:
     """Run SAELens's training command line."""
     if not argv or "-h" in argv or "--help" in argv:
         print(TRAIN_SUMMARY, end="")
         return 0
-    LanguageModelSAETrainingRunner(_parse_train_arguments(argv)).run()
+    cfg = _parse_train_arguments(argv)
+    uses_triton(getattr(cfg.sae, "backend", "auto"), _device(cfg.device))  # raises if it cannot
+    with _quietly():
+        runner = LanguageModelSAETrainingRunner(cfg)
+        _check_activations(runner)
+    if cfg.output_path is not None:
+        Path(cfg.output_path).mkdir(parents=True, exist_ok=True)
+    runner.run()
     return 0
+
+
+def _check_activations(runner: LanguageModelSAETrainingRunner) -> None:
+    """Run the model on one prompt, since training would fail at its first batch much less clearly."""
+    cfg, model = runner.cfg, runner.model
+    if runner.activations_store.cached_activations_path is not None:
+        return
+    with _naming(f"{cfg.model_name} on {cfg.context_size} tokens"), torch.no_grad():
+        tokens = torch.zeros(1, cfg.context_size, dtype=torch.int64, device=cfg.llm_device)
+        _, cache = model.run_with_cache(
+            tokens, names_filter=[cfg.hook_name], **runner.activations_store.model_kwargs
+        )
+    if cfg.hook_name not in cache:
+        raise ValueError(f"hook_name is {cfg.hook_name!r}, expected a hook point of the model")
+    width = flat_activations(cache[cfg.hook_name], cfg.hook_name, cfg.hook_head_index).shape[-1]
+    if width != cfg.sae.d_in:
+        raise ValueError(
+            f"d_in is {cfg.sae.d_in}, expected {width}, the width of {cfg.hook_name!r}"
+        )
 
 
 def _parse_train_arguments(argv: list[str]) -> Any:
@@ -156,6 +199,7 @@ def sweep(argv: list[str]) -> int:
     if args.figure is not None and args.figure.suffix != ".html" and not find_spec("kaleido"):
         parser.error("argument --figure: images need the package kaleido; give a name in .html")
 
+    _device(args.device)
     sae = _load(args.sae, args.sae_id, args.device)
     if args.budgets is not None:
         if not isinstance(sae, RuntimeBudget):
@@ -167,22 +211,24 @@ def sweep(argv: list[str]) -> int:
     metadata = sae.cfg.metadata
     model_name = args.model or metadata.model_name
     dataset = args.dataset or metadata.dataset_path
-    if not metadata.hook_name:
-        parser.error("the SAE names no hook point of a language model")
+    for field in ("hook_name", "context_size", "prepend_bos"):
+        if metadata[field] is None:
+            parser.error(f"the SAE's metadata has no {field}, which a sweep needs")
     if not model_name:
         parser.error("the SAE names no language model: give --model")
     if not dataset:
         parser.error("the SAE names no dataset: give --dataset")
-    with _naming(f"model {model_name}"):
-        model = load_model(
-            args.model_class or metadata.model_class_name or "HookedTransformer",
-            model_name,
-            device=args.device,
-            model_from_pretrained_kwargs=metadata.model_from_pretrained_kwargs,
-            hook_names=[metadata.hook_name],
-        )
-    with _naming(f"dataset {dataset}"):
-        store = ActivationsStore.from_sae(model, sae, dataset=dataset, device=args.device)
+    with _quietly():
+        with _naming(f"model {model_name}"):
+            model = load_model(
+                args.model_class or metadata.model_class_name or "HookedTransformer",
+                model_name,
+                device=args.device,
+                model_from_pretrained_kwargs=metadata.model_from_pretrained_kwargs,
+                hook_names=[metadata.hook_name],
+            )
+        with _naming(f"dataset {dataset}"):
+            store = ActivationsStore.from_sae(model, sae, dataset=dataset, device=args.device)
     result = sweep_budgets(
         sae,
         store,
@@ -192,9 +238,8 @@ def sweep(argv: list[str]) -> int:
         compute_ce_loss=not args.no_ce,
         compute_kl=args.kl,
     )
-    print(
-        result.to_pandas().drop(columns="sae").to_string(index=False, float_format="{:.4f}".format)
-    )
+    table = result.to_pandas().drop(columns="sae")
+    print(table.to_string(index=False, na_rep="-", float_format="{:.4f}".format))
     if args.json is not None:
         result.to_json(args.json)
     if args.figure is not None:
@@ -224,7 +269,7 @@ def _add_sae_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "sae", metavar="PATH_OR_REPO", help="a directory, or a repository of the Hugging Face hub"
     )
-    parser.add_argument("--sae-id", help="the SAE's folder in the repository")
+    parser.add_argument("--sae-id", help="the SAE's folder in it; for a repository")
 
 
 def _count(text: str) -> int:
@@ -233,10 +278,16 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _device(name: str) -> torch.device:
+    with _naming(f"device {name}"):
+        return torch.empty(0, device=name).device
+
+
 def _load(path_or_repo: str, sae_id: str | None, device: str) -> Any:
     if Path(path_or_repo).is_dir():
-        with _naming(path_or_repo):
-            return SAE.load_from_disk(path_or_repo, device=device)
+        path = Path(path_or_repo, sae_id or "")
+        with _naming(str(path)):
+            return SAE.load_from_disk(path, device=device)
     if sae_id is None:
         raise ValueError(
             f"{path_or_repo!r} is no directory; to take it as a repository of the Hugging Face "

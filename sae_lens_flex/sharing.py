@@ -171,7 +171,7 @@ sae.budget = {k}  # or {budgets}: any of 1..{k}
         rows = [list(table.columns), ["---"] * table.shape[1]]
         rows += [
             [f"{value:.4g}" if isinstance(value, float) else str(value) for value in row]
-            for row in table.itertuples(index=False)
+            for row in table.astype(object).fillna("").itertuples(index=False)
         ]
         lines = "\n".join("| " + " | ".join(row) + " |" for row in rows)
         card += f"\nMeasured on the same {sweep.n_tokens} tokens at every budget:\n\n{lines}\n"

@@ -3,7 +3,8 @@
     python scripts/build_kernels.py OUT
 
 OUT/build/<variant> then holds the sources as they are and metadata.json. They need torch alone, and
-Triton for the functions with the prefix triton_. Where OUT holds an earlier build, it is replaced.
+Triton for the functions with the prefix triton_. Where OUT holds an earlier build, it is replaced,
+its README.md too; where it holds anything else, or sources were changed, nothing is written.
 """
 
 import argparse
@@ -118,20 +119,19 @@ def is_earlier_build(out: Path, files: dict[str, bytes]) -> bool:
     if any(path.name not in {"build", *files} for path in out.iterdir()):
         return False
     try:
-        for variant in (out / "build").iterdir():
+        variants = list((out / "build").iterdir())
+        for variant in variants:
             described = json.loads((variant / "metadata.json").read_bytes())
-            backend = described["backend"]["type"]
-            name, sources = described["name"], read_sources(variant)
-            if variant.name != f"torch-{backend}" or described["id"] != kernel_id(
-                name, backend, sources
-            ):
+            backend, sources = described["backend"]["type"], read_sources(variant)
+            expected_id = kernel_id(str(described["name"]), backend, sources)
+            if (variant.name, expected_id) != (f"torch-{backend}", described["id"]):
                 return False
             others = (p for p in variant.rglob("*") if p.is_file() and p.suffix != ".pyc")
             if {p.relative_to(variant).as_posix() for p in others} != {"metadata.json", *sources}:
                 return False
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    return True
+    return bool(variants)
 
 
 def write(out: Path, files: dict[str, bytes]) -> None:

@@ -164,7 +164,7 @@ def test_installed_and_loaded_losses_work_in_one_process(built: Path, first: str
     if first == "loaded":
         imports.reverse()
     compare = "check(loaded); check(sae_lens_flex.ops); check(loaded)"
-    distinct = "assert loaded.fused_loss is not sae_lens_flex.ops.fused_loss"
+    distinct = "assert loaded.fused_loss.NAMESPACE != sae_lens_flex.ops.fused_loss.NAMESPACE"
     run_python("\n".join([CHECK, *imports, distinct, compare]), built)
 
 
@@ -206,6 +206,13 @@ def test_directory_with_other_files_is_refused_in_one_line(tmp_path: Path, stray
         "nothing was written\n"
     )
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_directory_that_only_looks_like_a_build_is_refused(tmp_path: Path):
+    (tmp_path / "build").mkdir()
+    (tmp_path / "README.md").write_text("mine")
+    assert build(tmp_path).returncode == 2
+    assert (tmp_path / "README.md").read_text() == "mine"
 
 
 def test_file_in_the_way_is_refused_in_one_line(tmp_path: Path):

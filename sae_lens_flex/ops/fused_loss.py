@@ -71,8 +71,12 @@ Launcher = Callable[
     Outputs,
 ]
 
+# "sae_lens_flex", or the name by which the package `kernels` imports a copy of `ops`: each copy has
+# operators of its own, for it may be of another version.
+NAMESPACE = __name__.removesuffix(".fused_loss").removesuffix(".ops").replace(".", "_")
 # Kept when this module is reloaded: the operators would go with the library.
-_library = globals().get("_library") or torch.library.Library("sae_lens_flex", "FRAGMENT")
+_library = globals().get("_library") or torch.library.Library(NAMESPACE, "FRAGMENT")
+_operators = getattr(torch.ops, NAMESPACE)
 
 
 @triton.jit
@@ -111,17 +115,17 @@ def _scaled(gradient: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
         return gradient * factor
     # In place, without a second gradient in memory. Another backward pass through the same graph
     # then raises, for autograd sees that what it saved has changed.
-    torch.ops.sae_lens_flex.scale_(gradient, factor)
+    _operators.scale_(gradient, factor)
     return gradient
 
 
-if not hasattr(torch.ops.sae_lens_flex, "scale_"):
+if not hasattr(_operators, "scale_"):
     _library.define("scale_(Tensor(a!) gradient, Tensor factor) -> ()")
     _library.impl("scale_", _scale, "CompositeExplicitAutograd")
 
 
 def define_loss_operator(name: str, *, triton: Launcher, torch_: Launcher) -> None:
-    """Define `torch.ops.sae_lens_flex.<name>`, a fused loss with its autograd.
+    """Define `torch.ops.<NAMESPACE>.<name>`, a fused loss with its autograd.
 
     An operator rather than a bare autograd function, so that torch.compile keeps it whole.
 
@@ -130,7 +134,7 @@ def define_loss_operator(name: str, *, triton: Launcher, torch_: Launcher) -> No
         triton: computes it by Triton kernels.
         torch_: computes it by PyTorch alone.
     """
-    if hasattr(torch.ops.sae_lens_flex, name):
+    if hasattr(_operators, name):
         return  # the module is imported a second time
 
     def compute(
@@ -183,10 +187,8 @@ def define_loss_operator(name: str, *, triton: Launcher, torch_: Launcher) -> No
         "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
     )
     _library.impl(name, compute, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"sae_lens_flex::{name}", shapes_only)
-    torch.library.register_autograd(
-        f"sae_lens_flex::{name}", backward, setup_context=keep_gradients
-    )
+    torch.library.register_fake(f"{NAMESPACE}::{name}", shapes_only)
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=keep_gradients)
 
 
 def accumulation_dtype(*tensors: torch.Tensor) -> torch.dtype:
@@ -260,6 +262,9 @@ def fused_loss(
         The loss (scalar) and, detached, the residual of level K ([B, D]; no element where it is
         not needed).
     """
+    use_triton = uses_triton(backend, weight.device)
+    if backend == "auto" and accumulation_dtype(weight, vals, target) == torch.float64:
+        use_triton = False  # the kernels accumulate in float32
     is_enabled = torch.is_grad_enabled()
     wanted = Wanted(
         residual=needs_residual,
@@ -267,14 +272,14 @@ def fused_loss(
         grad_vals=is_enabled and vals.requires_grad,
         grad_target=is_enabled and target.requires_grad,
     )
-    loss, residual, *_ = getattr(torch.ops.sae_lens_flex, name)(
+    loss, residual, *_ = getattr(_operators, name)(
         indices,
         weight,
         vals,
         target,
         level_weights,
         factor,
-        uses_triton(backend, weight.device),
+        use_triton,
         list(wanted),
     )
     return loss, residual

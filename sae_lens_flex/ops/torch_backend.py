@@ -26,7 +26,8 @@ def hierarchical(
     """Compute the loss over all levels; arguments and result as in `fused_loss`."""
     k = indices.shape[1]
     if level_weights is None:
-        level_weights = weight.new_full((k,), 1 / k, dtype=torch.float32)
+        dtype = accumulation_dtype(weight, vals, target)
+        level_weights = weight.new_full((k,), 1 / k, dtype=dtype)
     return _walk_batch(indices, weight, vals, target, level_weights, factor, wanted)
 
 

@@ -3,12 +3,13 @@
 import math
 import operator
 from dataclasses import dataclass
-from typing import Any, Literal
+from numbers import Real
+from typing import Any, Literal, Self, cast
 
 import torch
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
-from sae_lens.saes.topk_sae import TopK, TopKTrainingSAE, TopKTrainingSAEConfig
-from sae_lens.util import str_to_dtype
+from sae_lens.saes.topk_sae import TopK, TopKSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
+from sae_lens.util import dtype_to_str, str_to_dtype
 from transformer_lens.hook_points import HookPoint
 from typing_extensions import override
 
@@ -33,12 +34,70 @@ def check_integer(name: str, value: Any, highest: int | None = None, highest_nam
     return number
 
 
+def check_number(name: str, value: Any, *, is_positive: bool = False) -> float:
+    """Return `value` as a finite float >= 0 (> 0), or raise a ValueError that names it."""
+    bound = "above 0" if is_positive else "of at least 0"
+    message = f"{name} is {value!r}, expected a finite number {bound}"
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ValueError(message)
+    try:
+        number = float(value)
+    except OverflowError:
+        raise ValueError(message) from None
+    if not math.isfinite(number) or number < 0 or (is_positive and number == 0):
+        raise ValueError(message)
+    return number
+
+
+def sum_of(losses: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return the total of a step's losses."""
+    first, *others = losses.values()
+    return sum(others, start=first)
+
+
 def check_bool(name: str, value: Any) -> None:
     """Raise a ValueError that names `value` where it is no bool."""
     if value is None:
         raise ValueError(f"{name} is missing, expected true or false")
     if not isinstance(value, bool):
         raise ValueError(f"{name} is {value!r}, expected true or false")
+
+
+@dataclass
+class CheckedTopKSAEConfig(TopKSAEConfig):
+    """
+    Configuration class for TopKSAE inference, as it is read from what this package has saved.
+
+    `k` and `rescale_acts_by_decoder_norm` have no default: a wrong guess would give a wrong SAE.
+
+    Args:
+        k (int): Number of latents to keep active, 1..d_sae; with a run-time budget, the largest.
+        rescale_acts_by_decoder_norm (bool): Whether latents are chosen and reported as if the
+            decoder was normalized. Must be as the SAE was trained.
+        d_in (int): Input dimension. Inherited from SAEConfig.
+        d_sae (int): SAE latent dimension. Inherited from SAEConfig.
+        dtype (str): Data type of the SAE's parameters. Inherited from SAEConfig.
+        device (str): Device to place the SAE on. Inherited from SAEConfig.
+        apply_b_dec_to_input (bool): Whether to subtract the decoder bias from the input before
+            encoding. Inherited from SAEConfig.
+        normalize_activations (Literal): Normalization strategy for input activations. Inherited
+            from SAEConfig.
+        reshape_activations (Literal["none", "hook_z"]): How to reshape activations. Inherited from
+            SAEConfig.
+        metadata (SAEMetadata): Metadata about the SAE. Inherited from SAEConfig.
+    """
+
+    k: int = cast(int, None)
+    rescale_acts_by_decoder_norm: bool = cast(bool, None)
+
+    @override
+    def __post_init__(self) -> None:
+        self.d_in = check_integer("d_in", self.d_in)
+        self.d_sae = check_integer("d_sae", self.d_sae)
+        self.k = check_integer("k", self.k, self.d_sae, "d_sae")
+        check_bool("rescale_acts_by_decoder_norm", self.rescale_acts_by_decoder_norm)
+        check_bool("apply_b_dec_to_input", self.apply_b_dec_to_input)
+        super().__post_init__()
 
 
 @dataclass
@@ -83,20 +142,15 @@ class FusedTopKTrainingSAEConfig(TopKTrainingSAEConfig):
         check_bool("rescale_acts_by_decoder_norm", self.rescale_acts_by_decoder_norm)
         check_bool("use_sparse_activations", self.use_sparse_activations)
         check_bool("apply_b_dec_to_input", self.apply_b_dec_to_input)
-        str_to_dtype(self.dtype)  # raises on an unknown one
+        if not isinstance(self.dtype, (str, torch.dtype)):
+            raise ValueError(f"dtype is {self.dtype!r}, expected the name of one")
+        self.dtype = dtype_to_str(str_to_dtype(self.dtype))  # raises on an unknown one
         if self.backend not in BACKENDS:
             raise ValueError(f"backend is {self.backend!r}, expected one of {', '.join(BACKENDS)}")
-        if not (math.isfinite(self.aux_loss_coefficient) and self.aux_loss_coefficient >= 0):
-            raise ValueError(
-                f"aux_loss_coefficient is {self.aux_loss_coefficient!r}, expected a finite number "
-                "of at least 0"
-            )
-        if self.decoder_init_norm is not None and not (
-            math.isfinite(self.decoder_init_norm) and self.decoder_init_norm > 0
-        ):
-            raise ValueError(
-                f"decoder_init_norm is {self.decoder_init_norm!r}, expected a finite number above "
-                "0, or None"
+        self.aux_loss_coefficient = check_number("aux_loss_coefficient", self.aux_loss_coefficient)
+        if self.decoder_init_norm is not None:
+            self.decoder_init_norm = check_number(
+                "decoder_init_norm", self.decoder_init_norm, is_positive=True
             )
         if (
             self.normalize_activations in ("layer_norm", "constant_norm_rescale")
@@ -110,6 +164,15 @@ class FusedTopKTrainingSAEConfig(TopKTrainingSAEConfig):
             )
         super().__post_init__()
 
+    @override
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any]) -> Self:
+        if "metadata" in config_dict:  # a saved config, in which nothing may be guessed
+            for name in ("k", "rescale_acts_by_decoder_norm"):
+                if name not in config_dict:
+                    raise ValueError(f"{name} is missing from the saved config")
+        return super().from_dict(config_dict)
+
 
 class FusedTopKTrainingSAE(TopKTrainingSAE):
     """
@@ -121,16 +184,32 @@ class FusedTopKTrainingSAE(TopKTrainingSAE):
     and in the gradient.
 
     Of a fused step's `TrainStepOutput`, `loss` and `losses` carry gradients; `sae_out`,
-    `feature_acts` and `hidden_pre` do not. A subclass that adds a loss of its own on one of these
-    (in `calculate_aux_loss` or `training_forward_pass`) sets `use_fused_path = False` and gets
-    steps in which they do, at SAELens's speed and memory. Steps with hooks on the points that the
-    fused path skips (`hook_sae_acts_pre`, `hook_sae_acts_post`, `hook_sae_recons`) take that path
+    `feature_acts` and `hidden_pre` do not. A loss term on one of these needs the unfused path, in
+    which they do, at SAELens's speed and memory, and `feature_acts` is dense. A subclass that
+    overrides `calculate_aux_loss`, `encode_with_hidden_pre` or `decode` takes it unless it says
+    `use_fused_path = True`; any other says `use_fused_path = False`. Steps with hooks on the points
+    that the fused path skips (`hook_sae_acts_pre`, `hook_sae_acts_post`, `hook_sae_recons`) take it
     by themselves.
     """
 
     cfg: FusedTopKTrainingSAEConfig  # type: ignore[assignment]
 
     use_fused_path: bool = True
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        overridden = {
+            "calculate_aux_loss",
+            "encode_with_hidden_pre",
+            "decode",
+        } & cls.__dict__.keys()
+        if overridden and "use_fused_path" not in cls.__dict__:
+            cls.use_fused_path = False
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # SAELens's normalization functions hold the SAE that made them: a copy needs its own.
+        self._setup_activation_normalization()
 
     @override
     def get_activation_fn(self) -> TopK:
@@ -153,26 +232,27 @@ class FusedTopKTrainingSAE(TopKTrainingSAE):
         vals, target = self._fold_into_target(vals, x)
         forget_output_map(self)
         mse_loss, residual = self._decoder_loss(indices, vals, target)
-        sae_out = (x + residual).to(self.dtype)
+        sae_out = (x.detach() + residual).to(self.dtype)
         feature_acts = self._report_feature_acts(indices, top_acts_pre.relu())
         metrics = {}
         if step_input.is_logging_step:
             metrics = self._logging_metrics(indices, vals, target, x)
 
-        losses = {"mse_loss": mse_loss}
-        aux_losses = self.calculate_aux_loss(
-            step_input=step_input,
-            feature_acts=feature_acts,
-            hidden_pre=acts_pre,
-            sae_out=sae_out,
-        )
-        losses.update(aux_losses)
+        losses = {
+            "mse_loss": mse_loss,
+            **self.calculate_aux_loss(
+                step_input=step_input,
+                feature_acts=feature_acts,
+                hidden_pre=acts_pre,
+                sae_out=sae_out,
+            ),
+        }
         return TrainStepOutput(
             sae_in=x,
             sae_out=sae_out,
             feature_acts=feature_acts,
             hidden_pre=acts_pre.detach(),
-            loss=torch.stack(list(losses.values())).sum(),
+            loss=sum_of(losses),
             losses=losses,
             metrics={**metrics},
         )

@@ -8,20 +8,22 @@ any budget up to k at run time.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from sae_lens.saes.sae import SAE, TrainStepInput, TrainStepOutput
-from sae_lens.saes.topk_sae import TopK, TopKSAE, TopKSAEConfig
+from sae_lens.saes.topk_sae import TopK, TopKSAE
 from typing_extensions import override
 
 from ..ops.fused_loss import accumulation_dtype, fused_loss
 from ..ops.prefixes import prefix_residuals
 from .fused_topk import (
+    CheckedTopKSAEConfig,
     FusedTopKTrainingSAE,
     FusedTopKTrainingSAEConfig,
-    check_bool,
     check_integer,
+    check_number,
+    sum_of,
 )
 from .normalization import forget_output_map, read_output_map
 
@@ -34,9 +36,10 @@ def doubling_budgets(k: int) -> list[int]:
 def check_budgets(name: str, budgets: Any, k: int) -> list[int]:
     """Return `budgets` as ascending ints within 1..k, or raise a ValueError that names it."""
     expected = f"expected ascending integers within 1..k ({k}) without repeats"
-    if isinstance(budgets, str) or not hasattr(budgets, "__iter__"):
+    levels = budgets.tolist() if hasattr(budgets, "tolist") else budgets  # a tensor or array
+    if not isinstance(levels, (list, tuple, range)):
         raise ValueError(f"{name} is {budgets!r}, {expected}")
-    checked = [check_integer(f"an element of {name}", budget, k, "k") for budget in budgets]
+    checked = [check_integer(f"an element of {name}", level, k, "k") for level in levels]
     if not checked or checked != sorted(set(checked)):
         raise ValueError(f"{name} is {budgets!r}, {expected}")
     return checked
@@ -51,6 +54,11 @@ class RuntimeBudget(SAE[Any]):
     """
 
     activation_fn: TopK
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # SAELens's normalization functions hold the SAE that made them: a copy needs its own.
+        self._setup_activation_normalization()
 
     @property
     def budget(self) -> int:
@@ -101,8 +109,7 @@ class RuntimeBudget(SAE[Any]):
         Returns:
             Feature activations, [..., d_sae], without gradients.
         """
-        if not tolerance >= 0:
-            raise ValueError(f"tolerance is {tolerance!r}, expected a number of at least 0")
+        tolerance = check_number("tolerance", tolerance)
         acts, latents = self.encode_levels(x)
         output_map = read_output_map(self)
         forget_output_map(self)
@@ -120,6 +127,7 @@ class RuntimeBudget(SAE[Any]):
             vals.flatten(0, -2),
             target.flatten(0, -2),
             range(1, k + 1),
+            self._backend,
         )
         for level, residual in residuals:
             reached = residual.square().sum(-1) <= allowed
@@ -140,19 +148,33 @@ class RuntimeBudget(SAE[Any]):
             acts, latents: the result of `encode_levels`, [..., budget].
             budgets: ascending, within 1..budget. None takes 1, 2, 4, ... and the last.
 
-        Yields:
-            Each budget and its reconstruction, [..., d_in], without gradients.
+        Returns:
+            An iterator over each budget and its reconstruction, [..., d_in], without gradients.
         """
         k = acts.shape[-1]
         budgets = doubling_budgets(k) if budgets is None else check_budgets("budgets", budgets, k)
         output_map = read_output_map(self)
         forget_output_map(self)
         latents = latents.flatten(0, -2)
-        vals = self._decode_coefficients(acts.flatten(0, -2), latents)
-        minus_bias = -self.b_dec.to(accumulation_dtype(self.W_dec)).expand(len(vals), -1)
-        for budget, decoded in prefix_residuals(latents, self.W_dec, vals, minus_bias, budgets):
-            decoded = self.hook_sae_recons(decoded.to(self.dtype).view(*acts.shape[:-1], -1))
-            yield budget, self.reshape_fn_out(output_map.apply(decoded), self.d_head)
+        residuals = prefix_residuals(
+            latents,
+            self.W_dec,
+            self._decode_coefficients(acts.flatten(0, -2), latents),
+            -self.b_dec.to(accumulation_dtype(self.W_dec)).expand(len(latents), -1),
+            budgets,
+            self._backend,
+        )
+
+        def reconstructions() -> Iterator[tuple[int, torch.Tensor]]:
+            for budget, decoded in residuals:
+                decoded = self.hook_sae_recons(decoded.to(self.dtype).view(*acts.shape[:-1], -1))
+                yield budget, self.reshape_fn_out(output_map.apply(decoded), self.d_head)
+
+        return reconstructions()
+
+    @property
+    def _backend(self) -> str:
+        return getattr(self.cfg, "backend", "auto")
 
     def _decode_coefficients(self, acts: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         """Return what the latents' decoder rows are multiplied by."""
@@ -162,45 +184,16 @@ class RuntimeBudget(SAE[Any]):
 
 
 @dataclass
-class HierarchicalTopKSAEConfig(TopKSAEConfig):
-    """
-    Configuration class for HierarchicalTopKSAE inference.
-
-    `k` and `rescale_acts_by_decoder_norm` have no default: a wrong guess would give a wrong SAE.
-
-    Args:
-        k (int): The largest budget, 1..d_sae.
-        rescale_acts_by_decoder_norm (bool): Whether latents are chosen and reported as if the
-            decoder was normalized. Must be as the SAE was trained.
-        d_in (int): Input dimension. Inherited from SAEConfig.
-        d_sae (int): SAE latent dimension. Inherited from SAEConfig.
-        dtype (str): Data type of the SAE's parameters. Inherited from SAEConfig.
-        device (str): Device to place the SAE on. Inherited from SAEConfig.
-        apply_b_dec_to_input (bool): Whether to subtract the decoder bias from the input before
-            encoding. Inherited from SAEConfig.
-        normalize_activations (Literal): Normalization strategy for input activations. Inherited
-            from SAEConfig.
-        reshape_activations (Literal["none", "hook_z"]): How to reshape activations. Inherited from
-            SAEConfig.
-        metadata (SAEMetadata): Metadata about the SAE. Inherited from SAEConfig.
-    """
-
-    k: int = cast(int, None)
-    rescale_acts_by_decoder_norm: bool = cast(bool, None)
+class HierarchicalTopKSAEConfig(CheckedTopKSAEConfig):
+    __doc__ = (CheckedTopKSAEConfig.__doc__ or "").replace(
+        "Configuration class for TopKSAE inference",
+        "Configuration class for HierarchicalTopKSAE inference",
+    )
 
     @override
     @classmethod
     def architecture(cls) -> str:
         return "hierarchical_topk"
-
-    @override
-    def __post_init__(self) -> None:
-        self.d_in = check_integer("d_in", self.d_in)
-        self.d_sae = check_integer("d_sae", self.d_sae)
-        self.k = check_integer("k", self.k, self.d_sae, "d_sae")
-        check_bool("rescale_acts_by_decoder_norm", self.rescale_acts_by_decoder_norm)
-        check_bool("apply_b_dec_to_input", self.apply_b_dec_to_input)
-        super().__post_init__()
 
 
 class HierarchicalTopKSAE(RuntimeBudget, TopKSAE):
@@ -266,6 +259,7 @@ class HierarchicalTopKTrainingSAEConfig(FusedTopKTrainingSAEConfig):
         if budgets[-1] != self.k:
             raise ValueError(f"budgets is {self.budgets!r}, expected its last to be k ({self.k})")
         self.budgets = budgets
+        self.add_training_info_to_metadata()  # which holds the budgets as they came
 
 
 class HierarchicalTopKTrainingSAE(RuntimeBudget, FusedTopKTrainingSAE):
@@ -276,18 +270,20 @@ class HierarchicalTopKTrainingSAE(RuntimeBudget, FusedTopKTrainingSAE):
     the j latents with the largest activations. The auxiliary loss is TopK's, at budget k.
 
     A training step keeps k latents whatever `budget` says; outside it `budget` and `at_budget` work
-    as in HierarchicalTopKSAE. See `FusedTopKTrainingSAE` for what a training step returns.
+    as in HierarchicalTopKSAE. Where a hook on `hook_sae_acts_post` edits the activations of a step,
+    its levels are prefixes of what the hook returned; a hook on `hook_sae_recons` sees level k. See
+    `FusedTopKTrainingSAE` for what a training step returns.
     """
 
     cfg: HierarchicalTopKTrainingSAEConfig  # type: ignore[assignment]
 
-    _level_weights_on_device: torch.Tensor | None = None
+    _last_level_weights: torch.Tensor | None = None
 
     @override
     def _decoder_loss(
         self, indices: torch.Tensor, vals: torch.Tensor, target: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._levels_loss(indices, vals, target, self._level_weights(target.device))
+        return self._levels_loss(indices, vals, target, self._level_weights(target))
 
     @override
     def _logging_metrics(
@@ -327,20 +323,22 @@ class HierarchicalTopKTrainingSAE(RuntimeBudget, FusedTopKTrainingSAE):
         if step_input.is_logging_step:
             metrics = self._logging_metrics(indices, vals, target, x.flatten(0, -2))
 
-        level_weights = self._level_weights(x.device)
+        level_weights = self._level_weights(target)
         if level_weights is None:
             level_weights = target.new_full((k,), 1 / k)
         below_k = torch.cat((level_weights[:-1], level_weights.new_zeros(1)))
         loss_below_k, _ = self._levels_loss(indices, vals, target, below_k)
         loss_at_k = self.mse_loss_fn(sae_out, x).sum(dim=-1).mean()
-        losses = {"mse_loss": loss_below_k + level_weights[-1] * loss_at_k}
-        losses.update(self.calculate_aux_loss(step_input, feature_acts, hidden_pre, sae_out))
+        losses = {
+            "mse_loss": loss_below_k + level_weights[-1] * loss_at_k,
+            **self.calculate_aux_loss(step_input, feature_acts, hidden_pre, sae_out),
+        }
         return TrainStepOutput(
             sae_in=x,
             sae_out=sae_out,
             feature_acts=feature_acts,
             hidden_pre=hidden_pre,
-            loss=torch.stack(list(losses.values())).sum(),
+            loss=sum_of(losses),
             losses=losses,
             metrics={**metrics},
         )
@@ -364,14 +362,14 @@ class HierarchicalTopKTrainingSAE(RuntimeBudget, FusedTopKTrainingSAE):
             needs_residual=True,
         )
 
-    def _level_weights(self, device: torch.device) -> torch.Tensor | None:
+    def _level_weights(self, target: torch.Tensor) -> torch.Tensor | None:
         """Return the loss's weight of each level 1..k, or None for equal ones."""
         budgets = self.cfg.budgets
         if budgets is None:
             return None
-        weights = self._level_weights_on_device
-        if weights is None or weights.device != device:
-            weights = torch.zeros(self.cfg.k)
+        weights = self._last_level_weights
+        if weights is None or (weights.device, weights.dtype) != (target.device, target.dtype):
+            weights = torch.zeros(self.cfg.k, dtype=target.dtype)
             weights[torch.tensor(budgets) - 1] = 1 / len(budgets)
-            self._level_weights_on_device = weights = weights.to(device)
+            self._last_level_weights = weights = weights.to(target.device)
         return weights

@@ -3,9 +3,10 @@
 from typing import Any
 
 from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
-from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
+from sae_lens.saes.topk_sae import TopKSAE
 
 from .flex_topk import FlexTopKTrainingSAE, FlexTopKTrainingSAEConfig
+from .fused_topk import CheckedTopKSAEConfig
 from .hierarchical_topk import (
     HierarchicalTopKSAE,
     HierarchicalTopKSAEConfig,
@@ -15,7 +16,10 @@ from .hierarchical_topk import (
 
 INFERENCE_CLASSES: dict[str, tuple[type, type]] = {
     "hierarchical_topk": (HierarchicalTopKSAE, HierarchicalTopKSAEConfig),
-    "flex_topk": (TopKSAE, TopKSAEConfig),  # so that SAE.load_from_disk takes its checkpoints
+    "flex_topk": (
+        TopKSAE,
+        CheckedTopKSAEConfig,
+    ),  # so that SAE.load_from_disk takes its checkpoints
 }
 TRAINING_CLASSES: dict[str, tuple[type, type]] = {
     "hierarchical_topk": (HierarchicalTopKTrainingSAE, HierarchicalTopKTrainingSAEConfig),

@@ -235,7 +235,6 @@ def test_training_checkpoint_with_an_impossible_value_is_refused(
         TrainingSAE.load_from_disk(path)
 
 
-@pytest.mark.xfail(reason="SAELens takes the defaults of a new config", strict=True)
 @pytest.mark.parametrize("field", ["k", "rescale_acts_by_decoder_norm"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_training_checkpoint_without_what_it_was_trained_with_is_refused(
@@ -249,7 +248,6 @@ def test_training_checkpoint_without_what_it_was_trained_with_is_refused(
         TrainingSAE.load_from_disk(path)
 
 
-@pytest.mark.xfail(reason="registered with SAELens's TopKSAEConfig", strict=True)
 @pytest.mark.parametrize(
     ("field", "value"),
     [

@@ -1,4 +1,4 @@
-"""Budgets at run time: the levels of a reconstruction, adaptive encoding, and what training logs."""
+"""Budgets at run time: levels of a reconstruction, adaptive encoding, and what training logs."""
 
 from typing import Any
 
@@ -150,22 +150,22 @@ def adaptive_by_definition(sae: Any, x: torch.Tensor, tolerance: float) -> torch
     return acts.view(*x.shape[:-1], -1)
 
 
-@pytest.mark.parametrize("tolerance", [0.05, 0.3, 0.6, 1.0])
 @pytest.mark.parametrize("rescale", [False, True], ids=["as-is", "rescaled"])
 @pytest.mark.parametrize("normalize", ["none", "layer_norm", "constant_norm_rescale"])
-def test_adaptive_encoding_matches_its_definition(normalize, rescale, tolerance) -> None:
+def test_adaptive_encoding_matches_its_definition(normalize, rescale) -> None:
     sae = hierarchical_sae(
         normalize_activations=normalize, rescale_acts_by_decoder_norm=rescale, dtype="float64"
     )
-    x = sae.decode(sae.encode(random_activations(2, 24, D_IN, dtype=torch.float64))).detach()
-    x += 0.2 * random_activations(2, 24, D_IN, seed=5, dtype=torch.float64)
-    with torch.no_grad():
-        expected = adaptive_by_definition(sae, x, tolerance)
-    acts = sae.encode_adaptive(x, tolerance)
-    assert torch.equal(acts.count_nonzero(-1), expected.count_nonzero(-1))
-    torch.testing.assert_close(acts, expected)
-    if tolerance < 1:
-        assert len(acts.count_nonzero(-1).unique()) > 1, "every activation got the same number"
+    x = random_activations(2, 24, D_IN, dtype=torch.float64)
+    n_kept = set()
+    for tolerance in (0.05, 0.4, 0.6, 0.8, 1.0):
+        with torch.no_grad():
+            expected = adaptive_by_definition(sae, x, tolerance)
+        acts = sae.encode_adaptive(x, tolerance)
+        assert torch.equal(acts.count_nonzero(-1), expected.count_nonzero(-1))
+        torch.testing.assert_close(acts, expected)
+        n_kept |= set(acts.count_nonzero(-1).flatten().tolist())
+    assert len(n_kept) > K // 2, "few levels were tried"
 
 
 def test_adaptive_encoding_keeps_all_latents_at_no_tolerance_and_one_at_any() -> None:
@@ -174,7 +174,6 @@ def test_adaptive_encoding_keeps_all_latents_at_no_tolerance_and_one_at_any() ->
     assert torch.equal(sae.encode_adaptive(x, 0), sae.encode(x))
     with sae.at_budget(1):
         first = sae.encode(x)
-    assert torch.equal(sae.encode_adaptive(x, float("inf")), first)
     assert torch.equal(sae.encode_adaptive(x, 1e9), first)
 
 
@@ -199,7 +198,7 @@ def test_adaptive_encoding_takes_the_heads_of_hook_z() -> None:
     assert torch.equal(sae.encode_adaptive(x.view(3, 5, 4, 4), 0.4), expected)
 
 
-@pytest.mark.parametrize("tolerance", [-0.1, float("nan")])
+@pytest.mark.parametrize("tolerance", [-0.1, float("nan"), "0.1", None], ids=repr)
 def test_adaptive_encoding_refuses_an_impossible_tolerance(tolerance) -> None:
     with pytest.raises(ValueError, match="tolerance is"):
         hierarchical_sae().encode_adaptive(random_activations(), tolerance)
@@ -256,6 +255,7 @@ def test_trainer_logs_the_budgets_under_metrics_on_logging_steps_only(monkeypatc
         total_training_samples=len(batches) * BATCH,
         train_batch_size_samples=BATCH,
         lr=1e-2,
+        lr_end=1e-2,
         logger=LoggingConfig(log_to_wandb=True, wandb_log_frequency=3),
     )
     trainer = SAETrainer(cfg=cfg, sae=sae, data_provider=iter(batches))

@@ -1,0 +1,405 @@
+"""The command line: what it does, and that every kind of wrong input is told in one line."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from integration import conftest as toy
+from integration.flows import BATCH_SIZE, run_python
+from sae_lens import SAE
+from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
+
+import sae_lens_flex
+from sae_lens_flex import BudgetSweep, HierarchicalTopKSAE
+from sae_lens_flex.cli import main
+
+hf_model_dir, text_dir = toy.hf_model_dir, toy.text_dir
+
+D_IN, D_SAE, K = toy.D_IN, 32, 8
+HOOK_NAME = "transformer.h.0"
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_and_seed() -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str]) -> Callable[..., SimpleNamespace]:
+    """Run the command line in this process."""
+
+    def run(*arguments: Any) -> SimpleNamespace:
+        capfd.readouterr()
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            code = stop.code
+        captured = capfd.readouterr()
+        return SimpleNamespace(code=code, out=captured.out, err=captured.err)
+
+    return run
+
+
+def assert_refused(result: SimpleNamespace, *words: str) -> None:
+    """Check for exit code 2 and one line on stderr that holds the words."""
+    assert result.code == 2, result.err
+    assert len(result.err.splitlines()) == 1, result.err
+    assert result.err.startswith("sae-lens-flex")
+    assert "error: " in result.err
+    assert "Traceback" not in result.err
+    assert result.err.rstrip().partition("error: ")[2], "an empty message"
+    for word in words:
+        assert word in result.err
+
+
+@pytest.fixture(scope="module")
+def train_flags(hf_model_dir: Path, text_dir: Path) -> dict[str, Any]:
+    return {
+        "--architecture": "hierarchical_topk",
+        "--d_in": D_IN,
+        "--d_sae": D_SAE,
+        "--k": K,
+        "--model_class_name": "AutoModelForCausalLM",
+        "--model_name": hf_model_dir,
+        "--hook_name": HOOK_NAME,
+        "--dataset_path": text_dir,
+        "--context_size": toy.CONTEXT_SIZE,
+        "--store_batch_size_prompts": 8,
+        "--n_batches_in_buffer": 4,
+        "--train_batch_size_tokens": BATCH_SIZE,
+        "--training_tokens": 20 * BATCH_SIZE,
+        "--lr": 3e-3,
+        "--log_to_wandb": "false",
+        "--verbose": "false",
+    }
+
+
+def as_arguments(flags: dict[str, Any]) -> list[Any]:
+    return [part for flag, value in flags.items() if value is not None for part in (flag, value)]
+
+
+@pytest.fixture(scope="module")
+def trained(train_flags: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The SAE of a tiny run, made by the command line."""
+    path = tmp_path_factory.mktemp("trained")
+    assert main(list(map(str, ["train", *as_arguments(train_flags), "--output_path", path]))) == 0
+    return path
+
+
+# -- what it does
+
+
+def test_train_saves_an_sae_from_flags_alone(trained: Path) -> None:
+    sae = SAE.load_from_disk(trained)
+    assert type(sae) is HierarchicalTopKSAE
+    assert (sae.cfg.k, sae.cfg.d_sae) == (K, D_SAE)
+    assert sae.cfg.metadata.hook_name == HOOK_NAME
+
+
+def test_sweep_prints_and_writes_every_budget(trained: Path, run, tmp_path: Path) -> None:
+    result = run(
+        *("sweep", trained, "--n-batches", 2, "--batch-size-prompts", 4, "--kl"),
+        *("--json", tmp_path / "sweep.json", "--figure", tmp_path / "sweep.html"),
+    )
+    assert result.code == 0, result.err
+    header, *rows = result.out.splitlines()
+    for metric in ("budget", "explained_variance", "mse", "l0", "ce_loss_score", "kl_div_score"):
+        assert metric in header.split()
+    assert [row.split()[0] for row in rows] == ["1", "2", "4", "8"]
+    sweep = BudgetSweep.from_json((tmp_path / "sweep.json").read_text())
+    assert [row.budget for row in sweep.metrics] == [1, 2, 4, 8]
+    assert 0 < sweep.n_tokens <= 2 * 4 * toy.CONTEXT_SIZE
+    assert "plotly" in (tmp_path / "sweep.html").read_text()
+
+
+def test_sweep_takes_its_flags(trained: Path, run, hf_model_dir: Path, text_dir: Path) -> None:
+    result = run(
+        *("sweep", trained, "--budgets", 3, 5, "--no-ce", "--n-batches", 1),
+        *("--model", hf_model_dir, "--model-class", "AutoModelForCausalLM"),
+        *("--dataset", text_dir, "--device", "cpu"),
+    )
+    assert result.code == 0, result.err
+    header, *rows = result.out.splitlines()
+    assert "ce_loss_score" not in header
+    assert [row.split()[0] for row in rows] == ["3", "5"]
+
+
+def test_sweep_measures_a_stock_sae_as_it_is(trained: Path, run, tmp_path: Path) -> None:
+    assert run("export", trained, "--budget", 4, "--output", tmp_path / "topk").code == 0
+    result = run("sweep", tmp_path / "topk", "--n-batches", 1)
+    assert result.code == 0, result.err
+    assert [row.split()[0] for row in result.out.splitlines()[1:]] == ["4"]
+
+
+def test_export_writes_a_topk_sae(trained: Path, run, tmp_path: Path) -> None:
+    result = run("export", trained, "--budget", 5, "--output", tmp_path / "topk")
+    assert result.code == 0, result.err
+    assert "k=5" in result.out
+    exported, sae = SAE.load_from_disk(tmp_path / "topk"), SAE.load_from_disk(trained)
+    assert type(exported) is TopKSAE
+    x = torch.randn(8, D_IN)
+    with sae.at_budget(5):
+        torch.testing.assert_close(exported(x), sae(x))
+
+
+def test_sae_id_is_a_folder_of_a_directory_too(trained: Path, run, tmp_path: Path) -> None:
+    result = run(
+        *("export", trained.parent, "--sae-id", trained.name),
+        *("--budget", 2, "--output", tmp_path / "topk"),
+    )
+    assert result.code == 0, result.err
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]], ids=str)
+def test_help_lists_the_commands(arguments, run) -> None:
+    result = run(*arguments)
+    assert (result.code, result.err) == (0, "")
+    for word in ("usage: sae-lens-flex", "train", "sweep", "export", "--help", "--traceback"):
+        assert word in result.out
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("train", ["--architecture", "hierarchical_topk", "--k", "--model_name", "--output_path"]),
+        ("sweep", ["PATH_OR_REPO", "--budgets", "--model", "--dataset", "--figure", "--sae-id"]),
+        ("export", ["PATH_OR_REPO", "--budget", "--output", "1..k"]),
+    ],
+)
+def test_help_of_a_command_explains_its_flags(command, words, run) -> None:
+    result = run(command, "--help")
+    assert (result.code, result.err) == (0, "")
+    assert result.out.startswith(f"usage: sae-lens-flex {command}")
+    assert len(result.out.splitlines()) < 50
+    assert max(map(len, result.out.splitlines())) <= 100
+    for word in words:
+        assert word in result.out
+
+
+def test_all_flags_of_saelens_are_listed(run) -> None:
+    result = run("train", "--architecture", "hierarchical_topk", "--all-flags")
+    assert result.code == 0
+    for flag in ("--budgets", "--backend", "--k", "--dataset_path", "--wandb_project"):
+        assert flag in result.out
+
+
+def test_module_and_installed_script_run_the_command_line(tmp_path: Path) -> None:
+    def run(*command: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            cwd=Path(__file__).parents[1],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+
+    def check_error(result: subprocess.CompletedProcess[str]) -> None:
+        assert_refused(SimpleNamespace(code=result.returncode, err=result.stderr), "no directory")
+
+    missing = str(tmp_path / "missing")
+    check_error(run(sys.executable, "-m", "sae_lens_flex", "sweep", missing))
+    (script,) = entry_points(group="console_scripts", name="sae-lens-flex") or (None,)
+    if script is None:
+        pytest.skip("this installation is older than the script")
+    assert script.load() is main
+    path = shutil.which("sae-lens-flex", path=str(Path(sys.executable).parent))
+    assert path is not None
+    check_error(run(path, "export", missing, "--budget", "1", "--output", str(tmp_path / "out")))
+
+
+# -- what it refuses
+
+
+@pytest.mark.parametrize("command", ["swep", "", "--budgets", "help me"])
+def test_unknown_command_is_refused(command, run) -> None:
+    assert_refused(run(command), "no command", "train, sweep, export")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("sweep", ["PATH_OR_REPO"]),
+        ("sweep SAE --budget", ["--budget"]),
+        ("sweep SAE --nonsense 3", ["--nonsense"]),
+        ("sweep SAE SAE", ["unrecognized"]),
+        ("sweep SAE --budgets one", ["--budgets", "one"]),
+        ("sweep SAE --budgets", ["--budgets"]),
+        ("sweep SAE --budgets 1 99", ["--budgets", "99"]),
+        ("sweep SAE --budgets 0", ["--budgets", "0"]),
+        ("sweep SAE --budgets 4 2", ["--budgets", "[4, 2]"]),
+        ("sweep SAE --n-batches 0", ["--n-batches", "0"]),
+        ("sweep SAE --n-batches many", ["--n-batches", "many"]),
+        ("sweep SAE --batch-size-prompts -1", ["--batch-size-prompts"]),
+        ("sweep SAE --json MISSING/sweep.json", ["--json", "missing"]),
+        ("sweep SAE --figure MISSING/sweep.html", ["--figure", "missing"]),
+        ("sweep SAE --figure TMP", ["--figure"]),
+        ("sweep MISSING", ["missing", "--sae-id"]),
+        ("sweep someone/saes", ["someone/saes", "--sae-id"]),
+        ("sweep TMP", ["cfg.json"]),
+        ("sweep SAE --sae-id layer_9", ["layer_9"]),
+        ("sweep SAE --model MISSING", ["missing"]),
+        ("sweep SAE --model-class Transformer", ["Transformer"]),
+        ("sweep SAE --dataset MISSING", ["missing"]),
+        ("sweep SAE --dataset EMPTY", ["empty"]),
+        ("sweep SAE --dataset CORRUPTED", ["corrupted"]),
+        ("sweep SAE --dataset COLUMNS", ["columns", "text"]),
+        ("sweep SAE --device gpu", ["gpu"]),
+        ("sweep TOPK --budgets 1", ["--budgets", "TopKSAE"]),
+        ("sweep TOPK", ["hook_name"]),
+        ("export", ["PATH_OR_REPO"]),
+        ("export SAE", ["--budget"]),
+        ("export SAE --budget 1", ["--output"]),
+        ("export SAE --budget 0 --output TMP/new", ["budget is 0", "1..k (8)"]),
+        ("export SAE --budget 9 --output TMP/new", ["budget is 9", "1..k (8)"]),
+        ("export SAE --budget 2.5 --output TMP/new", ["--budget", "2.5"]),
+        ("export SAE --budget 1 --output FILE", ["file"]),
+        ("export SAE --budget 1 --output SAE", ["--output"]),
+        ("export MISSING --budget 1 --output TMP/new", ["missing", "--sae-id"]),
+        ("export TOPK --budget 1 --output TMP/new", ["TopKSAE"]),
+    ],
+)
+def test_wrong_arguments_are_refused(
+    arguments: str, words: list[str], trained: Path, run, tmp_path: Path
+) -> None:
+    places = {name: tmp_path / name.lower() for name in ("EMPTY", "CORRUPTED", "COLUMNS", "TOPK")}
+    for path in places.values():
+        path.mkdir()
+    (places["CORRUPTED"] / "train.jsonl").write_text('{"text": "w1 w2"\nnonsense')
+    Dataset.from_dict({"words": ["w1 w2"]}).to_json(places["COLUMNS"] / "train.jsonl")
+    TopKSAE(TopKSAEConfig(d_in=D_IN, d_sae=D_SAE, k=K)).save_model(places["TOPK"])
+    (tmp_path / "file").write_text("")
+    places |= {
+        "SAE": trained,
+        "MISSING": tmp_path / "missing",
+        "FILE": tmp_path / "file",
+        "TMP": tmp_path,
+    }
+    for name, path in places.items():
+        arguments = arguments.replace(name, str(path))
+    assert_refused(run(*arguments.split()), *words)
+    assert not (tmp_path / "new").exists()
+    assert SAE.load_from_disk(trained).cfg.architecture() == "hierarchical_topk"
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("cfg.json", "{nonsense", []),
+        ("cfg.json", "", []),
+        ("cfg.json", "[]", []),
+        ("cfg.json", {"architecture": "nonsense"}, ["nonsense"]),
+        ("cfg.json", {"architecture": None}, []),
+        ("cfg.json", {"k": 0}, ["k is 0"]),
+        ("cfg.json", {"k": "8"}, ["k is '8'"]),
+        ("cfg.json", {"d_in": 7}, []),
+        ("cfg.json", {"dtype": "float99"}, ["float99"]),
+        ("sae_weights.safetensors", "nonsense", []),
+        ("sae_weights.safetensors", "", []),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("command", ["sweep", "export"])
+def test_corrupted_sae_is_refused(
+    command, file, content, words, trained: Path, run, tmp_path: Path
+) -> None:
+    path = shutil.copytree(trained, tmp_path / "broken")
+    if isinstance(content, dict):
+        content = json.dumps(json.loads((path / file).read_text()) | content)
+    (path / file).write_text(content)
+    more = [] if command == "sweep" else ["--budget", 1, "--output", tmp_path / "new"]
+    assert_refused(run(command, path, *more), "broken", *words)
+
+
+@pytest.mark.parametrize(
+    ("field", "words"),
+    [
+        ("model_name", ["--model"]),
+        ("dataset_path", ["--dataset"]),
+        ("hook_name", ["hook_name"]),
+        ("context_size", ["context_size"]),
+    ],
+)
+def test_sae_that_does_not_say_what_it_reads_is_refused(
+    field, words, trained: Path, run, tmp_path: Path
+) -> None:
+    path = shutil.copytree(trained, tmp_path / "sae")
+    cfg = json.loads((path / "cfg.json").read_text())
+    cfg["metadata"][field] = None
+    (path / "cfg.json").write_text(json.dumps(cfg))
+    assert_refused(run("sweep", path), *words)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"--architecture": "hierarchical"}, ["hierarchical"]),
+        ({"--nonsense": 1}, ["--nonsense"]),
+        ({"--k": "many"}, ["k", "many"]),
+        ({"--k": 0}, ["k is 0"]),
+        ({"--k": 2.5}, ["2.5"]),
+        ({"--k": D_SAE + 1}, ["k is 33"]),
+        ({"--budgets": 3}, ["budgets is [3]"]),
+        ({"--budgets": 99}, ["budgets", "99"]),
+        ({"--backend": "cuda"}, ["backend"]),
+        ({"--backend": "triton"}, ["Triton"]),
+        ({"--aux_loss_coefficient": -1}, ["aux_loss_coefficient"]),
+        ({"--normalize_activations": "layer_norm"}, ["normalize_activations"]),
+        ({"--d_in": D_IN + 1}, ["d_in is 17, expected 16"]),
+        ({"--lr": "fast"}, ["lr", "fast"]),
+        ({"--model_class_name": "Transformer"}, ["Transformer"]),
+        ({"--model_name": "MISSING"}, ["missing"]),
+        ({"--hook_name": "transformer.h.9"}, ["transformer.h.9"]),
+        ({"--dataset_path": "MISSING"}, ["missing"]),
+        ({"--dataset_path": None}, ["dataset_path"]),
+        ({"--context_size": 10**5}, ["100000"]),
+        ({"--hook_name": ""}, []),
+        ({"--output_path": "FILE"}, ["file"]),
+        ({"--device": "gpu"}, ["gpu"]),
+    ],
+    ids=str,
+)
+def test_wrong_training_flags_are_refused(
+    flags: dict[str, Any], words: list[str], train_flags, run, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(sae_lens_flex.ops._triton, "INTERPRETED", False)
+    (tmp_path / "file").write_text("")
+    places = {"MISSING": tmp_path / "missing", "FILE": tmp_path / "file"}
+    flags = {
+        flag: places.get(value, value) if isinstance(value, str) else value
+        for flag, value in flags.items()
+    }
+    assert_refused(run("train", *as_arguments(train_flags | flags)), *words)
+
+
+def test_traceback_is_shown_when_asked_for(run, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no directory"):
+        run("--traceback", "sweep", tmp_path / "missing")
+
+
+def test_repository_that_cannot_be_reached_is_refused(tmp_path: Path) -> None:
+    script = """
+        import sys
+        from sae_lens_flex.cli import main
+        import contextlib, io
+        err = io.StringIO()
+        with contextlib.redirect_stderr(err):
+            code = main(["sweep", "someone/saes", "--sae-id", "layer_0"])
+        print(code, len(err.getvalue().splitlines()), err.getvalue(), end="")
+    """
+    printed = run_python(
+        script, HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1"
+    )
+    assert printed.startswith("2 1 sae-lens-flex sweep: error: someone/saes layer_0: "), printed

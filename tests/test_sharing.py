@@ -1,0 +1,473 @@
+"""SAEs from and to other SAEs and the Hugging Face hub."""
+
+import base64
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from integration import conftest as toy
+from integration.flows import activation_batches, make_trainer, run_python, runner_config
+from sae_lens import SAE, LanguageModelSAETrainingRunner
+from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
+from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
+from safetensors.torch import load_file, save_file
+
+from sae_lens_flex import (
+    BudgetMetrics,
+    BudgetSweep,
+    FlexTopKTrainingSAE,
+    FlexTopKTrainingSAEConfig,
+    HierarchicalTopKSAE,
+    HierarchicalTopKSAEConfig,
+    HierarchicalTopKTrainingSAE,
+    HierarchicalTopKTrainingSAEConfig,
+    export_topk,
+    from_topk,
+    upload,
+)
+from sae_lens_flex.sharing import model_card
+
+hf_model_dir, language_model, token_dataset = (
+    toy.hf_model_dir,
+    toy.language_model,
+    toy.token_dataset,
+)
+
+D_IN, D_SAE, K = toy.D_IN, 48, 8
+CLASSES: dict[str, tuple[type[Any], type[Any]]] = {
+    "topk": (TopKSAE, TopKSAEConfig),
+    "topk-training": (TopKTrainingSAE, TopKTrainingSAEConfig),
+    "flex": (FlexTopKTrainingSAE, FlexTopKTrainingSAEConfig),
+    "hierarchical": (HierarchicalTopKSAE, HierarchicalTopKSAEConfig),
+    "hierarchical-training": (HierarchicalTopKTrainingSAE, HierarchicalTopKTrainingSAEConfig),
+}
+RESCALE = pytest.mark.parametrize("rescale", [False, True], ids=["as-is", "rescaled"])
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_and_seed() -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+def make_sae(kind: str, rescale: bool = True, **fields: Any) -> Any:
+    """An SAE with random weights whose every parameter matters."""
+    sae_class, cfg_class = CLASSES[kind]
+    sae = sae_class(
+        cfg_class(
+            **{"d_in": D_IN, "d_sae": D_SAE, "k": K, "rescale_acts_by_decoder_norm": rescale},
+            **fields,
+        )
+    )
+    sae.cfg.metadata.hook_name = "blocks.0.hook_resid_post"
+    sae.cfg.metadata.model_name = "gpt2"
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in sae.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+        sae.W_enc.copy_(sae.W_dec.T + 0.05 * torch.randn(D_IN, D_SAE, generator=generator))
+    return sae
+
+
+def activations(n_tokens: int = 32) -> torch.Tensor:
+    return 0.2 + torch.randn(n_tokens, D_IN, generator=torch.Generator().manual_seed(4))
+
+
+LOAD_WITHOUT_THE_PLUGIN = """
+    import sys
+    from pathlib import Path
+    from safetensors.torch import load_file, save_file
+    from sae_lens import SAE
+
+    x = load_file(sys.argv[1] + "/in.safetensors")["x"]
+    results = {}
+    for path in sorted(Path(sys.argv[1]).glob("exported-*")):
+        sae = SAE.load_from_disk(path)
+        assert type(sae).__name__ == "TopKSAE", type(sae)
+        assert sae.cfg.architecture() == "topk"
+        acts = sae.encode(x)
+        results[path.name + ".k"] = acts.new_tensor(sae.cfg.k)
+        results[path.name + ".acts"] = acts.detach()
+        results[path.name + ".out"] = sae.decode(acts).detach()
+    assert not any(name.startswith("sae_lens_flex") for name in sys.modules)
+    save_file(results, sys.argv[1] + "/out.safetensors")
+"""
+
+
+def test_exports_load_without_the_plugin_and_compute_the_same(tmp_path: Path) -> None:
+    x = activations()
+    save_file({"x": x}, tmp_path / "in.safetensors")
+    expected = {}
+    folded = make_sae("hierarchical")
+    folded.fold_W_dec_norm()
+    saes = {
+        "inference": make_sae("hierarchical"),
+        "training": make_sae("hierarchical-training"),
+        "inference-as-is": make_sae("hierarchical", rescale=False),
+        "training-as-is": make_sae("hierarchical-training", rescale=False),
+        "folded": folded,
+        "layer-norm": make_sae("hierarchical", normalize_activations="layer_norm"),
+        "bias-kept": make_sae("hierarchical", apply_b_dec_to_input=False),
+    }
+    for name, sae in saes.items():
+        for budget in (1, 7, K):
+            path = tmp_path / f"exported-{name}-{budget}"
+            assert export_topk(sae, path, budget=budget) == path
+            with torch.no_grad(), sae.at_budget(budget):
+                acts = sae.encode(x)
+                expected[path.name] = (budget, acts, sae.decode(acts))
+    run_python(LOAD_WITHOUT_THE_PLUGIN, tmp_path)
+    loaded = load_file(tmp_path / "out.safetensors")
+    assert len(loaded) == 3 * len(expected) == 63
+    for name, (budget, acts, out) in expected.items():
+        assert loaded[f"{name}.k"] == budget
+        assert acts.count_nonzero(-1).max() == budget
+        torch.testing.assert_close(loaded[f"{name}.acts"], acts)
+        torch.testing.assert_close(loaded[f"{name}.out"], out)
+
+
+def test_export_keeps_the_metadata_and_leaves_the_sae_alone(tmp_path: Path) -> None:
+    sae = make_sae("hierarchical")
+    sae.budget = 3
+    before = sae.cfg.to_dict()
+    export_topk(sae, str(tmp_path), budget=5)
+    assert sae.budget == 3
+    assert sae.cfg.to_dict() == before
+    exported = SAE.load_from_disk(tmp_path)
+    assert exported.cfg.metadata.hook_name == "blocks.0.hook_resid_post"
+    assert exported.cfg.metadata.model_name == "gpt2"
+
+
+def test_export_keeps_the_dtype_and_the_heads(tmp_path: Path) -> None:
+    sae = make_sae("hierarchical", reshape_activations="hook_z", dtype="bfloat16")
+    sae.cfg.metadata.hook_name = "blocks.0.attn.hook_z"
+    export_topk(sae, tmp_path, budget=5)
+    exported = SAE.load_from_disk(tmp_path)
+    x = activations().view(-1, 4, 4).bfloat16()
+    assert exported.dtype == torch.bfloat16
+    with sae.at_budget(5):
+        assert torch.equal(exported(x), sae(x))
+
+
+@pytest.mark.parametrize("budget", [0, K + 1, 2.5, None, "3"], ids=repr)
+def test_export_refuses_an_impossible_budget(budget, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^budget is"):
+        export_topk(make_sae("hierarchical"), tmp_path / "exported", budget=budget)
+    assert not (tmp_path / "exported").exists()
+
+
+@pytest.mark.parametrize("function", [export_topk, upload])
+def test_only_hierarchical_saes_are_exported_and_uploaded(function, tmp_path: Path) -> None:
+    arguments = {"budget": 1} if function is export_topk else {"sae_id": "layer_0"}
+    with pytest.raises(TypeError, match=r"^sae is a TopKSAE, expected"):
+        function(make_sae("topk"), str(tmp_path), **arguments)
+
+
+@RESCALE
+@pytest.mark.parametrize("kind", ["topk", "topk-training", "flex", "hierarchical"])
+def test_from_topk_reproduces_the_sae_exactly_at_k(kind, rescale) -> None:
+    source = make_sae(kind, rescale)
+    x = activations()
+    before = {name: value.clone() for name, value in source.state_dict().items()}
+    sae = from_topk(source)
+    assert type(sae) is HierarchicalTopKTrainingSAE
+    assert (sae.cfg.k, sae.cfg.d_in, sae.cfg.d_sae) == (K, D_IN, D_SAE)
+    assert sae.cfg.rescale_acts_by_decoder_norm == rescale
+    assert sae.cfg.metadata.model_name == "gpt2"
+    assert torch.equal(sae.encode(x), source.encode(x))
+    assert torch.equal(sae(x), source(x))
+    with torch.no_grad():  # a copy: training leaves the source alone
+        sae.W_dec.add_(1)
+    assert all(torch.equal(value, before[name]) for name, value in source.state_dict().items())
+
+
+@RESCALE
+def test_first_step_from_topk_has_the_error_of_the_topk_sae_at_k(rescale) -> None:
+    source = make_sae("topk-training", rescale)
+    x = activations()
+    with torch.no_grad():
+        expected = (source(x) - x).square().sum(-1).mean()
+    sae = from_topk(source, budgets=[K])
+    output = make_trainer(sae, [x]).step(x)
+    torch.testing.assert_close(output.losses["mse_loss"].detach(), expected)
+
+
+@pytest.mark.parametrize(
+    ("normalize", "aux"), [("none", 0.25), ("layer_norm", 0.0), ("constant_norm_rescale", 0.0)]
+)
+def test_from_topk_keeps_how_the_sae_was_trained(normalize, aux) -> None:
+    source = make_sae("topk-training", normalize_activations=normalize, aux_loss_coefficient=0.25)
+    source.cfg.apply_b_dec_to_input = False
+    x = activations()
+    sae = from_topk(source)
+    assert sae.cfg.aux_loss_coefficient == aux
+    assert sae.cfg.normalize_activations == normalize
+    assert torch.equal(sae(x), source(x))
+    assert from_topk(source, aux_loss_coefficient=0.0).cfg.aux_loss_coefficient == 0
+
+
+def test_from_topk_takes_a_saved_topk_sae_and_training_fields(tmp_path: Path) -> None:
+    make_sae("topk").save_model(tmp_path)
+    sae = from_topk(SAE.load_from_disk(tmp_path), budgets=[1, 2, K], backend="torch")
+    assert (sae.cfg.budgets, sae.cfg.backend) == ([1, 2, K], "torch")
+
+
+@pytest.mark.parametrize("field", ["k", "d_sae", "rescale_acts_by_decoder_norm", "dtype"])
+def test_from_topk_refuses_what_the_sae_settles(field) -> None:
+    with pytest.raises(ValueError, match=rf"^{field} is given"):
+        from_topk(make_sae("topk"), **{field: 1})
+
+
+def test_from_topk_refuses_other_architectures_and_unknown_fields() -> None:
+    with pytest.raises(TypeError, match=r"^sae is a StandardSAE"):
+        from_topk(StandardSAE(StandardSAEConfig(d_in=D_IN, d_sae=D_SAE)))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="budgetz"):
+        from_topk(make_sae("topk"), budgetz=[1])
+
+
+def test_training_from_topk_improves_the_small_budgets() -> None:
+    batches = activation_batches(80)
+    sae = from_topk(make_sae("topk"))
+    x = torch.cat(batches[-8:])
+
+    def error_at_2() -> torch.Tensor:
+        with torch.no_grad(), sae.at_budget(2):
+            return (sae(x) - x).square().sum(-1).mean()
+
+    before = error_at_2()
+    make_trainer(sae, batches).fit()
+    assert error_at_2() < 0.8 * before
+
+
+def test_runner_trains_from_topk_and_saves(
+    language_model: Any, token_dataset: Any, tmp_path: Path
+) -> None:
+    started = from_topk(make_sae("topk"), budgets=[1, 4, K])
+    cfg = runner_config(started.cfg, output_path=str(tmp_path))
+    before = started.W_dec.detach().clone()
+    trained = LanguageModelSAETrainingRunner(
+        cfg, override_model=language_model, override_dataset=token_dataset, override_sae=started
+    ).run()
+    assert trained is started
+    assert not torch.equal(trained.W_dec, before)
+    loaded = SAE.load_from_disk(tmp_path)
+    assert type(loaded) is HierarchicalTopKSAE
+    x = activations()
+    torch.testing.assert_close(loaded(x), trained(x))
+
+
+class Hub:
+    """What `upload` and `from_pretrained` ask of the hub, answered from a dictionary of files."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, dict[str, bytes]] = {}  # by repository
+        self.commits: list[str] = []
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_HEAD(self) -> None:
+                self.resolve(has_body=False)
+
+            def do_GET(self) -> None:
+                path = self.path.partition("?")[0]
+                if not path.startswith("/api/models/"):
+                    self.resolve(has_body=True)
+                    return
+                repo = "/".join(path.removeprefix("/api/models/").split("/")[:2])
+                if repo not in hub.files:
+                    self.answer(404, {"error": "not found"}, {"X-Error-Code": "RepoNotFound"})
+                    return
+                siblings = [{"rfilename": name} for name in hub.files[repo]]
+                self.answer(200, {"id": repo, "sha": "0" * 40, "siblings": siblings})
+
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                path = self.path.partition("?")[0]
+                if path == "/api/repos/create":
+                    request = json.loads(body)
+                    repo = "/".join(filter(None, (request.get("organization"), request["name"])))
+                    hub.files[repo] = {}
+                    self.answer(200, {"url": f"{hub.url}/{repo}"})
+                elif path == "/api/validate-yaml":
+                    self.answer(200, {"errors": [], "warnings": []})
+                elif "/preupload/" in path:
+                    modes = [
+                        {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                        for file in json.loads(body)["files"]
+                    ]
+                    self.answer(200, {"files": modes})
+                elif "/commit/" in path:
+                    repo = path.removeprefix("/api/models/").partition("/commit/")[0]
+                    for line in map(json.loads, body.splitlines()):
+                        value = line["value"]
+                        if line["key"] == "header":
+                            hub.commits.append(value["summary"])
+                        else:
+                            hub.files[repo][value["path"]] = base64.b64decode(value["content"])
+                    commit = {"commitOid": "0" * 40, "commitUrl": f"{hub.url}/{repo}/commit/0"}
+                    self.answer(200, {"success": True, **commit})
+                else:
+                    self.answer(404, {"error": path})
+
+            def resolve(self, has_body: bool) -> None:
+                repo, _, name = self.path.removeprefix("/").partition("/resolve/main/")
+                content = hub.files.get(repo, {}).get(name)
+                headers = {"X-Repo-Commit": "0" * 40}
+                if content is None:
+                    self.answer(404, b"", headers | {"X-Error-Code": "EntryNotFound"})
+                    return
+                headers["ETag"] = f'"{hashlib.sha256(content).hexdigest()}"'
+                self.answer(200, content, headers, has_body)
+
+            def answer(
+                self,
+                status: int,
+                body: Any,
+                headers: dict[str, str] | None = None,
+                has_body: bool = True,
+            ) -> None:
+                content = body if isinstance(body, bytes) else json.dumps(body).encode()
+                self.send_response(status)
+                for name, value in (headers or {}).items():
+                    self.send_header(name, value)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                if has_body:
+                    self.wfile.write(content)
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        self.thread = threading.Thread(target=self.server.serve_forever, daemon=True)
+        self.thread.start()
+
+    def stop(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+        self.thread.join()
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    hub = Hub()
+    yield hub
+    hub.stop()
+
+
+UPLOAD = """
+    import sys
+    from pathlib import Path
+    import torch
+    from sae_lens import SAE, TrainingSAE
+    import sae_lens_flex
+
+    directory = Path(sys.argv[1])
+    training = TrainingSAE.load_from_disk(directory / "training")
+    sweep = sae_lens_flex.BudgetSweep.from_json((directory / "sweep.json").read_text())
+    sae_lens_flex.upload(training, "someone/saes", "layer_0", sweep=sweep)
+    sae_lens_flex.upload(SAE.load_from_disk(directory / "inference"), "someone/saes", "layer_1")
+"""
+DOWNLOAD = """
+    import sys
+    from safetensors.torch import load_file, save_file
+    import sae_lens_flex
+    from sae_lens import SAE
+
+    x = load_file(sys.argv[1] + "/in.safetensors")["x"]
+    results = {}
+    for sae_id in ("layer_0", "layer_1"):
+        sae = SAE.from_pretrained("someone/saes", sae_id)
+        assert type(sae).__name__ == "HierarchicalTopKSAE"
+        sae.budget = 3
+        results[sae_id] = sae(x).detach()
+    save_file(results, sys.argv[1] + "/out.safetensors")
+"""
+
+
+def a_sweep() -> BudgetSweep:
+    return BudgetSweep(
+        [BudgetMetrics("sae", k, 0.5 + k / 100, 12.25 - k, k, 0.125) for k in (1, 2, 4, K)], 4096
+    )
+
+
+def test_uploaded_saes_have_a_card_and_load_from_the_hub(hub: Hub, tmp_path: Path) -> None:
+    training = make_sae("hierarchical-training")
+    inference = make_sae("hierarchical", rescale=False)
+    training.save_model(tmp_path / "training")
+    inference.save_model(tmp_path / "inference")
+    a_sweep().to_json(tmp_path / "sweep.json")
+    x = activations()
+    save_file({"x": x}, tmp_path / "in.safetensors")
+    environment = {
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(tmp_path / "hf_home"),
+        "HF_TOKEN": "hf_test",
+        "HF_HUB_OFFLINE": "0",
+    }
+    run_python(UPLOAD, tmp_path, **environment)
+
+    files = hub.files["someone/saes"]
+    assert set(files) == {
+        "README.md",
+        *(
+            f"layer_{i}/{name}"
+            for i in (0, 1)
+            for name in ("README.md", "cfg.json", "sae_weights.safetensors")
+        ),
+    }
+    # the inference form: no field of training is there
+    assert json.loads(files["layer_0/cfg.json"])["architecture"] == "hierarchical_topk"
+    assert "aux_loss_coefficient" not in json.loads(files["layer_0/cfg.json"])
+    card = files["layer_0/README.md"].decode()
+    assert card == model_card(training, "someone/saes", "layer_0", a_sweep())
+    # the second SAE's card goes beside it; the repository's stays
+    assert files["README.md"] == files["layer_0/README.md"]
+    assert "layer_1" in files["layer_1/README.md"].decode()
+
+    run_python(DOWNLOAD, tmp_path, **environment)
+    loaded = load_file(tmp_path / "out.safetensors")
+    for sae_id, sae in (("layer_0", training), ("layer_1", inference)):
+        with torch.no_grad(), sae.at_budget(3):
+            torch.testing.assert_close(loaded[sae_id], sae(x))
+
+
+def test_card_shows_the_import_the_budgets_and_the_sweep() -> None:
+    sae = make_sae("hierarchical")
+    card = model_card(sae, "someone/saes", "layer_0", a_sweep())
+    assert card.startswith("---\nlibrary_name: saelens\n")
+    lines = card.splitlines()
+    code = "\n".join(lines[lines.index("```python") + 1 :]).partition("```")[0]
+    assert code.startswith("import sae_lens_flex")
+    compile(code, "card", "exec")
+    assert 'SAE.from_pretrained("someone/saes", "layer_0")' in code
+    assert "1, 2, 4, 8" in code
+    assert "| budgets | 1 to 8 |" in lines
+    assert "| model | gpt2 |" in lines
+    assert "same 4096 tokens" in card
+    table = lines[lines.index(next(line for line in lines if line.startswith("| sae | budget"))) :]
+    assert table == [
+        "| sae | budget | explained_variance | mse | l0 | dead_latents |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| sae | 1 | 0.51 | 11.25 | 1 | 0.125 |",
+        "| sae | 2 | 0.52 | 10.25 | 2 | 0.125 |",
+        "| sae | 4 | 0.54 | 8.25 | 4 | 0.125 |",
+        "| sae | 8 | 0.58 | 4.25 | 8 | 0.125 |",
+    ]
+    assert "Measured" not in model_card(sae, "someone/saes", "layer_0")
+
+
+def test_card_has_a_blank_where_an_sae_has_no_budget() -> None:
+    sweep = BudgetSweep([BudgetMetrics("jumprelu", None, 0.5, 1.0, 17.5, 0.0)], 10)
+    card = model_card(make_sae("hierarchical"), "someone/saes", "layer_0", sweep)
+    assert card.splitlines()[-1] == "| jumprelu |  | 0.5 | 1 | 17.5 | 0 |"
