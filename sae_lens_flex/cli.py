@@ -15,7 +15,7 @@ import datasets
 import torch
 import transformers
 from sae_lens import SAE, ActivationsStore, LanguageModelSAETrainingRunner
-from sae_lens.llm_sae_training_runner import _parse_cfg_args
+from sae_lens.llm_sae_training_runner import InterruptedException, _parse_cfg_args
 from sae_lens.load_model import load_model
 
 from .budgets import flat_activations, sweep_budgets
@@ -85,6 +85,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         return commands[command](rest)
+    except (KeyboardInterrupt, InterruptedException):
+        print(f"sae-lens-flex {command}: interrupted", file=sys.stderr)
+        return 130
     except Exception as error:
         if shows_traceback:
             raise
@@ -127,7 +130,8 @@ def train(argv: list[str]) -> int:
     cfg = _parse_train_arguments(argv)
     uses_triton(getattr(cfg.sae, "backend", "auto"), _device(cfg.device))  # raises if it cannot
     with _quietly():
-        runner = LanguageModelSAETrainingRunner(cfg)
+        with _naming(f"model {cfg.model_name}, dataset {cfg.dataset_path}"):
+            runner = LanguageModelSAETrainingRunner(cfg)
         _check_activations(runner)
     if cfg.output_path is not None:
         Path(cfg.output_path).mkdir(parents=True, exist_ok=True)
@@ -136,7 +140,7 @@ def train(argv: list[str]) -> int:
 
 
 def _check_activations(runner: LanguageModelSAETrainingRunner) -> None:
-    """Run the model on one prompt, since training would fail at its first batch much less clearly."""
+    """Run the model on one prompt: the first step of training would fail much less clearly."""
     cfg, model = runner.cfg, runner.model
     if runner.activations_store.cached_activations_path is not None:
         return
@@ -269,7 +273,7 @@ def _add_sae_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "sae", metavar="PATH_OR_REPO", help="a directory, or a repository of the Hugging Face hub"
     )
-    parser.add_argument("--sae-id", help="the SAE's folder in it; for a repository")
+    parser.add_argument("--sae-id", help="the SAE's folder in the repository or directory")
 
 
 def _count(text: str) -> int:

@@ -16,7 +16,8 @@ import torch
 from datasets import Dataset
 from integration import conftest as toy
 from integration.flows import BATCH_SIZE, run_python
-from sae_lens import SAE
+from sae_lens import SAE, LanguageModelSAETrainingRunner
+from sae_lens.llm_sae_training_runner import InterruptedException
 from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
 
 import sae_lens_flex
@@ -64,7 +65,10 @@ def assert_refused(result: SimpleNamespace, *words: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def train_flags(hf_model_dir: Path, text_dir: Path) -> dict[str, Any]:
+def train_flags(
+    hf_model_dir: Path, text_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    path = tmp_path_factory.mktemp("run")
     return {
         "--architecture": "hierarchical_topk",
         "--d_in": D_IN,
@@ -80,6 +84,8 @@ def train_flags(hf_model_dir: Path, text_dir: Path) -> dict[str, Any]:
         "--train_batch_size_tokens": BATCH_SIZE,
         "--training_tokens": 20 * BATCH_SIZE,
         "--lr": 3e-3,
+        "--output_path": path / "output",
+        "--checkpoint_path": path / "checkpoints",
         "--log_to_wandb": "false",
         "--verbose": "false",
     }
@@ -93,7 +99,8 @@ def as_arguments(flags: dict[str, Any]) -> list[Any]:
 def trained(train_flags: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The SAE of a tiny run, made by the command line."""
     path = tmp_path_factory.mktemp("trained")
-    assert main(list(map(str, ["train", *as_arguments(train_flags), "--output_path", path]))) == 0
+    flags = train_flags | {"--output_path": path}
+    assert main(list(map(str, ["train", *as_arguments(flags)]))) == 0
     return path
 
 
@@ -387,6 +394,19 @@ def test_wrong_training_flags_are_refused(
 def test_traceback_is_shown_when_asked_for(run, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no directory"):
         run("--traceback", "sweep", tmp_path / "missing")
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, InterruptedException])
+def test_interrupted_training_says_so(
+    interruption, train_flags, run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(self: Any) -> None:
+        raise interruption
+
+    monkeypatch.setattr(LanguageModelSAETrainingRunner, "run", interrupted)
+    result = run("train", *as_arguments(train_flags))
+    assert result.code == 130
+    assert result.err.splitlines() == ["sae-lens-flex train: interrupted"]
 
 
 def test_repository_that_cannot_be_reached_is_refused(tmp_path: Path) -> None:

@@ -223,7 +223,9 @@ def main() -> None:
     held_out_nats = evaluate(saved_model, held_out_tokens)
     options = {name.replace("_", "-"): value for name, value in vars(args).items()}
     options = {
-        name: "" if v is True else f" {v}" for name, v in options.items() if v not in (None, False)
+        name: "" if value is True else f" {value}"
+        for name, value in options.items()
+        if value is not None and value is not False
     }
     options = [f"--{name}{v}" for name, v in options.items() if name != "out"]
     record = {
