@@ -101,7 +101,7 @@ class BudgetSweep:
         return cls([BudgetMetrics(**row) for row in data["metrics"]], data["n_tokens"])
 
     def plot(self, path: str | Path | None = None, metric: str = "explained_variance") -> go.Figure:
-        """Draw a metric against the budget: a line per SAE that was swept, a point per other SAE.
+        """Draw a metric against the budget: a line per SAE with several, a named point per other.
 
         SAEs without a fixed number of latents stand at their mean L0.
 
@@ -118,12 +118,23 @@ class BudgetSweep:
         figure = go.Figure()
         for name in dict.fromkeys(row.sae for row in self.metrics):
             rows = [row for row in self.metrics if row.sae == name]
+            is_line = len(rows) > 1
             figure.add_scatter(
                 x=[row.l0 if row.budget is None else row.budget for row in rows],
                 y=[getattr(row, metric) for row in rows],
                 name=name,
-                mode="lines+markers" if len(rows) > 1 else "markers",
+                showlegend=is_line,
+                mode="lines+markers" if is_line else "markers+text",
+                text=None if is_line else [name],
+                textposition="bottom right",
+                marker_color=None if is_line else "dimgray",
+                cliponaxis=False,
             )
+        figure.update_layout(
+            template="plotly_white",
+            margin={"t": 50, "r": 80},
+            legend={"orientation": "h", "y": 1.02, "yanchor": "bottom"},
+        )
         figure.update_xaxes(
             title="latents kept per activation (k)", type="log", dtick=math.log10(2)
         )

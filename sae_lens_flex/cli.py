@@ -5,6 +5,7 @@ import contextlib
 import io
 import logging
 import sys
+import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import datasets
+import huggingface_hub
 import torch
 import transformers
 from sae_lens import SAE, ActivationsStore, LanguageModelSAETrainingRunner
@@ -51,11 +53,39 @@ Train an SAE with SAELens. The flags are SAELens's own. Those that matter first:
   --budgets         levels in the loss, such as 1 8 64; left out: every one of 1..k
   --model_name, --hook_name, --dataset_path, --is_dataset_tokenized
   --training_tokens, --train_batch_size_tokens, --lr, --device, --autocast
-  --output_path     where to save the SAE
+  --output_path     where to save the SAE (left out: "output")
   --log_to_wandb    "false" trains without Weights & Biases
+
+For example, on a language model and a text of the Hugging Face hub:
+
+  sae-lens-flex train --architecture hierarchical_topk --d_in 768 --d_sae 24576 --k 64 \\
+    --model_name gpt2 --hook_name blocks.6.hook_resid_post \\
+    --dataset_path monology/pile-uncopyrighted --is_dataset_tokenized false \\
+    --training_tokens 100000000 --lr 3e-4 --output_path my_sae --log_to_wandb false
 
 "sae-lens-flex train --architecture hierarchical_topk --all-flags" lists every flag of SAELens.
 """
+
+SWEEP_DESCRIPTION = """\
+Measure a trained SAE at many budgets (latents kept per activation), each on the same tokens.
+
+It prints for every budget
+  explained_variance  share of the activations' variance that the SAE reconstructs
+  mse                 squared error of an activation, summed over its d_in components
+  l0                  latents active on a token, on average
+  dead_latents        share of the latents that no token activated
+  ce_loss_score       share of the model's cross-entropy kept: 1 with its own activations, 0 with
+                      zeros in their place; ce_loss_* are the cross-entropies it is made of
+"""
+
+EXPORT_DESCRIPTION = """\
+Save a trained SAE at one budget as an ordinary SAELens TopK SAE, which loads without this package.
+"""
+
+# TransformerLens's messages list every model that it knows.
+MESSAGE_WIDTH = 400
+
+FIGURE_SUFFIXES = (".html", ".png", ".svg", ".pdf")
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -96,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _in_one_line(error: Exception) -> str:
-    message = " ".join(str(error).split())
+    message = textwrap.shorten(str(error), MESSAGE_WIDTH, placeholder=" ...")
     if message and isinstance(error, (ValueError, TypeError, OSError)):
         return message
     return f"{type(error).__name__}: {message}"
@@ -115,6 +145,7 @@ def _naming(what: str) -> Iterator[None]:
 def _quietly() -> Iterator[None]:
     """Keep what libraries log and warn while they load from burying the line that matters."""
     transformers.utils.logging.disable_progress_bar()
+    huggingface_hub.utils.logging.set_verbosity_error()
     datasets.logging.set_verbosity(logging.CRITICAL)
     with warnings.catch_warnings(record=True) as caught:
         yield
@@ -177,29 +208,54 @@ def _parse_train_arguments(argv: list[str]) -> Any:
 
 def sweep(argv: list[str]) -> int:
     """Print an SAE's metrics at many budgets."""
-    parser = OneLineParser(
-        prog="sae-lens-flex sweep",
-        description="Measure a trained SAE at many budgets, each on the same tokens.",
+    parser = _parser("sweep", "[flags]", SWEEP_DESCRIPTION, "my_sae --figure sweep.html")
+    parser.add_argument(
+        "--budgets",
+        type=int,
+        nargs="+",
+        metavar="K",
+        help="such as 1 8 64; default: 1, 2, 4, ... and k",
     )
-    _add_sae_arguments(parser)
-    parser.add_argument("--budgets", type=int, nargs="+", help="default: 1, 2, 4, ... and k")
     parser.add_argument("--model", help="language model; default: the one that the SAE names")
     parser.add_argument(
-        "--model-class", help="SAELens's model class; default: the one that the SAE names"
+        "--model-class",
+        metavar="CLASS",
+        help="SAELens's model class; default: the one that the SAE names",
     )
-    parser.add_argument("--dataset", help="text; default: the dataset that the SAE was trained on")
-    parser.add_argument("--n-batches", type=_count, default=10, help="batches of prompts (10)")
-    parser.add_argument("--batch-size-prompts", type=_count, default=8, help="prompts a batch (8)")
-    parser.add_argument("--no-ce", action="store_true", help="leave the cross-entropy out")
-    parser.add_argument("--kl", action="store_true", help="compute KL divergences too")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or mps (cpu)")
-    parser.add_argument("--json", type=Path, help="write the result here")
-    parser.add_argument("--figure", type=Path, help="draw explained variance here (.html or .png)")
+    parser.add_argument(
+        "--dataset", help="text, on the hub or in a directory; default: what the SAE was trained on"
+    )
+    parser.add_argument(
+        "--n-batches", type=_count, default=10, metavar="N", help="batches of prompts; default: 10"
+    )
+    parser.add_argument(
+        "--batch-size-prompts",
+        type=_count,
+        default=8,
+        metavar="N",
+        help="prompts a batch; default: 8",
+    )
+    parser.add_argument(
+        "--no-ce", action="store_true", help="leave out the cross-entropy, the slowest to measure"
+    )
+    parser.add_argument("--kl", action="store_true", help="measure KL divergences too")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or mps; default: cpu")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
+    parser.add_argument(
+        "--figure",
+        type=Path,
+        metavar="FILE",
+        help="draw explained variance here: .html, or with the package kaleido .png, .svg, .pdf",
+    )
     args = parser.parse_args(argv)
 
     for flag, path in (("--json", args.json), ("--figure", args.figure)):
         if path is not None and (path.is_dir() or not path.parent.is_dir()):
             parser.error(f"argument {flag}: {str(path)!r} is no file in an existing directory")
+    if args.figure is not None and args.figure.suffix not in FIGURE_SUFFIXES:
+        parser.error(
+            f"argument --figure: {str(args.figure)!r} ends in none of {', '.join(FIGURE_SUFFIXES)}"
+        )
     if args.figure is not None and args.figure.suffix != ".html" and not find_spec("kaleido"):
         parser.error("argument --figure: images need the package kaleido; give a name in .html")
 
@@ -253,14 +309,22 @@ def sweep(argv: list[str]) -> int:
 
 def export(argv: list[str]) -> int:
     """Save an SAE at one budget as a TopK SAE."""
-    parser = OneLineParser(
-        prog="sae-lens-flex export",
-        description="Save a trained SAE at one budget as an ordinary SAELens TopK SAE, which loads "
-        "without this package.",
+    parser = _parser(
+        "export",
+        "--budget K --output DIR [--sae-id FOLDER]",
+        EXPORT_DESCRIPTION,
+        "my_sae --budget 16 --output my_topk_sae",
     )
-    _add_sae_arguments(parser)
-    parser.add_argument("--budget", type=int, required=True, help="latents to keep, 1..k")
-    parser.add_argument("--output", type=Path, required=True, help="directory to write")
+    parser.add_argument(
+        "--budget",
+        type=int,
+        required=True,
+        metavar="K",
+        help="latents kept per activation: 1..k, the k that the SAE was trained with",
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="directory to write"
+    )
     args = parser.parse_args(argv)
     if Path(args.sae).is_dir() and args.output.resolve() == Path(args.sae).resolve():
         parser.error("argument --output: that is the SAE itself")
@@ -269,11 +333,25 @@ def export(argv: list[str]) -> int:
     return 0
 
 
-def _add_sae_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "sae", metavar="PATH_OR_REPO", help="a directory, or a repository of the Hugging Face hub"
+def _parser(command: str, flags: str, description: str, example: str) -> OneLineParser:
+    """Return a parser with the arguments that name an SAE."""
+    prog = f"sae-lens-flex {command}"
+    parser = OneLineParser(
+        prog=prog,
+        usage=f"{prog} PATH_OR_REPO {flags}",
+        description=description,
+        epilog=f"for example:\n  {prog} {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--sae-id", help="the SAE's folder in the repository or directory")
+    parser.add_argument(
+        "sae",
+        metavar="PATH_OR_REPO",
+        help="a directory that an SAE was saved in, or a repository of the Hugging Face hub",
+    )
+    parser.add_argument(
+        "--sae-id", metavar="FOLDER", help="the SAE's folder in the repository or directory"
+    )
+    return parser
 
 
 def _count(text: str) -> int:
@@ -290,12 +368,12 @@ def _device(name: str) -> torch.device:
 def _load(path_or_repo: str, sae_id: str | None, device: str) -> Any:
     if Path(path_or_repo).is_dir():
         path = Path(path_or_repo, sae_id or "")
-        with _naming(str(path)):
+        with _naming(str(path)), _quietly():
             return SAE.load_from_disk(path, device=device)
     if sae_id is None:
         raise ValueError(
             f"{path_or_repo!r} is no directory; to take it as a repository of the Hugging Face "
             "hub, give --sae-id"
         )
-    with _naming(f"{path_or_repo} {sae_id}"):
+    with _naming(f"{path_or_repo} {sae_id}"), _quietly():
         return SAE.from_pretrained(path_or_repo, sae_id, device=device)

@@ -460,10 +460,15 @@ def test_plot_draws_a_line_for_a_swept_sae_and_points_for_the_others(sweep) -> N
     traces: dict[str, Any] = {trace["name"]: trace for trace in figure.data}
     assert {name: trace.mode for name, trace in traces.items()} == {
         "hierarchical": "lines+markers",
-        "k=2": "markers",
-        "k=8": "markers",
-        "jumprelu": "markers",
+        "k=2": "markers+text",
+        "k=8": "markers+text",
+        "jumprelu": "markers+text",
     }
+    assert [traces[name].text for name in ("k=2", "k=8", "jumprelu")] == [
+        ("k=2",),
+        ("k=8",),
+        ("jumprelu",),
+    ]
     assert list(traces["hierarchical"].x) == [1, 2, 4, 8]
     assert list(traces["hierarchical"].y) == [0.3, 0.5, 0.8, 0.9]
     assert list(traces["jumprelu"].x) == [18.0]  # its L0

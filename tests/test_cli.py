@@ -53,11 +53,12 @@ def run(capfd: pytest.CaptureFixture[str]) -> Callable[..., SimpleNamespace]:
 
 
 def assert_refused(result: SimpleNamespace, *words: str) -> None:
-    """Check for exit code 2 and one line on stderr that holds the words."""
+    """Check for exit code 2 and one short line on stderr that holds the words."""
     assert result.code == 2, result.err
     assert len(result.err.splitlines()) == 1, result.err
     assert result.err.startswith("sae-lens-flex")
     assert "error: " in result.err
+    assert len(result.err) < 700, result.err
     assert "Traceback" not in result.err
     assert result.err.rstrip().partition("error: ")[2], "an empty message"
     for word in words:
@@ -253,6 +254,7 @@ def test_unknown_command_is_refused(command, run) -> None:
         ("sweep SAE --json MISSING/sweep.json", ["--json", "missing"]),
         ("sweep SAE --figure MISSING/sweep.html", ["--figure", "missing"]),
         ("sweep SAE --figure TMP", ["--figure"]),
+        ("sweep SAE --figure TMP/sweep.gif", ["--figure", "sweep.gif", ".png"]),
         ("sweep MISSING", ["missing", "--sae-id"]),
         ("sweep someone/saes", ["someone/saes", "--sae-id"]),
         ("sweep TMP", ["cfg.json"]),
@@ -368,6 +370,7 @@ def test_sae_that_does_not_say_what_it_reads_is_refused(
         ({"--lr": "fast"}, ["lr", "fast"]),
         ({"--model_class_name": "Transformer"}, ["Transformer"]),
         ({"--model_name": "MISSING"}, ["missing"]),
+        ({"--model_class_name": "HookedTransformer", "--model_name": "gpt9"}, ["gpt9 not found"]),
         ({"--hook_name": "transformer.h.9"}, ["transformer.h.9"]),
         ({"--dataset_path": "MISSING"}, ["missing"]),
         ({"--dataset_path": None}, ["dataset_path"]),
