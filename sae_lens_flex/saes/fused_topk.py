@@ -2,6 +2,7 @@
 
 import math
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Literal, Self, cast
@@ -13,6 +14,8 @@ from sae_lens.util import dtype_to_str, str_to_dtype
 from transformer_lens.hook_points import HookPoint
 from typing_extensions import override
 
+from ..ops.dead_latents import DeadLatents, dead_latents_loss, with_rows
+from ..ops.encode import encode, latent_major
 from ..ops.fused_loss import BACKENDS, accumulation_dtype, fused_loss
 from .normalization import forget_output_map, read_output_map
 
@@ -176,20 +179,26 @@ class FusedTopKTrainingSAEConfig(TopKTrainingSAEConfig):
 
 class FusedTopKTrainingSAE(TopKTrainingSAE):
     """
-    SAELens's TopK training SAE with the decoder loss in one fused operator.
+    SAELens's TopK training SAE in three fused operators: encoder, decoder loss, auxiliary loss.
 
     A training step selects the k largest pre-activations h (of h * ||W_dec|| with
-    `rescale_acts_by_decoder_norm`) and hands the operator their latents and relu(h): the norm that
-    the reported activations carry cancels against the one that decoding divides by, in the value
-    and in the gradient.
+    `rescale_acts_by_decoder_norm`) and hands the decoder loss their latents and relu(h): the norm
+    that the reported activations carry cancels against the one that decoding divides by, in the
+    value and in the gradient. The auxiliary loss computes the dead latents' pre-activations alone.
+    Nothing of shape [batch, d_sae] outlives a chunk of the batch.
 
     Of a fused step's `TrainStepOutput`, `loss` and `losses` carry gradients; `sae_out`,
-    `feature_acts` and `hidden_pre` do not. A loss term on one of these needs the unfused path, in
-    which they do, at SAELens's speed and memory, and `feature_acts` is dense. A subclass that
-    overrides `calculate_aux_loss`, `encode_with_hidden_pre` or `decode` takes it unless it says
-    `use_fused_path = True`; any other says `use_fused_path = False`. Steps with hooks on the points
-    that the fused path skips (`hook_sae_acts_pre`, `hook_sae_acts_post`, `hook_sae_recons`) take it
-    by themselves.
+    `feature_acts` and `hidden_pre` do not, and `hidden_pre` holds the pre-activations of the k kept
+    latents alone, [batch, k], in descending order (SAELens reads none). What needs more takes the
+    unfused path, in which all of them do, `hidden_pre` and `feature_acts` are dense, and speed and
+    memory are SAELens's. A subclass that overrides `calculate_aux_loss`, `encode_with_hidden_pre`,
+    `decode` or `process_sae_in` takes it unless it says `use_fused_path = True`, with which a
+    training step calls none of these; any other says `use_fused_path = False`. Steps with hooks on
+    the points that the fused path skips (`hook_sae_acts_pre`, `hook_sae_acts_post`,
+    `hook_sae_recons`) take it by themselves.
+
+    `W_enc` is [d_in, d_sae], as everywhere in SAELens, but stored latent by latent (it is not
+    contiguous, its transpose is), which is how its gradient comes. Saved files are ordinary.
     """
 
     cfg: FusedTopKTrainingSAEConfig  # type: ignore[assignment]
@@ -202,6 +211,7 @@ class FusedTopKTrainingSAE(TopKTrainingSAE):
             "calculate_aux_loss",
             "encode_with_hidden_pre",
             "decode",
+            "process_sae_in",
         } & cls.__dict__.keys()
         if overridden and "use_fused_path" not in cls.__dict__:
             cls.use_fused_path = False
@@ -210,6 +220,27 @@ class FusedTopKTrainingSAE(TopKTrainingSAE):
         super().__setstate__(state)
         # SAELens's normalization functions hold the SAE that made them: a copy needs its own.
         self._setup_activation_normalization()
+
+    @override
+    def initialize_weights(self) -> None:
+        super().initialize_weights()
+        self._store_latent_major()
+
+    @override
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        incompatible_keys = super().load_state_dict(state_dict, strict, assign)
+        self._store_latent_major()
+        return incompatible_keys
+
+    @override
+    def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
+        super().process_state_dict_for_saving(state_dict)
+        state_dict["W_enc"] = state_dict["W_enc"].contiguous()  # safetensors takes no other
+
+    def _store_latent_major(self) -> None:
+        self.W_enc.data = latent_major(self.W_enc.data)
 
     @override
     def get_activation_fn(self) -> TopK:
@@ -222,36 +253,38 @@ class FusedTopKTrainingSAE(TopKTrainingSAE):
             return self._unfused_training_forward_pass(step_input)
 
         x = step_input.sae_in
-        hidden_pre = self.process_sae_in(x) @ self.W_enc + self.b_enc
-        acts_pre = hidden_pre
+        norms = None
         if self.cfg.rescale_acts_by_decoder_norm:
-            acts_pre = hidden_pre * self.W_dec.norm(dim=-1)
-        top_acts_pre, indices = acts_pre.detach().topk(self.cfg.k)
+            norms = self.W_dec.detach().norm(dim=-1)
+        encoder, decoder, dead = self._split_off_dead(step_input.dead_neuron_mask, norms)
 
-        vals = hidden_pre.gather(-1, indices).relu()
-        vals, target = self._fold_into_target(vals, x)
+        normalized = self._normalize(x)
+        b_dec = self.b_dec if self.cfg.apply_b_dec_to_input else None
+        kept = encode(
+            normalized, encoder, self.b_enc, b_dec, norms, self.cfg.k, backend=self.cfg.backend
+        )
+        hidden_pre = kept.hidden.detach()
+        if norms is not None:
+            hidden_pre = hidden_pre * norms[kept.indices]
+        feature_acts = self._report_feature_acts(kept.indices, hidden_pre.relu())
+
+        vals, target = self._fold_into_target(kept.hidden.relu(), x)
         forget_output_map(self)
-        mse_loss, residual = self._decoder_loss(indices, vals, target)
+        mse_loss, residual = self._decoder_loss(kept.indices, decoder, vals, target)
         sae_out = (x.detach() + residual).to(self.dtype)
-        feature_acts = self._report_feature_acts(indices, top_acts_pre.relu())
         metrics = {}
         if step_input.is_logging_step:
-            metrics = self._logging_metrics(indices, vals, target, x)
+            metrics = self._logging_metrics(kept.indices, vals, target, x)
 
-        losses = {
-            "mse_loss": mse_loss,
-            **self.calculate_aux_loss(
-                step_input=step_input,
-                feature_acts=feature_acts,
-                hidden_pre=acts_pre,
-                sae_out=sae_out,
-            ),
-        }
+        aux_loss = residual.new_zeros(())
+        if dead is not None:
+            aux_loss = self._dead_latents_loss(normalized, b_dec, dead, -residual)
+        losses = {"mse_loss": mse_loss, "auxiliary_reconstruction_loss": aux_loss}
         return TrainStepOutput(
             sae_in=x,
             sae_out=sae_out,
             feature_acts=feature_acts,
-            hidden_pre=acts_pre.detach(),
+            hidden_pre=hidden_pre,
             loss=sum_of(losses),
             losses=losses,
             metrics={**metrics},
@@ -269,20 +302,70 @@ class FusedTopKTrainingSAE(TopKTrainingSAE):
             return {"auxiliary_reconstruction_loss": sae_out.new_zeros((), dtype=torch.float32)}
         return super().calculate_aux_loss(step_input, feature_acts, hidden_pre, sae_out)
 
+    def _normalize(self, x: torch.Tensor) -> torch.Tensor:
+        """Return what `process_sae_in` subtracts the decoder bias from."""
+        x = self.hook_sae_input(self.reshape_fn_in(x.to(self.dtype)))
+        return self.run_time_activation_norm_fn_in(x)
+
+    @torch.compiler.disable()  # the number of dead latents changes from step to step
+    def _split_off_dead(
+        self, mask: torch.Tensor | None, norms: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, DeadLatents | None]:
+        """Return W_enc and W_dec, and the dead latents' part of them if there are any."""
+        if mask is None or self.cfg.aux_loss_coefficient == 0:
+            return self.W_enc, self.W_dec, None
+        latents = mask.nonzero().squeeze(-1)  # waits for the device, as SAELens does
+        if len(latents) == 0:
+            return self.W_enc, self.W_dec, None
+        encoder_rows, dead_encoder_rows = with_rows(self.W_enc.T, latents)
+        decoder, dead_decoder_rows = with_rows(self.W_dec, latents)
+        dead = DeadLatents(
+            dead_encoder_rows,
+            self.b_enc.index_select(0, latents),
+            dead_decoder_rows,
+            None if norms is None else norms[latents],
+        )
+        return encoder_rows.T, decoder, dead
+
+    @torch.compiler.disable()
+    def _dead_latents_loss(
+        self,
+        normalized: torch.Tensor,
+        b_dec: torch.Tensor | None,
+        dead: DeadLatents,
+        target: torch.Tensor,
+    ) -> torch.Tensor:
+        """Return the auxiliary loss, the same as SAELens's `calculate_topk_aux_loss`."""
+        n_dead, half_width = len(dead.b_enc), self.cfg.d_in // 2
+        return dead_latents_loss(
+            normalized,
+            dead,
+            b_dec,
+            target,
+            min(n_dead, half_width),
+            factor=self.cfg.aux_loss_coefficient * min(n_dead / half_width, 1.0),
+            backend=self.cfg.backend,
+        )
+
     def _decoder_loss(
-        self, indices: torch.Tensor, vals: torch.Tensor, target: torch.Tensor
+        self,
+        indices: torch.Tensor,
+        decoder: torch.Tensor,
+        vals: torch.Tensor,
+        target: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return `mse_loss` and the residual of level k.
 
         Args:
             indices: kept latents, [batch, k], in the order of the levels.
-            vals: their decode coefficients, [batch, k].
+            decoder: W_dec, [d_sae, d_in].
+            vals: the latents' decode coefficients, [batch, k].
             target: what `vals @ W_dec[indices]` is to reconstruct, [batch, d_in].
         """
         return fused_loss(
             "topk_loss",
             indices,
-            self.W_dec,
+            decoder,
             vals,
             target,
             factor=self.cfg.d_in,  # SAELens sums over d_in, where the operator averages
@@ -297,7 +380,7 @@ class FusedTopKTrainingSAE(TopKTrainingSAE):
         target: torch.Tensor,
         x: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
-        """Return the metrics of a logging step; the first three arguments as in `_decoder_loss`."""
+        """Return the metrics of a logging step; arguments as in `_decoder_loss`."""
         return {}
 
     def _unfused_training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:

@@ -281,9 +281,13 @@ class HierarchicalTopKTrainingSAE(RuntimeBudget, FusedTopKTrainingSAE):
 
     @override
     def _decoder_loss(
-        self, indices: torch.Tensor, vals: torch.Tensor, target: torch.Tensor
+        self,
+        indices: torch.Tensor,
+        decoder: torch.Tensor,
+        vals: torch.Tensor,
+        target: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._levels_loss(indices, vals, target, self._level_weights(target))
+        return self._levels_loss(indices, decoder, vals, target, self._level_weights(target))
 
     @override
     def _logging_metrics(
@@ -327,7 +331,7 @@ class HierarchicalTopKTrainingSAE(RuntimeBudget, FusedTopKTrainingSAE):
         if level_weights is None:
             level_weights = target.new_full((k,), 1 / k)
         below_k = torch.cat((level_weights[:-1], level_weights.new_zeros(1)))
-        loss_below_k, _ = self._levels_loss(indices, vals, target, below_k)
+        loss_below_k, _ = self._levels_loss(indices, self.W_dec, vals, target, below_k)
         loss_at_k = self.mse_loss_fn(sae_out, x).sum(dim=-1).mean()
         losses = {
             "mse_loss": loss_below_k + level_weights[-1] * loss_at_k,
@@ -346,6 +350,7 @@ class HierarchicalTopKTrainingSAE(RuntimeBudget, FusedTopKTrainingSAE):
     def _levels_loss(
         self,
         indices: torch.Tensor,
+        decoder: torch.Tensor,
         vals: torch.Tensor,
         target: torch.Tensor,
         level_weights: torch.Tensor | None,
@@ -353,7 +358,7 @@ class HierarchicalTopKTrainingSAE(RuntimeBudget, FusedTopKTrainingSAE):
         return fused_loss(
             "hierarchical_loss",
             indices,
-            self.W_dec,
+            decoder,
             vals,
             target,
             level_weights=level_weights,

@@ -1,0 +1,255 @@
+"""The auxiliary loss on dead latents, on their part of the dictionary alone.
+
+    h = (x - b_dec) @ W_enc + b_enc,
+    a = h at the K largest of h * norms in each row, 0 elsewhere,
+    L = factor / B * sum_b |a[b] @ W_dec - target[b]|^2,     e = a @ W_dec - target
+
+with W_enc, W_dec, b_enc and norms those of the n dead latents. K is a large part of n, so that the
+products are dense ones, over chunks of the batch. With s = 2 factor / B * e and g = s @ W_dec.T at
+the kept latents, 0 elsewhere, the gradients are
+
+    dL/dW_dec = a.T @ s,      dL/dW_enc = (x - b_dec).T @ g,      dL/db_enc = sum_b g[b],
+    dL/dx = g @ W_enc.T,      dL/db_dec = -W_enc @ dL/db_enc.
+
+The target has none. A scalar's gradients can be produced in the forward pass (see `fused_loss`).
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+
+from .encode import chunk_rows, compute_dtype
+from .fused_loss import (
+    NAMESPACE,
+    _library,
+    _operators,
+    _scaled,
+    accumulation_dtype,
+    uses_triton,
+)
+from .selection import Selection, select
+
+
+class DeadLatents(NamedTuple):
+    """The part of a dictionary that belongs to its n dead latents.
+
+    Attributes:
+        W_enc_rows: [n, D], the transpose of their columns of W_enc.
+        b_enc: [n].
+        W_dec: [n, D].
+        norms: by which their pre-activations are compared, [n], or None for 1.
+    """
+
+    W_enc_rows: torch.Tensor
+    b_enc: torch.Tensor
+    W_dec: torch.Tensor
+    norms: torch.Tensor | None
+
+
+def _compute(
+    x: torch.Tensor,
+    W_enc_rows: torch.Tensor,
+    b_enc: torch.Tensor,
+    W_dec: torch.Tensor,
+    b_dec: torch.Tensor | None,
+    norms: torch.Tensor | None,
+    target: torch.Tensor,
+    k: int,
+    factor: float,
+    dtype: torch.dtype,
+    use_triton: bool,
+    needs_gradients: bool,
+    needs_grad_x: bool,
+) -> tuple[torch.Tensor, ...]:
+    n_samples, n_dead = x.shape[0], len(b_enc)
+    outputs = [
+        tensor.zero_()
+        for tensor in _shapes(
+            x,
+            W_enc_rows,
+            b_enc,
+            W_dec,
+            b_dec,
+            norms,
+            target,
+            k,
+            factor,
+            dtype,
+            use_triton,
+            needs_gradients,
+            needs_grad_x,
+        )
+    ]
+    loss, grad_x, grad_enc, grad_b_enc, grad_dec, grad_b_dec = outputs
+    n_rows = chunk_rows(n_samples, n_dead, dtype, x.device)
+    with torch.autocast(x.device.type, enabled=False):
+        rows = (x if b_dec is None else x - b_dec).to(dtype)
+        encoder, decoder = W_enc_rows.to(dtype), W_dec.to(dtype)
+        for start in range(0, n_samples, n_rows):
+            chunk = slice(start, start + n_rows)
+            products = rows[chunk] @ encoder.T
+            kept = None
+            if k < n_dead:
+                kept = Selection(
+                    x.new_empty((len(products), k), dtype=torch.int64),
+                    x.new_empty((len(products), k), dtype=torch.promote_types(dtype, b_enc.dtype)),
+                )
+                select(products, b_enc, norms, kept, use_triton, is_sorted=False)
+                acts = torch.zeros_like(products).scatter_(-1, kept.indices, kept.hidden.to(dtype))
+            else:
+                acts = (products + b_enc).to(dtype)
+            error = (acts @ decoder).to(loss.dtype) - target[chunk]
+            loss += error.square().sum()
+            if not needs_gradients:
+                continue
+            s = error.mul_(2 * factor / n_samples).to(dtype)
+            grad_dec += acts.T @ s
+            g = s @ decoder.T
+            if kept is not None:
+                g = torch.zeros_like(g).scatter_(-1, kept.indices, g.gather(-1, kept.indices))
+            grad_enc += g.T @ rows[chunk]
+            grad_b_enc += g.sum(0, dtype=loss.dtype)
+            if needs_grad_x:
+                grad_x[chunk] = g @ encoder
+        if grad_b_dec.numel():
+            grad_b_dec -= grad_b_enc @ W_enc_rows.to(loss.dtype)
+    return loss * (factor / n_samples), grad_x, grad_enc, grad_b_enc, grad_dec, grad_b_dec
+
+
+def _shapes(
+    x,
+    W_enc_rows,
+    b_enc,
+    W_dec,
+    b_dec,
+    norms,
+    target,
+    k,
+    factor,
+    dtype,
+    use_triton,
+    needs_gradients,
+    needs_grad_x,
+) -> tuple[torch.Tensor, ...]:
+    dtype = accumulation_dtype(x, W_dec)
+
+    def like(tensor: torch.Tensor | None, is_wanted: bool) -> torch.Tensor:
+        shape = tensor.shape if tensor is not None and is_wanted else (0,)
+        return x.new_empty(shape, dtype=dtype)
+
+    return (
+        x.new_empty((), dtype=dtype),
+        like(x, needs_grad_x),
+        *(like(tensor, needs_gradients) for tensor in (W_enc_rows, b_enc, W_dec, b_dec)),
+    )
+
+
+def _keep_gradients(ctx, inputs, output) -> None:
+    gradients = output[1:]
+    ctx.mark_non_differentiable(*gradients)
+    ctx.save_for_backward(*gradients)
+    ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs[:5]]
+
+
+def _differentiate(ctx, grad_loss, *_):
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "dead_latents_loss has no second derivative: its backward pass was asked for a graph "
+            "(create_graph=True)"
+        )
+    gradients = (
+        _scaled(gradient, grad_loss).to(dtype) if gradient.numel() else None
+        for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+    )
+    return *gradients, *(None,) * 8
+
+
+if not hasattr(_operators, "dead_latents_loss"):
+    _library.define(
+        "dead_latents_loss(Tensor x, Tensor W_enc_rows, Tensor b_enc, Tensor W_dec, Tensor? b_dec, "
+        "Tensor? norms, Tensor target, int k, float factor, ScalarType dtype, bool use_triton, "
+        "bool needs_gradients, bool needs_grad_x) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    )
+    _library.impl("dead_latents_loss", _compute, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::dead_latents_loss", _shapes)
+    torch.library.register_autograd(
+        f"{NAMESPACE}::dead_latents_loss", _differentiate, setup_context=_keep_gradients
+    )
+
+
+def dead_latents_loss(
+    x: torch.Tensor,
+    dead: DeadLatents,
+    b_dec: torch.Tensor | None,
+    target: torch.Tensor,
+    k: int,
+    *,
+    factor: float = 1.0,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Return the squared error with which K dead latents reconstruct `target`, averaged over B.
+
+    Products are computed in autocast's dtype where it is on. The memory grows neither with B * n
+    nor with F.
+
+    Args:
+        x: activations, [B, D].
+        dead: the n dead latents.
+        b_dec: what is subtracted from x before encoding, [D], or None.
+        target: [B, D], not differentiated.
+        k: latents to keep of each activation, 1..n.
+        factor: multiplies the loss.
+        backend: "auto", "triton" or "torch".
+
+    Returns:
+        The loss, a scalar, differentiable once in x, the dead latents' weights and b_dec.
+    """
+    use_triton = uses_triton(backend, x.device)
+    if backend == "auto" and accumulation_dtype(x, dead.W_dec) == torch.float64:
+        use_triton = False  # the kernels compute in float32
+    is_enabled = torch.is_grad_enabled()
+    return _operators.dead_latents_loss(
+        x,
+        dead.W_enc_rows,
+        dead.b_enc,
+        dead.W_dec,
+        b_dec,
+        dead.norms,
+        target,
+        k,
+        factor,
+        compute_dtype(dead.W_dec),
+        use_triton,
+        is_enabled and dead.W_dec.requires_grad,
+        is_enabled and x.requires_grad,
+    )[0]
+
+
+class _WithRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: torch.Tensor, latents: torch.Tensor) -> Any:
+        ctx.save_for_backward(latents)
+        ctx.set_materialize_grads(False)
+        ctx.shape = weight.shape
+        return weight.view_as(weight), weight.index_select(0, latents)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:
+        (latents,) = ctx.saved_tensors
+        grad_weight, grad_rows = gradients
+        if grad_rows is None:
+            return grad_weight, None
+        if grad_weight is None:
+            grad_weight = grad_rows.new_zeros(ctx.shape)
+        return grad_weight.index_add_(0, latents, grad_rows), None
+
+
+def with_rows(weight: torch.Tensor, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `weight`, [F, D], and a copy of some of its rows, [n, D].
+
+    As `(weight, weight[latents])`, but that the rows' gradient is added to that of `weight` in
+    place, where autograd would make a second [F, D] tensor of it. That takes a gradient which
+    nothing else holds, as the fused operators' are, and latents without repeats.
+    """
+    return _WithRows.apply(weight, latents)  # pyright: ignore[reportReturnType]

@@ -1,0 +1,347 @@
+"""The sparse encoder: the K largest pre-activations of each activation, and their gradients.
+
+    h = (x - b_dec) @ W_enc + b_enc,     indices[b] = the K largest of h[b] * norms, descending,
+    hidden[b, t] = h[b, indices[b, t]].
+
+Only the kept pre-activations have a gradient, g = dL/dhidden, so the backward pass touches only the
+latents that were kept:
+
+    dL/dW_enc[:, f] = sum over the pairs (b, t) that chose f of g[b, t] (x[b] - b_dec),
+    dL/db_enc[f] = sum over these pairs of g[b, t],
+    dL/dx[b] = sum_t g[b, t] W_enc[:, indices[b, t]],      dL/db_dec = -W_enc @ dL/db_enc.
+
+No gradient flows through the norms: where they are divided out again in decoding, there is none.
+The pre-activations of the whole batch never exist at once.
+
+W_enc, [D, F], is fastest where a latent's column is contiguous, as its gradient's is: see
+`latent_major`.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from ._triton import tl, triton
+from .fused_loss import (
+    NAMESPACE,
+    _library,
+    _operators,
+    accumulation_dtype,
+    fused_loss,
+    uses_triton,
+)
+from .inverted_index import InvertedIndex, invert, sum_by_latent
+from .selection import Selection, select
+
+# A chunk of the batch has this many bytes of x @ W_enc. On a CPU they stay in the caches; a GPU
+# wants products that fill it, and rows enough to make W_enc worth reading once more.
+CPU_CHUNK_BYTES = 2**22
+GPU_CHUNK_BYTES = 2**28
+GPU_CHUNK_ROWS = 512
+
+
+class Encoded(NamedTuple):
+    """The kept latents of a batch.
+
+    Attributes:
+        indices: [B, K], int64, in the order of descending h * norms.
+        hidden: their pre-activations h, [B, K], differentiable.
+        inverted: the inverted index of `indices`, where a gradient is wanted.
+    """
+
+    indices: torch.Tensor
+    hidden: torch.Tensor
+    inverted: InvertedIndex | None
+
+
+@triton.jit
+def _grad_weight_kernel(
+    latents,
+    pairs,
+    grad_hidden,  # [B * K]
+    rows,  # x - b_dec, [B, D]
+    grad_weight,  # [F, D], float32, zeroed
+    N,  # B * K
+    K,
+    F,
+    D,
+    RUN: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    # A program takes a run of RUN pairs, however few latents they belong to: no latent, however
+    # often it fires, makes one program's work longer. A latent whose pairs lie in one run is
+    # stored; one that spans runs is added atomically, once a run.
+    first = tl.program_id(0) * RUN
+    last = tl.minimum(first + RUN, N) - 1
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    in_row = d < D
+
+    f = tl.load(latents + first).to(tl.int64)
+    before = tl.load(latents + first - 1, mask=first > 0, other=-1).to(tl.int64)
+    is_shared = (first > 0) & (before == f)
+    total = tl.zeros([BLOCK_D], tl.float32)
+    for n in range(first, last + 1):
+        latent = tl.load(latents + n).to(tl.int64)
+        if latent != f:
+            if is_shared:
+                tl.atomic_add(grad_weight + f * D + d, total, mask=in_row, sem="relaxed")
+            else:
+                tl.store(grad_weight + f * D + d, total, mask=in_row)
+            f = latent
+            is_shared = False
+            total = tl.zeros([BLOCK_D], tl.float32)
+        pair = tl.load(pairs + n)
+        g = tl.load(grad_hidden + pair).to(tl.float32)
+        total += g * tl.load(rows + (pair // K) * D + d, mask=in_row, other=0.0).to(tl.float32)
+    after = tl.load(latents + last + 1, mask=last + 1 < N, other=-1).to(tl.int64)
+    if is_shared | ((last + 1 < N) & (after == f)):
+        tl.atomic_add(grad_weight + f * D + d, total, mask=in_row, sem="relaxed")
+    else:
+        tl.store(grad_weight + f * D + d, total, mask=in_row)
+
+
+RUN = 32
+BLOCK_D = 256
+NUM_WARPS = 1
+
+
+def _grad_weight_by_triton(
+    index: InvertedIndex, grad_hidden: torch.Tensor, rows: torch.Tensor, n_latents: int
+) -> torch.Tensor:
+    n_samples, k = grad_hidden.shape
+    d_in = rows.shape[1]
+    grad_weight = rows.new_zeros((n_latents, d_in), dtype=torch.float32)
+    if torch.are_deterministic_algorithms_enabled():  # the order of atomic additions varies
+        sum_by_latent(index, grad_hidden, rows, grad_weight)
+        return grad_weight
+    _grad_weight_kernel[(triton.cdiv(n_samples * k, RUN), triton.cdiv(d_in, BLOCK_D))](
+        index.latents,
+        index.pairs,
+        grad_hidden,
+        rows,
+        grad_weight,
+        n_samples * k,
+        k,
+        n_latents,
+        d_in,
+        RUN=RUN,
+        BLOCK_D=BLOCK_D,
+        num_warps=NUM_WARPS,  # pyright: ignore[reportCallIssue]
+    )
+    return grad_weight
+
+
+def _grad_weight_by_torch(
+    index: InvertedIndex, grad_hidden: torch.Tensor, rows: torch.Tensor, n_latents: int
+) -> torch.Tensor:
+    latents = torch.arange(n_latents, device=rows.device, dtype=index.latents.dtype)
+    dtype = accumulation_dtype(rows)
+    return torch.nn.functional.embedding_bag(
+        index.pairs // grad_hidden.shape[1],
+        rows.to(dtype),
+        torch.searchsorted(index.latents, latents),
+        mode="sum",
+        per_sample_weights=grad_hidden.flatten()[index.pairs].to(dtype),
+    )
+
+
+def _rows_of(x: torch.Tensor, b_dec: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    return (x if b_dec is None else x - b_dec).to(dtype).contiguous()
+
+
+def chunk_rows(n_samples: int, n_latents: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Return how many activations' pre-activations are held at once."""
+    if device.type == "cpu":
+        rows = CPU_CHUNK_BYTES // (n_latents * dtype.itemsize)
+    else:
+        rows = max(GPU_CHUNK_ROWS, GPU_CHUNK_BYTES // (n_latents * dtype.itemsize))
+    n_chunks = -(-n_samples // max(1, rows))
+    return -(-n_samples // n_chunks)
+
+
+def _encode(
+    x: torch.Tensor,
+    W_enc: torch.Tensor,
+    b_enc: torch.Tensor,
+    b_dec: torch.Tensor | None,
+    norms: torch.Tensor | None,
+    k: int,
+    dtype: torch.dtype,
+    use_triton: bool,
+    needs_index: bool,
+) -> tuple[torch.Tensor, ...]:
+    n_samples, n_latents = x.shape[0], W_enc.shape[1]
+    out = Selection(
+        x.new_empty((n_samples, k), dtype=torch.int64),
+        x.new_empty((n_samples, k), dtype=torch.promote_types(dtype, b_enc.dtype)),
+    )
+    n_rows = chunk_rows(n_samples, n_latents, dtype, x.device)
+    with torch.autocast(x.device.type, enabled=False):
+        rows, weight = _rows_of(x, b_dec, dtype), W_enc.to(dtype)
+        for start in range(0, n_samples, n_rows):
+            chunk = slice(start, start + n_rows)
+            select(
+                rows[chunk] @ weight,
+                b_enc,
+                norms,
+                Selection(out.indices[chunk], out.hidden[chunk]),
+                use_triton,
+            )
+    # Without a gradient, the index of nothing.
+    return *out, *invert(out.indices if needs_index else out.indices[:0], n_latents)
+
+
+def _encode_shapes(x, W_enc, b_enc, b_dec, norms, k, dtype, use_triton, needs_index):
+    n_samples = x.shape[0]
+    n_pairs = n_samples * k if needs_index else 0
+    return (
+        x.new_empty((n_samples, k), dtype=torch.int64),
+        x.new_empty((n_samples, k), dtype=torch.promote_types(dtype, b_enc.dtype)),
+        x.new_empty(n_pairs, dtype=torch.int32),
+        x.new_empty(n_pairs, dtype=torch.int64),
+    )
+
+
+def _encode_backward(
+    grad_hidden: torch.Tensor,
+    indices: torch.Tensor,
+    latents: torch.Tensor,
+    pairs: torch.Tensor,
+    x: torch.Tensor,
+    W_enc: torch.Tensor,
+    b_enc: torch.Tensor,
+    b_dec: torch.Tensor | None,
+    dtype: torch.dtype,
+    use_triton: bool,
+    wanted: list[bool],
+) -> tuple[torch.Tensor, ...]:
+    wants_x, wants_weight, wants_b_enc, wants_b_dec = wanted
+    n_latents = W_enc.shape[1]
+    grad_hidden = grad_hidden.contiguous()
+    grad_x, grad_weight, grad_b_enc, grad_b_dec = (x.new_empty(0) for _ in wanted)
+    with torch.autocast(x.device.type, enabled=False):
+        if wants_weight:
+            by = _grad_weight_by_triton if use_triton else _grad_weight_by_torch
+            index = InvertedIndex(latents, pairs)
+            grad_weight = by(index, grad_hidden, _rows_of(x, b_dec, dtype), n_latents)
+            grad_weight = grad_weight.to(W_enc.dtype)
+        if wants_b_enc or wants_b_dec:
+            sums = grad_hidden.new_zeros(n_latents, dtype=accumulation_dtype(x, W_enc))
+            sums.index_add_(0, indices.flatten(), grad_hidden.flatten().to(sums.dtype))
+            if wants_b_enc:
+                grad_b_enc = sums.to(b_enc.dtype)
+            if b_dec is not None and wants_b_dec:
+                grad_b_dec = -(W_enc @ sums.to(W_enc.dtype)).to(b_dec.dtype)
+        if wants_x:
+            _, grad_x = fused_loss(
+                "topk_loss",
+                indices,
+                W_enc.T,
+                grad_hidden,
+                torch.zeros_like(x),
+                backend="triton" if use_triton else "torch",
+                needs_residual=True,
+            )
+            grad_x = grad_x.to(x.dtype)
+    return grad_x, grad_weight, grad_b_enc, grad_b_dec
+
+
+def _encode_backward_shapes(
+    grad_hidden, indices, latents, pairs, x, W_enc, b_enc, b_dec, dtype, use_triton, wanted
+):
+    tensors = x, W_enc.T, b_enc, b_dec
+    return tuple(
+        tensor.new_empty(tensor.shape) if tensor is not None and is_wanted else x.new_empty(0)
+        for tensor, is_wanted in zip(tensors, wanted, strict=True)
+    )
+
+
+def _keep_inputs(ctx, inputs, output) -> None:
+    x, W_enc, b_enc, b_dec, _, _, dtype, use_triton, _ = inputs
+    indices, _, latents, pairs = output
+    ctx.mark_non_differentiable(indices, latents, pairs)
+    ctx.save_for_backward(indices, latents, pairs, x, W_enc, b_enc, b_dec)
+    ctx.settings = dtype, use_triton
+
+
+def _differentiate(ctx, _indices, grad_hidden, *_):
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "encode has no second derivative: its backward pass was asked for a graph "
+            "(create_graph=True). Use the plain definition in sae_lens_flex.ops.reference."
+        )
+    wanted = list(ctx.needs_input_grad[:4])
+    gradients = _operators.encode_backward(grad_hidden, *ctx.saved_tensors, *ctx.settings, wanted)
+    grad_x, grad_weight, grad_b_enc, grad_b_dec = (
+        gradient if is_wanted else None
+        for gradient, is_wanted in zip(gradients, wanted, strict=True)
+    )
+    if grad_weight is not None:
+        grad_weight = grad_weight.T
+    return grad_x, grad_weight, grad_b_enc, grad_b_dec, None, None, None, None, None
+
+
+if not hasattr(_operators, "encode"):
+    _library.define(
+        "encode(Tensor x, Tensor W_enc, Tensor b_enc, Tensor? b_dec, Tensor? norms, int k, "
+        "ScalarType dtype, bool use_triton, bool needs_index) -> (Tensor, Tensor, Tensor, Tensor)"
+    )
+    _library.define(
+        "encode_backward(Tensor grad_hidden, Tensor indices, Tensor latents, Tensor pairs, "
+        "Tensor x, Tensor W_enc, Tensor b_enc, Tensor? b_dec, ScalarType dtype, bool use_triton, "
+        "bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)"
+    )
+    _library.impl("encode", _encode, "CompositeExplicitAutograd")
+    _library.impl("encode_backward", _encode_backward, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::encode", _encode_shapes)
+    torch.library.register_fake(f"{NAMESPACE}::encode_backward", _encode_backward_shapes)
+    torch.library.register_autograd(
+        f"{NAMESPACE}::encode", _differentiate, setup_context=_keep_inputs
+    )
+
+
+def compute_dtype(weight: torch.Tensor) -> torch.dtype:
+    """Return what products with `weight` are computed in: autocast's dtype where it is on."""
+    device_type = weight.device.type
+    if torch.is_autocast_enabled(device_type) and weight.dtype != torch.float64:
+        return torch.get_autocast_dtype(device_type)
+    return weight.dtype
+
+
+def latent_major(W_enc: torch.Tensor) -> torch.Tensor:
+    """Return W_enc, [D, F], with every latent's column contiguous."""
+    return W_enc.T.contiguous().T
+
+
+def encode(
+    x: torch.Tensor,
+    W_enc: torch.Tensor,
+    b_enc: torch.Tensor,
+    b_dec: torch.Tensor | None,
+    norms: torch.Tensor | None,
+    k: int,
+    *,
+    backend: str = "auto",
+) -> Encoded:
+    """Encode a batch; products are computed in autocast's dtype where it is on.
+
+    Args:
+        x: activations, [B, D].
+        W_enc: [D, F].
+        b_enc: [F].
+        b_dec: what is subtracted from x first, [D], or None.
+        norms: by which the pre-activations are compared, [F], not differentiated; None for 1.
+        k: latents to keep, 1..F.
+        backend: "auto", "triton" or "torch".
+
+    Returns:
+        The kept latents; `hidden` is differentiable once, in x, W_enc, b_enc and b_dec.
+    """
+    use_triton = uses_triton(backend, W_enc.device)
+    if backend == "auto" and accumulation_dtype(x, W_enc) == torch.float64:
+        use_triton = False  # the kernels compute in float32
+    needs_index = torch.is_grad_enabled() and W_enc.requires_grad
+    indices, hidden, latents, pairs = _operators.encode(
+        x, W_enc, b_enc, b_dec, norms, k, compute_dtype(W_enc), use_triton, needs_index
+    )
+    return Encoded(indices, hidden, InvertedIndex(latents, pairs) if needs_index else None)
