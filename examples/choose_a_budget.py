@@ -27,11 +27,12 @@ from sae_lens.load_model import load_model
 import sae_lens_flex
 
 parser = argparse.ArgumentParser(description="Train SAEs, compare their budgets, choose one.")
-parser.add_argument("--tokens", type=int, default=2_000_000, help="tokens to train on")
+parser.add_argument("--tokens", type=int, default=1_500_000, help="tokens to train on")
+parser.add_argument("--n-batches", type=int, default=16, help="batches of 16 prompts to measure on")
 parser.add_argument("--output", type=Path, default=Path("output/budgets"), help="where to write")
-args = parser.parse_args()
+args, _ = parser.parse_known_args()  # a notebook's process has arguments of its own
 
-TINY_LM = Path(__file__).parent / "tiny_lm"
+TINY_LM = Path(sae_lens_flex.__file__).parents[1] / "examples" / "tiny_lm"
 HOOK = "transformer.h.1"  # the residual stream after the second of four layers
 D_IN, D_SAE, K = 192, 2048, 32
 
@@ -42,8 +43,7 @@ D_IN, D_SAE, K = 192, 2048, 32
 # TopK, trained faster.
 
 # %%
-text = load_dataset(str(TINY_LM / "wordnet_glosses"), split="train", streaming=True)
-training_text, held_out_text = text.skip(1000), text.take(1000)
+text = load_dataset(str(TINY_LM / "wordnet_glosses"), streaming=True)
 
 cfg = MultiSAETrainingRunnerConfig(
     saes={
@@ -60,26 +60,27 @@ cfg = MultiSAETrainingRunnerConfig(
     model_class_name="AutoModelForCausalLM",
     training_tokens=args.tokens,
     train_batch_size_tokens=1024,
-    lr=1e-3,
+    lr=6e-3,
     lr_warm_up_steps=args.tokens // 1024 // 20,
     lr_decay_steps=args.tokens // 1024 // 5,
     logger=LoggingConfig(log_to_wandb=False),
     checkpoint_path=None,
     output_path=str(args.output / "saes"),
 )
-MultiSAETrainingRunner(cfg, override_dataset=training_text).run()
+MultiSAETrainingRunner(cfg, override_dataset=text["train"]).run()
 
 # %% [markdown]
 # ## Compare
 #
-# One call measures them all, each at its budgets, on the same tokens.
+# One call measures them all, each at its budgets, on the same tokens, of text that neither the SAEs
+# nor the language model were trained on.
 
 # %%
 saes = {name: SAE.load_from_disk(args.output / "saes" / name) for name in cfg.saes}
 model = load_model("AutoModelForCausalLM", str(TINY_LM), device="cpu", hook_names=[HOOK])
-store = ActivationsStore.from_sae(model, saes["hierarchical"], dataset=held_out_text)
+store = ActivationsStore.from_sae(model, saes["hierarchical"], dataset=text["validation"])
 
-sweep = sae_lens_flex.sweep_budgets(saes, store, n_batches=8, batch_size_prompts=16)
+sweep = sae_lens_flex.sweep_budgets(saes, store, n_batches=args.n_batches, batch_size_prompts=16)
 sweep.to_json(args.output / "sweep.json")
 sweep.plot(args.output / "sweep.html")
 columns = ["sae", "budget", "explained_variance", "ce_loss_score", "dead_latents"]

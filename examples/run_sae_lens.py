@@ -37,7 +37,7 @@ PRESETS = {
         k=32,
         tokens=400_000,
         batch_size=1024,
-        lr=1e-3,
+        lr=6e-3,
     ),
     # a GPU; for models that TransformerLens knows
     "hub": dict(
