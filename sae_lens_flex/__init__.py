@@ -10,6 +10,7 @@ from .ops import (
     triton_hierarchical_sae_loss,
     triton_topk_sae_loss,
 )
+from .optimizer import fused_adam
 from .saes import (
     FlexTopKTrainingSAE,
     FlexTopKTrainingSAEConfig,
@@ -34,6 +35,7 @@ __all__ = [
     "HierarchicalTopKTrainingSAEConfig",
     "export_topk",
     "from_topk",
+    "fused_adam",
     "hierarchical_sae_loss",
     "smallest_budget",
     "sweep_budgets",

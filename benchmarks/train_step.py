@@ -1,0 +1,466 @@
+"""Time whole training steps of SAELens's `SAETrainer`: ours, stock `topk`, stock Matryoshka.
+
+    python -m benchmarks.train_step                        # every case of this machine's device
+    python -m benchmarks.train_step --cases gemma gpt2     # some; the other results are kept
+    python -m benchmarks.train_step --quick                # small, on a CPU, under a minute
+    python -m benchmarks.train_step --plot                 # draw the figure from the results
+
+The results go to benchmarks/results/train_step_<device>.json, a case at a time, and the figure to
+benchmarks/figures beside it.
+
+A step is `SAETrainer.step` on a batch that lies on the device, one step after the other; its time
+is the median distance between the ends of steps. Activations are normally distributed. With "zipf"
+the encoder's biases make latent number r fire on a share of the activations that falls with 1 / r,
+as in trained dictionaries, where a few latents fire on most activations. The stages are timed by
+themselves, and beside each stands its floor: the bytes that it has to move over the speed of a
+copy, which is measured in the same run, or the matrix product alone.
+"""
+
+import argparse
+import datetime
+import gc
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from sae_lens import SAETrainer, TrainingSAEConfig
+from sae_lens.config import SAETrainerConfig
+from sae_lens.saes.sae import TrainingSAE
+
+import sae_lens_flex
+from sae_lens_flex.ops.encode import _operators, chunk_rows, encode
+from sae_lens_flex.ops.fused_loss import fused_loss
+from sae_lens_flex.ops.inverted_index import invert
+from sae_lens_flex.ops.selection import Selection, select
+
+HERE = Path(__file__).parent
+N_BATCHES = 4
+STOCK, MATRYOSHKA = "topk", "matryoshka_batchtopk"
+OURS = ("hierarchical_topk", "flex_topk")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A size and setting, and what is trained at it."""
+
+    name: str
+    d_in: int
+    d_sae: int
+    k: int
+    batch: int
+    autocast: bool = True
+    n_dead: int = 0
+    firing: str = "uniform"
+    device: str = "cuda"
+    competitors: tuple[str, ...] = (STOCK,)
+    with_fused_adam: bool = False
+    with_stages: bool = False
+    n_steps: int = 30
+
+
+GEMMA = {"d_in": 2304, "d_sae": 65536, "k": 128, "batch": 4096}
+GPT2 = {"d_in": 768, "d_sae": 24576, "k": 64, "batch": 4096}
+GPU_CASES = [
+    Case(
+        "gemma",
+        **GEMMA,
+        competitors=(STOCK, MATRYOSHKA),
+        with_fused_adam=True,
+        with_stages=True,
+    ),
+    Case("gemma_zipf", **GEMMA, firing="zipf", with_fused_adam=True, with_stages=True),
+    Case("gemma_fp32", **GEMMA, autocast=False, with_fused_adam=True, with_stages=True),
+    Case("gemma_dead", **GEMMA, n_dead=20_000),
+    Case("gpt2", **GPT2, with_fused_adam=True, with_stages=True),
+    Case("gpt2_fp32", **GPT2, autocast=False, with_fused_adam=True),
+    Case("million", d_in=2304, d_sae=2**20, k=64, batch=4096, n_steps=10),
+]
+CPU_CASES = [
+    Case("cpu", d_in=256, d_sae=8192, k=32, batch=1024, autocast=False, device="cpu", n_steps=5),
+    Case(
+        "cpu_zipf",
+        d_in=256,
+        d_sae=8192,
+        k=32,
+        batch=1024,
+        autocast=False,
+        firing="zipf",
+        device="cpu",
+        with_stages=True,
+        n_steps=5,
+    ),
+]
+QUICK_CASES = [
+    Case(
+        "quick",
+        d_in=64,
+        d_sae=2048,
+        k=16,
+        batch=256,
+        autocast=False,
+        device="cpu",
+        competitors=(STOCK, MATRYOSHKA),
+        with_fused_adam=True,
+        with_stages=True,
+    ),
+    Case("quick_dead", d_in=64, d_sae=2048, k=16, batch=256, n_dead=500, device="cpu"),
+]
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def median_ms(function: Callable[[], Any], device: str, n_warm_up: int = 3, n: int = 15) -> float:
+    """Return the median distance between the ends of calls made one after the other."""
+    for _ in range(n_warm_up):
+        function()
+    synchronize(device)
+    if device == "cuda":
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(n + 1)]
+        events[0].record()
+        for event in events[1:]:
+            function()
+            event.record()
+        synchronize(device)
+        times = [a.elapsed_time(b) for a, b in pairwise(events)]
+    else:
+        times = []
+        for _ in range(n):
+            start = time.perf_counter()
+            function()
+            times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times)
+
+
+def config(case: Case, architecture: str) -> TrainingSAEConfig:
+    fields: dict[str, Any] = {
+        "architecture": architecture,
+        "d_in": case.d_in,
+        "d_sae": case.d_sae,
+        "k": case.k,
+        "device": case.device,
+    }
+    if architecture == MATRYOSHKA:
+        fields["matryoshka_widths"] = [case.d_sae // 2**n for n in (4, 3, 2, 1, 0)]
+    return TrainingSAEConfig.from_dict(fields)
+
+
+def firing_biases(case: Case) -> torch.Tensor:
+    """Return biases with which latents fire as `case.firing` says on normal activations.
+
+    At initialization a pre-activation is normal with the decoder's initial norm, 0.1, as its
+    deviation.
+    """
+    rank = torch.arange(1, case.d_sae + 1, dtype=torch.float64)
+    low, high = 0.0, float(case.d_sae)
+    for _ in range(60):  # the scale with which k of them fire on average
+        scale = (low + high) / 2
+        is_more = (scale / rank).clamp(max=0.95).sum() > case.k
+        low, high = (low, scale) if is_more else (scale, high)
+    share = (low / rank).clamp(max=0.95)
+    order = torch.randperm(case.d_sae, generator=torch.Generator().manual_seed(0))
+    return (0.1 * (2 + torch.special.ndtri(share)))[order].float()
+
+
+def new_sae(case: Case, architecture: str) -> TrainingSAE[Any]:
+    torch.manual_seed(0)
+    sae = TrainingSAE.from_dict(config(case, architecture).to_dict())
+    if case.firing == "zipf":
+        with torch.no_grad():
+            sae.get_parameter("b_enc").copy_(firing_biases(case))
+    return sae
+
+
+def new_batches(case: Case) -> list[torch.Tensor]:
+    generator = torch.Generator(case.device).manual_seed(1)
+    return [
+        torch.randn(case.batch, case.d_in, generator=generator, device=case.device)
+        for _ in range(N_BATCHES)
+    ]
+
+
+def new_trainer(case: Case, sae: TrainingSAE[Any], with_fused_adam: bool) -> SAETrainer[Any, Any]:
+    cfg = SAETrainerConfig(
+        total_training_samples=10**9,
+        train_batch_size_samples=case.batch,
+        lr=1e-5,
+        lr_end=1e-5,
+        device=case.device,
+        autocast=case.autocast,
+    )
+    with sae_lens_flex.fused_adam() if with_fused_adam else nullcontext():
+        return SAETrainer(cfg=cfg, sae=sae, data_provider=iter(()))
+
+
+def steps(case: Case, trainer: SAETrainer[Any, Any]) -> Callable[[], None]:
+    """Return a function that takes one step."""
+    batches = new_batches(case)
+
+    def step() -> None:
+        trainer.n_forward_passes_since_fired[: case.n_dead] = trainer.cfg.dead_feature_window + 1
+        trainer.step(batches[trainer.n_training_steps % N_BATCHES])
+        trainer.n_training_steps += 1
+
+    return step
+
+
+@contextmanager
+def peak_memory(device: str) -> Iterator[Callable[[], float | None]]:
+    """Yield a function that returns the peak of the memory allocated within, in GiB."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    yield lambda: torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None
+
+
+def measure(case: Case, architecture: str, with_fused_adam: bool) -> dict[str, Any]:
+    """Train, and return the step's time and memory; None for them where memory does not suffice."""
+    result: dict[str, Any] = {"architecture": architecture, "fused_adam": with_fused_adam}
+    with peak_memory(case.device) as peak:
+        try:
+            trainer = new_trainer(case, new_sae(case, architecture), with_fused_adam)
+            result["ms"] = median_ms(steps(case, trainer), case.device, n=case.n_steps)
+            result["peak_gib"] = peak()
+            firing = trainer.act_freq_scores.sort(descending=True).values
+            result["share_of_top_percent"] = float(firing[: case.d_sae // 100].sum() / firing.sum())
+        except torch.OutOfMemoryError:
+            result |= {"ms": None, "peak_gib": None}
+    return result
+
+
+def copy_speed(device: str) -> float:
+    """Return the bytes read and written by a large copy, in GB/s."""
+    n = 2**30 if device == "cuda" else 2**26
+    source, target = (torch.ones(n, dtype=torch.uint8, device=device) for _ in range(2))
+    return 2 * n / median_ms(lambda: target.copy_(source), device) / 1e6
+
+
+def measure_stages(case: Case, gb_per_s: float) -> list[dict[str, Any]]:
+    """Time the parts of a step; floors are in ms, or None where there is no simple one."""
+    sae: Any = new_sae(case, OURS[0])
+    trainer = new_trainer(case, sae, False)
+    x = new_batches(case)[0]
+    dtype = torch.bfloat16 if case.autocast else torch.float32
+    n_weight = case.d_in * case.d_sae
+    n_pre = case.batch * case.d_sae
+    rows = []
+
+    def add(stage: str, function: Callable[[], Any], n_bytes: float | None = None) -> float:
+        ms = median_ms(function, case.device)
+        floor = None if n_bytes is None else n_bytes / gb_per_s / 1e6
+        rows.append({"stage": stage, "ms": ms, "floor_ms": floor})
+        return ms
+
+    with torch.no_grad():
+        norms = sae.W_dec.norm(dim=-1)
+        low_x, low_weight = (x - sae.b_dec).to(dtype), sae.W_enc.to(dtype)
+        if dtype != sae.W_enc.dtype:
+            cast_bytes = n_weight * (4 + dtype.itemsize)
+            add("W_enc cast", lambda: sae.W_enc.to(dtype), cast_bytes)
+        add("decoder norms", lambda: sae.W_dec.norm(dim=-1), 4 * n_weight)
+        n_rows = chunk_rows(case.batch, case.d_sae, dtype, x.device)
+
+        def products() -> None:
+            for start in range(0, case.batch, n_rows):
+                low_x[start : start + n_rows] @ low_weight
+
+        product_ms = median_ms(lambda: low_x @ low_weight, case.device)
+        add("encoder product", products)
+        rows[-1]["floor_ms"] = product_ms
+        part = low_x[:n_rows] @ low_weight
+        out = Selection(
+            part.new_empty((len(part), case.k), dtype=torch.int64),
+            part.new_empty((len(part), case.k), dtype=torch.float32),
+        )
+        use_triton = case.device == "cuda"
+
+        def selection() -> None:
+            for _ in range(0, case.batch, n_rows):
+                select(part, sae.b_enc, norms, out, use_triton)
+
+        add("selection", selection, n_pre * dtype.itemsize)
+        by_topk = (part.float() + sae.b_enc) * norms
+        rows[-1]["torch_topk_ms"] = median_ms(lambda: by_topk.topk(case.k), case.device) * (
+            case.batch / len(part)
+        )
+        with torch.autocast(case.device, dtype=torch.bfloat16, enabled=case.autocast):
+            kept = encode(x, sae.W_enc, sae.b_enc, sae.b_dec, norms, case.k)
+        add("inverted index", lambda: invert(kept.indices, case.d_sae))
+        index = invert(kept.indices, case.d_sae)
+    vals = kept.hidden.float().relu().requires_grad_()
+    target = (x - sae.b_dec).detach()
+    for name in ("hierarchical_loss", "topk_loss"):
+
+        def decoder_loss(name: str = name) -> None:
+            loss, _ = fused_loss(name, kept.indices, sae.W_dec, vals, target, needs_residual=True)
+            loss.backward()
+            sae.W_dec.grad = vals.grad = None
+
+        add(f"decoder {name}", decoder_loss, 8 * n_weight)
+    gradient = torch.randn_like(vals)
+    with torch.no_grad():
+        add(
+            "encoder gradients",
+            lambda: _operators.encode_backward(
+                gradient,
+                kept.indices,
+                index.latents,
+                index.pairs,
+                x,
+                sae.W_enc,
+                sae.b_enc,
+                sae.b_dec,
+                dtype,
+                use_triton,
+                [False, True, True, True],
+            ),
+            8 * n_weight,  # the gradient is written, W_enc read for that of b_dec
+        )
+    feature_acts = sae._report_feature_acts(kept.indices, kept.hidden.relu())
+
+    @torch.no_grad()
+    def statistics_of_firing() -> None:  # as in SAETrainer
+        firing = feature_acts.bool().float()
+        did_fire = firing.sum(-2).bool()
+        did_fire = did_fire.to_dense() if did_fire.is_sparse else did_fire
+        trainer.n_forward_passes_since_fired += 1
+        trainer.n_forward_passes_since_fired[did_fire] = 0
+        trainer.act_freq_scores += firing.sum(0)
+
+    add("firing statistics", statistics_of_firing)
+    for parameter in sae.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    n_parameters = sum(parameter.numel() for parameter in sae.parameters())
+    add(
+        "clipping",
+        lambda: torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0),
+        4 * 3 * n_parameters,
+    )
+    adam_bytes = 4 * 7 * n_parameters
+    add("Adam", trainer.optimizer.step, adam_bytes)
+    trainer.optimizer = None
+    with sae_lens_flex.fused_adam():
+        trainer = new_trainer(case, sae, True)
+    add("Adam, fused", trainer.optimizer.step, adam_bytes)
+    return rows
+
+
+def measure_case(case: Case, gb_per_s: float) -> dict[str, Any]:
+    results = []
+    for architecture in (*case.competitors, *OURS):
+        for with_fused_adam in (False, True) if case.with_fused_adam else (False,):
+            result = measure(case, architecture, with_fused_adam)
+            stock_ms = results[0]["ms"] if results else result["ms"]
+            if stock_ms is not None and result["ms"] is not None:
+                result["speedup"] = stock_ms / result["ms"]
+            results.append(result)
+            print_result(case, result)
+    record: dict[str, Any] = {**asdict(case), "results": results}
+    if case.with_stages:
+        record["stages"] = measure_stages(case, gb_per_s)
+        print_stages(case, record["stages"])
+    return record
+
+
+def print_result(case: Case, result: dict[str, Any]) -> None:
+    name = result["architecture"] + (" + fused_adam" if result["fused_adam"] else "")
+    if result["ms"] is None:
+        print(f"{case.name:12} {name:34} out of memory", flush=True)
+        return
+    peak = "" if result["peak_gib"] is None else f"{result['peak_gib']:7.2f} GiB"
+    speedup = f"{result['speedup']:6.2f}x" if "speedup" in result else ""
+    print(f"{case.name:12} {name:34} {result['ms']:9.2f} ms {speedup} {peak}", flush=True)
+
+
+def print_stages(case: Case, stages: list[dict[str, Any]]) -> None:
+    for row in stages:
+        floor = "" if row["floor_ms"] is None else f"floor {row['floor_ms']:8.3f} ms"
+        topk = f"  torch.topk {row['torch_topk_ms']:.3f} ms" if "torch_topk_ms" in row else ""
+        print(f"{case.name:12}   {row['stage']:32} {row['ms']:9.3f} ms  {floor}{topk}", flush=True)
+
+
+def machine(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{torch.get_num_threads()} threads of a {platform.machine().replace('_', '-')} CPU"
+
+
+def run(cases: list[Case], path: Path) -> None:
+    device = cases[0].device
+    gb_per_s = copy_speed(device)
+    print(f"{machine(device)}, copy {gb_per_s:.0f} GB/s", flush=True)
+    record = json.loads(path.read_text()) if path.exists() else {"cases": {}}
+    record |= {
+        "machine": machine(device),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "sae-lens")},
+        **({"triton": version("triton")} if device == "cuda" else {}),
+        "copy_gb_per_s": gb_per_s,
+    }
+    for case in cases:
+        measured = measure_case(case, gb_per_s)
+        record["cases"][case.name] = {"date": datetime.date.today().isoformat(), **measured}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def plot(path: Path, figure_path: Path) -> None:
+    """Draw the steps' times of every case in `path` as bars."""
+    import plotly.graph_objects as go
+
+    record = json.loads(path.read_text())
+    bars: dict[str, tuple[list[str], list[float]]] = {}
+    for case in record["cases"].values():
+        for result in case["results"]:
+            if result["ms"] is not None:
+                name = result["architecture"] + (" + fused_adam" if result["fused_adam"] else "")
+                names, times = bars.setdefault(name, ([], []))
+                names.append(case["name"])
+                times.append(result["ms"])
+    figure = go.Figure([go.Bar(name=name, x=x, y=y) for name, (x, y) in bars.items()])
+    figure.update_layout(
+        title=f"A training step, {record['machine']}",
+        yaxis={"title": "ms", "type": "log"},
+        template="plotly_white",
+    )
+    figure_path.parent.mkdir(parents=True, exist_ok=True)
+    figure.write_image(figure_path, width=1100, height=500, scale=2)
+
+
+def main() -> None:
+    is_gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="small, on a CPU")
+    parser.add_argument("--cases", nargs="+", metavar="NAME", help="of this device; all by default")
+    parser.add_argument("--results", type=Path, help="JSON file to write, or to draw")
+    parser.add_argument("--plot", action="store_true", help="draw the figure; measures nothing")
+    arguments = parser.parse_args()
+    cases = QUICK_CASES if arguments.quick else GPU_CASES if is_gpu else CPU_CASES
+    if arguments.cases:
+        names = [case.name for case in cases]
+        for name in arguments.cases:
+            if name not in names:
+                parser.error(f"--cases has {name!r}, expected some of {', '.join(names)}")
+        cases = [case for case in cases if case.name in arguments.cases]
+    kind = "quick" if arguments.quick else machine("cuda" if is_gpu else "cpu").split()[-1].lower()
+    path = arguments.results or HERE / "results" / f"train_step_{kind}.json"
+    if arguments.plot:
+        plot(path, HERE / "figures" / path.with_suffix(".png").name)
+    else:
+        run(cases, path)
+
+
+if __name__ == "__main__":
+    main()
