@@ -486,6 +486,15 @@ def test_plot_writes_html(sweep, tmp_path: Path) -> None:
     assert "hierarchical" in text
 
 
+@pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf"])
+def test_plot_leaves_images_to_plotly(suffix, sweep, tmp_path: Path, monkeypatch) -> None:
+    written = []
+    monkeypatch.setattr(go.Figure, "write_image", lambda self, path, **_: written.append(path))
+    sweep.plot(tmp_path / f"figure{suffix}")
+    assert written == [tmp_path / f"figure{suffix}"]
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("metric", ["explained_varianc", "sae", "budget", "kl_div_score"])
 def test_plot_refuses_a_metric_that_is_not_there(metric, sweep) -> None:
     with pytest.raises(ValueError, match="metric is"):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -21,8 +22,8 @@ from sae_lens.llm_sae_training_runner import InterruptedException
 from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
 
 import sae_lens_flex
-from sae_lens_flex import BudgetSweep, HierarchicalTopKSAE
-from sae_lens_flex.cli import main
+from sae_lens_flex import BudgetSweep, HierarchicalTopKSAE, HierarchicalTopKTrainingSAEConfig
+from sae_lens_flex.cli import _parse_train_arguments, main
 
 hf_model_dir, text_dir = toy.hf_model_dir, toy.text_dir
 
@@ -195,6 +196,16 @@ def test_help_of_a_command_explains_its_flags(command, words, run) -> None:
         assert word in result.out
 
 
+def test_example_in_the_help_of_train_is_understood(run) -> None:
+    example = run("train", "--help").out.partition("For example")[2].split("\n\n")[1]
+    words = shlex.split(example.replace("\\\n", ""))
+    assert words[:2] == ["sae-lens-flex", "train"]
+    cfg = _parse_train_arguments(words[2:])
+    assert isinstance(cfg.sae, HierarchicalTopKTrainingSAEConfig)
+    assert (cfg.sae.k, cfg.model_name, cfg.is_dataset_tokenized) == (64, "gpt2", False)
+    assert (cfg.output_path, cfg.logger.log_to_wandb) == ("my_sae", False)
+
+
 def test_all_flags_of_saelens_are_listed(run) -> None:
     result = run("train", "--architecture", "hierarchical_topk", "--all-flags")
     assert result.code == 0
@@ -301,6 +312,13 @@ def test_wrong_arguments_are_refused(
     assert_refused(run(*arguments.split()), *words)
     assert not (tmp_path / "new").exists()
     assert SAE.load_from_disk(trained).cfg.architecture() == "hierarchical_topk"
+
+
+def test_image_without_the_package_that_draws_it_is_refused(
+    trained: Path, run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sae_lens_flex.cli, "find_spec", lambda name: None)
+    assert_refused(run("sweep", trained, "--figure", tmp_path / "sweep.png"), "kaleido", ".html")
 
 
 @pytest.mark.parametrize(
