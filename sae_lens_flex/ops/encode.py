@@ -188,15 +188,16 @@ def _encode(
                 use_triton,
             )
     # Without a gradient, the index of nothing.
-    return *out, *invert(out.indices if needs_index else out.indices[:0], n_latents)
+    index = invert(out.indices if needs_index else out.indices[:0], n_latents)
+    return out.hidden, out.indices, *index
 
 
 def _encode_shapes(x, W_enc, b_enc, b_dec, norms, k, dtype, use_triton, needs_index):
     n_samples = x.shape[0]
     n_pairs = n_samples * k if needs_index else 0
     return (
-        x.new_empty((n_samples, k), dtype=torch.int64),
         x.new_empty((n_samples, k), dtype=torch.promote_types(dtype, b_enc.dtype)),
+        x.new_empty((n_samples, k), dtype=torch.int64),
         x.new_empty(n_pairs, dtype=torch.int32),
         x.new_empty(n_pairs, dtype=torch.int64),
     )
@@ -258,13 +259,13 @@ def _encode_backward_shapes(
 
 def _keep_inputs(ctx, inputs, output) -> None:
     x, W_enc, b_enc, b_dec, _, _, dtype, use_triton, _ = inputs
-    indices, _, latents, pairs = output
+    _, indices, latents, pairs = output
     ctx.mark_non_differentiable(indices, latents, pairs)
     ctx.save_for_backward(indices, latents, pairs, x, W_enc, b_enc, b_dec)
     ctx.settings = dtype, use_triton
 
 
-def _differentiate(ctx, _indices, grad_hidden, *_):
+def _differentiate(ctx, grad_hidden, *_):
     if torch.is_grad_enabled():
         raise RuntimeError(
             "encode has no second derivative: its backward pass was asked for a graph "
@@ -341,7 +342,7 @@ def encode(
     if backend == "auto" and accumulation_dtype(x, W_enc) == torch.float64:
         use_triton = False  # the kernels compute in float32
     needs_index = torch.is_grad_enabled() and W_enc.requires_grad
-    indices, hidden, latents, pairs = _operators.encode(
+    hidden, indices, latents, pairs = _operators.encode(
         x, W_enc, b_enc, b_dec, norms, k, compute_dtype(W_enc), use_triton, needs_index
     )
     return Encoded(indices, hidden, InvertedIndex(latents, pairs) if needs_index else None)

@@ -60,3 +60,50 @@ def topk_sae_loss(
     """
     reconstruction = (vals.unsqueeze(-1) * weight[indices]).sum(dim=1) + bias
     return (reconstruction - target).square().mean()
+
+
+def encode(
+    x: torch.Tensor,
+    W_enc: torch.Tensor,
+    b_enc: torch.Tensor,
+    b_dec: torch.Tensor,
+    norms: torch.Tensor,
+    k: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the k latents of each activation with the largest h * norms, and their h.
+
+    Args:
+        x: activations, [B, D].
+        W_enc: encoder, [D, F]; h = (x - b_dec) @ W_enc + b_enc.
+        b_enc: encoder bias, [F].
+        b_dec: decoder bias, [D].
+        norms: norms of the decoder rows, [F].
+        k: latents to keep, 1..F.
+
+    Returns:
+        The latents in descending order, [B, k], and their pre-activations h, [B, k],
+        differentiable in x, W_enc, b_enc and b_dec.
+    """
+    hidden = (x - b_dec) @ W_enc + b_enc
+    indices = (hidden * norms).topk(k).indices
+    return indices, hidden.gather(-1, indices)
+
+
+def dead_latents_loss(
+    x: torch.Tensor,
+    W_enc: torch.Tensor,
+    b_enc: torch.Tensor,
+    W_dec: torch.Tensor,
+    b_dec: torch.Tensor,
+    norms: torch.Tensor,
+    target: torch.Tensor,
+    k: int,
+) -> torch.Tensor:
+    """Return the squared error with which k dead latents reconstruct `target`, averaged over B.
+
+    Arguments as in `encode`, with the dead latents' part of the weights; W_dec is [F, D] and target
+    [B, D]. There is no ReLU and no bias.
+    """
+    indices, hidden = encode(x, W_enc, b_enc, b_dec, norms, k)
+    acts = hidden.new_zeros(len(x), len(b_enc)).scatter(-1, indices, hidden)
+    return (acts @ W_dec - target).square().sum(-1).mean()

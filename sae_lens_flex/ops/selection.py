@@ -195,6 +195,7 @@ def select_by_triton(
     """Select as `select` does, by kernels; the products are contiguous and `fits_kernels`."""
     n_samples, n_latents = products.shape
     k = out.indices.shape[1]
+    b_enc, norms = b_enc.contiguous(), None if norms is None else norms.contiguous()
     group = _group_size(n_latents, k)
     n_groups = triton.cdiv(n_latents, group)
     maxima = products.new_empty((n_samples, n_groups), dtype=torch.int32)
