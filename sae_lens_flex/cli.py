@@ -240,10 +240,10 @@ def sweep(argv: list[str]) -> int:
     )
     parser.add_argument("--kl", action="store_true", help="measure KL divergences too")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or mps; default: cpu")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
+    parser.add_argument("--json", type=_path, metavar="FILE", help="write the result here")
     parser.add_argument(
         "--figure",
-        type=Path,
+        type=_path,
         metavar="FILE",
         help="draw explained variance here: .html, or with the package kaleido .png, .svg, .pdf",
     )
@@ -323,7 +323,7 @@ def export(argv: list[str]) -> int:
         help="latents kept per activation: 1..k, the k that the SAE was trained with",
     )
     parser.add_argument(
-        "--output", type=Path, required=True, metavar="DIR", help="directory to write"
+        "--output", type=_path, required=True, metavar="DIR", help="directory to write"
     )
     args = parser.parse_args(argv)
     if Path(args.sae).is_dir() and args.output.resolve() == Path(args.sae).resolve():
@@ -346,12 +346,23 @@ def _parser(command: str, flags: str, description: str, example: str) -> OneLine
     parser.add_argument(
         "sae",
         metavar="PATH_OR_REPO",
+        type=_not_empty,
         help="a directory that an SAE was saved in, or a repository of the Hugging Face hub",
     )
     parser.add_argument(
         "--sae-id", metavar="FOLDER", help="the SAE's folder in the repository or directory"
     )
     return parser
+
+
+def _not_empty(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty")
+    return text
+
+
+def _path(text: str) -> Path:
+    return Path(_not_empty(text))
 
 
 def _count(text: str) -> int:

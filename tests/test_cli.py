@@ -412,6 +412,20 @@ def test_wrong_training_flags_are_refused(
     assert_refused(run("train", *as_arguments(train_flags | flags)), *words)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (["sweep", ""], "PATH_OR_REPO"),
+        (["sweep", "sae", "--json", ""], "--json"),
+        (["sweep", "sae", "--figure", ""], "--figure"),
+        (["export", "", "--budget", 1, "--output", "new"], "PATH_OR_REPO"),
+        (["export", "sae", "--budget", 1, "--output", ""], "--output"),
+    ],
+)
+def test_empty_path_is_not_the_current_directory(arguments, name, run) -> None:
+    assert_refused(run(*arguments), name, "empty")
+
+
 def test_traceback_is_shown_when_asked_for(run, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no directory"):
         run("--traceback", "sweep", tmp_path / "missing")
