@@ -5,11 +5,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-if TYPE_CHECKING:
-    import triton
-    import triton.language as tl
+if TYPE_CHECKING:  # kernels are a language of their own, which type checkers misread
 
-    IS_INSTALLED = True
+    class _Unchecked(type):
+        def __getattr__(cls, name: str) -> Any: ...
+
+    class _Language(metaclass=_Unchecked):
+        constexpr = Any
+
+    tl = _Language
+    triton: Any = None
+    IS_INSTALLED: bool = True
 else:
     try:
         import triton

@@ -83,23 +83,25 @@ _operators = getattr(torch.ops, NAMESPACE)
 def _scale_kernel(gradient, factor, n_elements, BLOCK: tl.constexpr):
     scale = tl.load(factor)
     if scale != 1.0:
-        offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        mask = offsets < n_elements
-        scaled = tl.load(gradient + offsets, mask=mask).to(tl.float32) * scale
-        tl.store(gradient + offsets, scaled.to(gradient.dtype.element_ty), mask=mask)
+        stride = tl.num_programs(0).to(tl.int64) * BLOCK
+        for start in range(tl.program_id(0).to(tl.int64) * BLOCK, n_elements, stride):
+            offsets = start + tl.arange(0, BLOCK)
+            mask = offsets < n_elements
+            scaled = tl.load(gradient + offsets, mask=mask).to(tl.float32) * scale
+            tl.store(gradient + offsets, scaled.to(gradient.dtype.element_ty), mask=mask)
 
 
 def _scale_by_triton(gradient: torch.Tensor, factor: torch.Tensor) -> None:
     # Reads the factor on the device, so nothing waits for it, and touches no gradient where it is
     # 1, as it almost always is.
     block = 8192
-    grid = (triton.cdiv(gradient.numel(), block),)
+    grid = (min(1024, triton.cdiv(gradient.numel(), block)),)
     _scale_kernel[grid](
         gradient,
         factor,
         gradient.numel(),
         BLOCK=block,
-        num_warps=8,  # pyright: ignore[reportCallIssue]
+        num_warps=8,
     )
 
 
@@ -113,9 +115,10 @@ def _scale(gradient: torch.Tensor, factor: torch.Tensor) -> None:
 def _scaled(gradient: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     if type(gradient) is not torch.Tensor:  # being traced: memory is the compiler's affair
         return gradient * factor
-    # In place, without a second gradient in memory. Another backward pass through the same graph
-    # then raises, for autograd sees that what it saved has changed.
+    # In place, without a second gradient in memory. Autograd, which does not see what a kernel
+    # writes, is told: another backward pass through the same graph then raises.
     _operators.scale_(gradient, factor)
+    torch.autograd.graph.increment_version(gradient)
     return gradient
 
 
@@ -288,7 +291,7 @@ def fused_loss(
 def subtract_bias(target: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """Return target - bias in the dtype that the kernels accumulate in."""
     dtype = accumulation_dtype(target, bias)
-    return target.to(dtype) - bias.to(dtype)
+    return target.to(dtype) + -bias.to(dtype)  # whose gradient is summed before it is negated
 
 
 def check_arguments(

@@ -3,7 +3,7 @@
     L = factor / (B D) * sum_b sum_j c_j |r_j|^2,   r_j = sum_{i <= j} v_i w_i - target
 
 with w_i = weight[indices[b, i]], v_i = vals[b, i] and c_j = 1 / K, or `level_weights`. A program
-takes a few samples and one slice of D. It walks up the levels with the residual r in registers,
+takes two samples and one slice of D. It walks up the levels with the residual r in registers,
 adding up the loss, and then down again, peeling one latent off r at each level, with the suffix sum
 S of the scaled residuals; S gives every gradient (see `fused_loss`). No level is ever stored.
 """
@@ -22,6 +22,16 @@ from .fused_loss import (
     subtract_bias,
 )
 from .inverted_index import invert, sum_by_latent
+from .levels import gather_levels
+from .spread import COPIES, SLOTS, fold_copies, spread
+
+
+@triton.jit
+def _level_weight(level_weights, j, K, HAS_LEVEL_WEIGHTS: tl.constexpr):
+    if HAS_LEVEL_WEIGHTS:
+        return tl.load(level_weights + j, mask=j < K, other=0.0).to(tl.float32)
+    else:
+        return tl.where(j < K, 1.0 / K, 0.0)
 
 
 @triton.jit
@@ -31,10 +41,11 @@ def _hierarchical_kernel(
     vals,
     target,
     level_weights,
+    rows,  # [B, K]: where in grad_weight each pair adds, for HAS_ROWS
     loss_parts,  # [slices, B]
     residual,
     grad_weight,  # float32, zeroed
-    grad_vals_parts,  # [slices, B, K]
+    grad_vals,  # float32, zeroed
     grad_target,
     suffix_sums,  # [B, K, BLOCK_D], of one slice
     first_slice,
@@ -47,7 +58,9 @@ def _hierarchical_kernel(
     stride_wd,
     BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    LEVELS: tl.constexpr,
     HAS_LEVEL_WEIGHTS: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
     RESIDUAL: tl.constexpr,
     GRAD_WEIGHT: tl.constexpr,
     GRAD_VALS: tl.constexpr,
@@ -55,78 +68,77 @@ def _hierarchical_kernel(
     SUFFIX_SUMS: tl.constexpr,
 ):
     b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
-    slice_ = first_slice + tl.program_id(1)
+    slice_ = (first_slice + tl.program_id(1)).to(tl.int64)
     d = slice_ * BLOCK_D + tl.arange(0, BLOCK_D)
-    in_batch = b < B
-    in_slice = d < D
+    in_slice = (d < D)[None, :]
     bd = b[:, None] * D + d[None, :]
-    bd_mask = in_batch[:, None] & in_slice[None, :]
-    weight_slice = weight + d[None, :].to(tl.int64) * stride_wd
+    bd_mask = (b < B)[:, None] & in_slice
+    weight_slice = weight + d[None, :] * stride_wd
 
-    x = tl.load(target + bd, mask=bd_mask, other=0.0).to(tl.float32)
-    r = -x
+    r = -tl.load(target + bd, mask=bd_mask, other=0.0).to(tl.float32)
     loss = tl.zeros([BLOCK_B, BLOCK_D], tl.float32)
-    for j in range(K):
-        i = tl.load(indices + b * K + j, mask=in_batch, other=-1).to(tl.int64)
-        v = tl.load(vals + b * K + j, mask=in_batch, other=0.0).to(tl.float32)
-        kept = (i >= 0) & (i < F)
-        w = tl.load(
-            weight_slice + i[:, None] * stride_wf,
-            mask=kept[:, None] & in_slice[None, :],
-            other=0.0,
-        ).to(tl.float32)
-        r += v[:, None] * w
-        if HAS_LEVEL_WEIGHTS:
-            c = tl.load(level_weights + j).to(tl.float32)
-        else:
-            c = 1.0 / K
-        loss += c * r * r
-    tl.store(loss_parts + slice_.to(tl.int64) * B + b, scale * tl.sum(loss, axis=1), mask=in_batch)
+    last = (tl.cdiv(K, LEVELS) - 1) * LEVELS
+    for first in range(0, last, LEVELS):
+        f, v, w = gather_levels(
+            first, indices, vals, weight_slice, b, in_slice, B, K, F, stride_wf, LEVELS
+        )
+        for t in tl.static_range(LEVELS):
+            r += v[t][:, None] * w[t]
+            loss += _level_weight(level_weights, first + t, K, HAS_LEVEL_WEIGHTS) * r * r
+    f, v, w = gather_levels(
+        last, indices, vals, weight_slice, b, in_slice, B, K, F, stride_wf, LEVELS
+    )
+    for t in tl.static_range(LEVELS):
+        r += v[t][:, None] * w[t]
+        loss += _level_weight(level_weights, last + t, K, HAS_LEVEL_WEIGHTS) * r * r
+    tl.store(loss_parts + slice_ * B + b, scale * tl.sum(loss, axis=1), mask=b < B)
     if RESIDUAL:
         tl.store(residual + bd, r, mask=bd_mask)
 
     if GRAD_WEIGHT or GRAD_VALS or GRAD_TARGET or SUFFIX_SUMS:
         s = tl.zeros([BLOCK_B, BLOCK_D], tl.float32)
-        for step in range(K):
-            j = K - 1 - step
-            i = tl.load(indices + b * K + j, mask=in_batch, other=-1).to(tl.int64)
-            v = tl.load(vals + b * K + j, mask=in_batch, other=0.0).to(tl.float32)
-            kept = (i >= 0) & (i < F)
-            row_mask = kept[:, None] & in_slice[None, :]
-            w = tl.load(weight_slice + i[:, None] * stride_wf, mask=row_mask, other=0.0)
-            w = w.to(tl.float32)
-            if HAS_LEVEL_WEIGHTS:
-                c = tl.load(level_weights + j).to(tl.float32)
-            else:
-                c = 1.0 / K
-            s += (2.0 * scale * c) * r
-            if GRAD_VALS:
-                tl.store(
-                    grad_vals_parts + (slice_.to(tl.int64) * B + b) * K + j,
-                    tl.sum(w * s, axis=1),
-                    mask=in_batch,
+        for step in range(0, last + LEVELS, LEVELS):
+            first = last - step
+            if step > 0:  # the last levels' rows are at hand
+                f, v, w = gather_levels(
+                    first, indices, vals, weight_slice, b, in_slice, B, K, F, stride_wf, LEVELS
                 )
-            if GRAD_WEIGHT:
+            dots = tl.zeros([BLOCK_B, LEVELS], tl.float32)
+            column = tl.arange(0, LEVELS)[None, :]
+            for t in tl.static_range(LEVELS - 1, -1, -1):
+                j = first + t
+                s += (2.0 * scale * _level_weight(level_weights, j, K, HAS_LEVEL_WEIGHTS)) * r
+                if GRAD_VALS:
+                    dots = tl.where(column == t, tl.sum(w[t] * s, axis=1)[:, None], dots)
+                if GRAD_WEIGHT:
+                    row = f[t]
+                    if HAS_ROWS:
+                        exists = b < tl.where(j < K, B, 0)
+                        row = tl.load(rows + b * K + j, mask=exists, other=-1).to(tl.int64)
+                    tl.atomic_add(
+                        grad_weight + row[:, None] * D + d[None, :],
+                        v[t][:, None] * s,
+                        mask=(f[t] >= 0)[:, None] & in_slice,
+                        sem="relaxed",
+                    )
+                if SUFFIX_SUMS:
+                    out = (b * K + j)[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+                    tl.store(suffix_sums + out, s, mask=(b < tl.where(j < K, B, 0))[:, None])
+                r -= v[t][:, None] * w[t]
+            if GRAD_VALS:
                 tl.atomic_add(
-                    grad_weight + i[:, None] * D + d[None, :],
-                    v[:, None] * s,
-                    mask=row_mask,
+                    grad_vals + (b * K)[:, None] + (first + column),
+                    dots,
+                    mask=(b < B)[:, None] & (first + column < K),
                     sem="relaxed",
                 )
-            if SUFFIX_SUMS:
-                column = tl.arange(0, BLOCK_D)[None, :]
-                tl.store(
-                    suffix_sums + (b * K + j)[:, None] * BLOCK_D + column,
-                    s,
-                    mask=in_batch[:, None],
-                )
-            r -= v[:, None] * w
         if GRAD_TARGET:
             tl.store(grad_target + bd, -s, mask=bd_mask)
 
 
-BLOCK_B = 1
+BLOCK_B = 2
 BLOCK_D = 64
+LEVELS = 8
 NUM_WARPS = 1
 
 
@@ -141,18 +153,23 @@ def _launch(
 ) -> Outputs:
     n_samples, k = indices.shape
     n_latents, d_in = weight.shape
-    outputs = empty_outputs(weight, vals, target, wanted)
-    n_slices = triton.cdiv(d_in, BLOCK_D)
-    loss_parts = target.new_empty((n_slices, n_samples), dtype=torch.float32)
-    grad_weight = target.new_zeros(
-        weight.shape if wanted.grad_weight else (0,), dtype=torch.float32
-    )
-    grad_vals_parts = target.new_empty(
-        (n_slices, n_samples, k) if wanted.grad_vals else (0,), dtype=torch.float32
+    outputs = empty_outputs(
+        weight, vals, target, wanted._replace(grad_weight=False, grad_vals=False)
     )
     indices, vals, target = indices.contiguous(), vals.contiguous(), target.contiguous()
+    n_slices = triton.cdiv(d_in, BLOCK_D)
+    loss_parts = target.new_empty((n_slices, n_samples), dtype=torch.float32)
+    grad_vals = target.new_zeros(vals.shape if wanted.grad_vals else (0,), dtype=torch.float32)
+    is_deterministic = torch.are_deterministic_algorithms_enabled()
+    spread_ = None
+    if wanted.grad_weight and not is_deterministic:
+        spread_ = spread(indices, n_latents)
+    n_copies = 0 if spread_ is None else SLOTS * COPIES
+    grad_weight = target.new_zeros(
+        (n_latents + n_copies, d_in) if wanted.grad_weight else (0, d_in), dtype=torch.float32
+    )
 
-    def walk(first_slice: int, n_slices: int, grad_weight_by_atomics: bool, suffix_sums=None):
+    def walk(first_slice: int, n_slices: int, suffix_sums: torch.Tensor | None = None) -> None:
         # The slices vary slowest, so that the slice at work, of weight and of its gradient, stays
         # in the second-level cache: 2 * 65536 * 64 * 4 bytes = 34 MB.
         _hierarchical_kernel[(triton.cdiv(n_samples, BLOCK_B), n_slices)](
@@ -161,10 +178,11 @@ def _launch(
             vals,
             target,
             level_weights,
+            None if spread_ is None else spread_.rows,
             loss_parts,
             outputs.residual,
             grad_weight,
-            grad_vals_parts,
+            grad_vals,
             outputs.grad_target,
             suffix_sums,
             first_slice,
@@ -177,30 +195,46 @@ def _launch(
             weight.stride(1),
             BLOCK_B=BLOCK_B,
             BLOCK_D=BLOCK_D,
+            LEVELS=LEVELS,
             HAS_LEVEL_WEIGHTS=level_weights is not None,
+            HAS_ROWS=spread_ is not None,
             RESIDUAL=wanted.residual,
-            GRAD_WEIGHT=grad_weight_by_atomics,
+            GRAD_WEIGHT=wanted.grad_weight and not is_deterministic,
             GRAD_VALS=wanted.grad_vals,
             GRAD_TARGET=wanted.grad_target,
             SUFFIX_SUMS=suffix_sums is not None,
-            num_warps=NUM_WARPS,  # pyright: ignore[reportCallIssue]
+            num_warps=NUM_WARPS,
         )
 
-    if wanted.grad_weight and torch.are_deterministic_algorithms_enabled():
-        # The order of atomic additions varies, so a slice's S are stored and then added up latent
-        # by latent.
-        index = invert(indices, n_latents)
-        suffix_sums = target.new_empty((n_samples * k, BLOCK_D), dtype=torch.float32)
+    if is_deterministic:
+        # The order of atomic additions varies. So the slices, which all add to grad_vals, are
+        # launched one after another; and their S are stored and then added up latent by latent.
+        index = invert(indices, n_latents) if wanted.grad_weight else None
+        suffix_sums = None
+        if index is not None:
+            suffix_sums = target.new_empty((n_samples * k, BLOCK_D), dtype=torch.float32)
         for slice_ in range(n_slices):
-            walk(slice_, 1, False, suffix_sums)
-            columns = min(BLOCK_D, d_in - slice_ * BLOCK_D)
-            sum_by_latent(index, vals, suffix_sums, grad_weight, slice_ * BLOCK_D, columns)
+            walk(slice_, 1, suffix_sums)
+            if index is not None and suffix_sums is not None:
+                first = slice_ * BLOCK_D
+                n_columns = min(BLOCK_D, d_in - first)
+                sum_by_latent(
+                    index,
+                    vals,
+                    suffix_sums[:, :n_columns].contiguous(),
+                    grad_weight,
+                    first_column=first,
+                    zero_absent=False,
+                )
     else:
-        walk(0, n_slices, wanted.grad_weight)
+        walk(0, n_slices)
+    if spread_ is not None:
+        fold_copies(spread_, grad_weight, n_latents)
+        grad_weight = grad_weight[:n_latents]
     return outputs._replace(
         loss=loss_parts.sum(),
-        grad_weight=grad_weight.to(weight.dtype),
-        grad_vals=grad_vals_parts.sum(0).to(vals.dtype) if wanted.grad_vals else outputs.grad_vals,
+        grad_weight=grad_weight.to(weight.dtype) if wanted.grad_weight else outputs.grad_weight,
+        grad_vals=grad_vals.to(vals.dtype),
     )
 
 

@@ -56,7 +56,7 @@ def _walk_batch(
     """Level weights [K], or None for level K alone."""
     check_range(indices, weight.shape[0])
     dtype = accumulation_dtype(weight, vals, target)
-    outputs = empty_outputs(weight, vals, target, wanted)
+    outputs = empty_outputs(weight, vals, target, wanted._replace(grad_weight=False))
     grad_weight = (
         torch.zeros_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
         if wanted.grad_weight

@@ -17,7 +17,7 @@ ARGUMENTS = ("weight", "vals", "bias", "target")
 
 # The relative error of a tensor (Frobenius norm). Sums are accumulated in float32, whose rounding
 # grows at worst with K * 2^-24 = 2e-6 here; a gradient returned in 16 bits is also rounded once, by
-# at most 2^-8 (bfloat16) or 2^-11 (float16) of each element.
+# at most 2^-8 (bfloat16) or 2^-11 (float16) of each element, or of the smallest normal number.
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 2**-8 + 5e-6, torch.float16: 2**-11 + 5e-6}
 
 
@@ -78,8 +78,10 @@ def in_float64(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def relative_error(value: torch.Tensor, expected: torch.Tensor) -> float:
+    """The norm of the difference over the expected norm, of which no element counts as subnormal."""
     difference = value.detach().cpu().double() - expected.detach()
-    return float(difference.norm() / expected.detach().norm().clamp_min(1e-30))
+    normal = expected.detach().abs().clamp_min(torch.finfo(value.dtype).tiny)
+    return float(difference.norm() / normal.norm())
 
 
 def assert_matches_definition(

@@ -6,6 +6,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sae_lens_flex.ops import (
     hierarchical_sae_loss,
+    inverted_index,
+    spread,
     topk_sae_loss,
     torch_backend,
     triton_hierarchical_sae_loss,
@@ -79,6 +81,31 @@ def test_one_latent_takes_every_pair(implementation) -> None:
     assert_matches_definition(implementation, torch.ones_like(indices), inputs)
 
 
+def test_many_latents_span_runs(implementation, monkeypatch) -> None:
+    monkeypatch.setattr(inverted_index, "SHORTEST_RUN", 3)
+    for n_latents in (1, 2, 7, 300):
+        indices, inputs = random_inputs((9, 5, n_latents, 33), device=implementation.device)
+        assert_matches_definition(implementation, indices, inputs)
+
+
+@pytest.mark.parametrize("n_latents", [3, 40, 600], ids=lambda n: f"{n}-latents")
+def test_copies_of_frequent_latents(implementation, monkeypatch, n_latents) -> None:
+    # Every latent is frequent, 600 are more than there are copies for.
+    monkeypatch.setattr(spread, "FEWEST_PAIRS", 0)
+    monkeypatch.setattr(spread, "HOT", 0.0)
+    indices, inputs = random_inputs((40, 5, n_latents, 70), device=implementation.device)
+    indices[3, 2], indices[4, 1] = -1, n_latents
+    if implementation.loss in (triton_hierarchical_sae_loss, triton_topk_sae_loss):
+        inputs["vals"].data[3, 2] = inputs["vals"].data[4, 1] = 0
+        implementation.loss(indices, **inputs).backward()
+        gradients = {name: value.grad for name, value in inputs.items()}
+        assert gradients["vals"][3, 2] == gradients["vals"][4, 1] == 0
+    valid = indices.clamp(0, n_latents - 1)
+    for value in inputs.values():
+        value.grad = None
+    assert_matches_definition(implementation, valid, inputs)
+
+
 @pytest.mark.parametrize("wanted", ARGUMENTS)
 def test_only_the_gradient_asked_for_is_returned(implementation, wanted) -> None:
     indices, inputs = random_inputs((6, 5, 20, 33), device=implementation.device)
@@ -110,9 +137,10 @@ def test_level_weights(implementation) -> None:
     assert_matches_definition(implementation, indices, inputs, level_weights=level_weights)
 
 
-def test_second_backward_with_a_factor_raises(implementation) -> None:
+@pytest.mark.parametrize("factor", [1, 2])
+def test_second_backward_raises(implementation, factor) -> None:
     indices, inputs = random_inputs((6, 5, 20, 33), device=implementation.device)
-    loss = 2 * implementation.loss(indices, **inputs)
+    loss = factor * implementation.loss(indices, **inputs)
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
