@@ -37,7 +37,7 @@ from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.sae import TrainingSAE
 
 import sae_lens_flex
-from sae_lens_flex.ops.encode import _operators, chunk_rows, encode
+from sae_lens_flex.ops.encode import chunk_rows, encode
 from sae_lens_flex.ops.fused_loss import fused_loss
 from sae_lens_flex.ops.inverted_index import invert
 from sae_lens_flex.ops.selection import Selection, select
@@ -313,7 +313,7 @@ def measure_stages(case: Case, gb_per_s: float) -> list[dict[str, Any]]:
     with torch.no_grad():
         add(
             "encoder gradients",
-            lambda: _operators.encode_backward(
+            lambda: torch.ops.sae_lens_flex.encode_backward(
                 gradient,
                 kept.indices,
                 index.latents,

@@ -126,7 +126,7 @@ def _grad_weight_by_triton(
         d_in,
         RUN=RUN,
         BLOCK_D=BLOCK_D,
-        num_warps=NUM_WARPS,  # pyright: ignore[reportCallIssue]
+        num_warps=NUM_WARPS,
     )
     return grad_weight
 

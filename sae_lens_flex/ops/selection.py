@@ -216,7 +216,7 @@ def select_by_triton(
         BLOCK_GROUPS=block_groups,
         GROUP=group,
         HAS_NORMS=norms is not None,
-        num_warps=4,  # pyright: ignore[reportCallIssue]
+        num_warps=4,
     )
     block = triton.next_power_of_2(n_groups)
     _choose_groups_kernel[(n_samples,)](
@@ -225,7 +225,7 @@ def select_by_triton(
         n_groups,
         k,
         BLOCK=block,
-        num_warps=_num_warps(block),  # pyright: ignore[reportCallIssue]
+        num_warps=_num_warps(block),
     )
     block = triton.next_power_of_2(k * group)
     _choose_latents_kernel[(n_samples,)](
@@ -239,7 +239,7 @@ def select_by_triton(
         GROUP=group,
         BLOCK=block,
         HAS_NORMS=norms is not None,
-        num_warps=_num_warps(block),  # pyright: ignore[reportCallIssue]
+        num_warps=_num_warps(block),
     )
     block = triton.next_power_of_2(k)
     _order_kernel[(n_samples,)](
@@ -252,7 +252,7 @@ def select_by_triton(
         k,
         BLOCK=block,
         SORT=is_sorted,
-        num_warps=_num_warps(block),  # pyright: ignore[reportCallIssue]
+        num_warps=_num_warps(block),
     )
 
 

@@ -25,6 +25,7 @@ from comparison import (
     run_step,
     step_input,
     trained_sae,
+    training_config,
 )
 from sae_lens.config import SAETrainerConfig
 from sae_lens.training.sae_trainer import SAETrainer
@@ -167,6 +168,41 @@ def test_three_dimensional_activations_give_the_loss_of_the_flattened(architectu
     if architecture == "flex_topk":
         assert_same_losses(output, expected)
         assert_same_gradients(nested, stock)
+
+
+@both_architectures
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_training_falls_to_the_loss_of_the_unfused_path(architecture, autocast, device) -> None:
+    generator = torch.Generator().manual_seed(3)
+    directions = torch.randn(256, 32, generator=generator)
+    is_active = torch.rand(150, 128, 256, generator=generator) < 6 / 256
+    batches = list((is_active.float() @ directions).to(device))
+    losses = []
+    for use_fused_path in (True, False):
+        torch.manual_seed(0)
+        sae = TRAINING_CLASSES[architecture][0](
+            training_config(architecture, d_in=32, d_sae=256, device=device)
+        )
+        sae.use_fused_path = use_fused_path
+        trainer = SAETrainer(
+            SAETrainerConfig(
+                total_training_samples=len(batches) * 128,
+                train_batch_size_samples=128,
+                lr=3e-3,
+                lr_end=3e-3,
+                device=device,
+                autocast=autocast,
+                dead_feature_window=5,
+            ),
+            sae=sae,
+            data_provider=iter(()),
+        )
+        losses.append([trainer.step(batch).losses["mse_loss"].item() for batch in batches])
+        assert trainer.dead_neurons.any()
+    fused, unfused = losses
+    assert sum(unfused[-10:]) < 0.6 * sum(unfused[:10])
+    assert sum(fused[-10:]) == pytest.approx(sum(unfused[-10:]), rel=0.02)
 
 
 # --- hooks
