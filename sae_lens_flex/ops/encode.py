@@ -21,7 +21,6 @@ from typing import NamedTuple
 
 import torch
 
-from ._triton import tl, triton
 from .fused_loss import (
     NAMESPACE,
     _library,
@@ -54,95 +53,26 @@ class Encoded(NamedTuple):
     inverted: InvertedIndex | None
 
 
-@triton.jit
-def _grad_weight_kernel(
-    latents,
-    pairs,
-    grad_hidden,  # [B * K]
-    rows,  # x - b_dec, [B, D]
-    grad_weight,  # [F, D], float32, zeroed
-    N,  # B * K
-    K,
-    F,
-    D,
-    RUN: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    # A program takes a run of RUN pairs, however few latents they belong to: no latent, however
-    # often it fires, makes one program's work longer. A latent whose pairs lie in one run is
-    # stored; one that spans runs is added atomically, once a run.
-    first = tl.program_id(0) * RUN
-    last = tl.minimum(first + RUN, N) - 1
-    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    in_row = d < D
-
-    f = tl.load(latents + first).to(tl.int64)
-    before = tl.load(latents + first - 1, mask=first > 0, other=-1).to(tl.int64)
-    is_shared = (first > 0) & (before == f)
-    total = tl.zeros([BLOCK_D], tl.float32)
-    for n in range(first, last + 1):
-        latent = tl.load(latents + n).to(tl.int64)
-        if latent != f:
-            if is_shared:
-                tl.atomic_add(grad_weight + f * D + d, total, mask=in_row, sem="relaxed")
-            else:
-                tl.store(grad_weight + f * D + d, total, mask=in_row)
-            f = latent
-            is_shared = False
-            total = tl.zeros([BLOCK_D], tl.float32)
-        pair = tl.load(pairs + n)
-        g = tl.load(grad_hidden + pair).to(tl.float32)
-        total += g * tl.load(rows + (pair // K) * D + d, mask=in_row, other=0.0).to(tl.float32)
-    after = tl.load(latents + last + 1, mask=last + 1 < N, other=-1).to(tl.int64)
-    if is_shared | ((last + 1 < N) & (after == f)):
-        tl.atomic_add(grad_weight + f * D + d, total, mask=in_row, sem="relaxed")
-    else:
-        tl.store(grad_weight + f * D + d, total, mask=in_row)
-
-
-RUN = 32
-BLOCK_D = 256
-NUM_WARPS = 1
-
-
 def _grad_weight_by_triton(
-    index: InvertedIndex, grad_hidden: torch.Tensor, rows: torch.Tensor, n_latents: int
-) -> torch.Tensor:
-    n_samples, k = grad_hidden.shape
-    d_in = rows.shape[1]
-    grad_weight = rows.new_zeros((n_latents, d_in), dtype=torch.float32)
-    if torch.are_deterministic_algorithms_enabled():  # the order of atomic additions varies
-        sum_by_latent(index, grad_hidden, rows, grad_weight)
-        return grad_weight
-    _grad_weight_kernel[(triton.cdiv(n_samples * k, RUN), triton.cdiv(d_in, BLOCK_D))](
-        index.latents,
-        index.pairs,
-        grad_hidden,
-        rows,
-        grad_weight,
-        n_samples * k,
-        k,
-        n_latents,
-        d_in,
-        RUN=RUN,
-        BLOCK_D=BLOCK_D,
-        num_warps=NUM_WARPS,
-    )
-    return grad_weight
+    index: InvertedIndex, grad_hidden: torch.Tensor, rows: torch.Tensor, grad_weight: torch.Tensor
+) -> None:
+    sum_by_latent(index, grad_hidden, rows, grad_weight)
 
 
 def _grad_weight_by_torch(
-    index: InvertedIndex, grad_hidden: torch.Tensor, rows: torch.Tensor, n_latents: int
-) -> torch.Tensor:
+    index: InvertedIndex, grad_hidden: torch.Tensor, rows: torch.Tensor, grad_weight: torch.Tensor
+) -> None:
+    n_latents, k = len(grad_weight), grad_hidden.shape[1]
     latents = torch.arange(n_latents, device=rows.device, dtype=index.latents.dtype)
     dtype = accumulation_dtype(rows)
-    return torch.nn.functional.embedding_bag(
-        index.pairs // grad_hidden.shape[1],
+    sums = torch.nn.functional.embedding_bag(
+        index.pairs // k,
         rows.to(dtype),
         torch.searchsorted(index.latents, latents),
         mode="sum",
         per_sample_weights=grad_hidden.flatten()[index.pairs].to(dtype),
     )
+    grad_weight.copy_(sums)
 
 
 def _rows_of(x: torch.Tensor, b_dec: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
@@ -222,10 +152,9 @@ def _encode_backward(
     grad_x, grad_weight, grad_b_enc, grad_b_dec = (x.new_empty(0) for _ in wanted)
     with torch.autocast(x.device.type, enabled=False):
         if wants_weight:
+            grad_weight = W_enc.new_empty(W_enc.T.shape)
             by = _grad_weight_by_triton if use_triton else _grad_weight_by_torch
-            index = InvertedIndex(latents, pairs)
-            grad_weight = by(index, grad_hidden, _rows_of(x, b_dec, dtype), n_latents)
-            grad_weight = grad_weight.to(W_enc.dtype)
+            by(InvertedIndex(latents, pairs), grad_hidden, _rows_of(x, b_dec, dtype), grad_weight)
         if wants_b_enc or wants_b_dec:
             sums = grad_hidden.new_zeros(n_latents, dtype=accumulation_dtype(x, W_enc))
             sums.index_add_(0, indices.flatten(), grad_hidden.flatten().to(sums.dtype))

@@ -22,6 +22,7 @@ import torch
 
 from . import _triton
 from ._triton import tl, triton
+from .inverted_index import InvertedIndex
 
 INDEX_DTYPES = (torch.int32, torch.int64)
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -65,6 +66,7 @@ Launcher = Callable[
         torch.Tensor,  # vals
         torch.Tensor,  # target, less the bias
         torch.Tensor | None,  # level_weights
+        InvertedIndex | None,  # of the indices, where it is at hand
         float,  # factor
         Wanted,
     ],
@@ -146,6 +148,8 @@ def define_loss_operator(name: str, *, triton: Launcher, torch_: Launcher) -> No
         vals: torch.Tensor,
         target: torch.Tensor,
         level_weights: torch.Tensor | None,
+        latents: torch.Tensor | None,
+        pairs: torch.Tensor | None,
         factor: float,
         use_triton: bool,
         wanted: list[bool],
@@ -153,7 +157,11 @@ def define_loss_operator(name: str, *, triton: Launcher, torch_: Launcher) -> No
         if use_triton and os.environ.get(CHECK_INDICES) == "1":
             check_range(indices, weight.shape[0])
         launch = triton if use_triton else torch_
-        return launch(indices, weight, vals, target, level_weights, factor, Wanted(*wanted))
+        index = None if latents is None or pairs is None else InvertedIndex(latents, pairs)
+        with torch.autocast(weight.device.type, enabled=False):
+            return launch(
+                indices, weight, vals, target, level_weights, index, factor, Wanted(*wanted)
+            )
 
     def shapes_only(
         indices: torch.Tensor,
@@ -161,6 +169,8 @@ def define_loss_operator(name: str, *, triton: Launcher, torch_: Launcher) -> No
         vals: torch.Tensor,
         target: torch.Tensor,
         level_weights: torch.Tensor | None,
+        latents: torch.Tensor | None,
+        pairs: torch.Tensor | None,
         factor: float,
         use_triton: bool,
         wanted: list[bool],
@@ -182,11 +192,12 @@ def define_loss_operator(name: str, *, triton: Launcher, torch_: Launcher) -> No
             _scaled(gradient, grad_loss) if gradient.numel() else None
             for gradient in ctx.saved_tensors
         )
-        return None, weight, vals, target, None, None, None, None
+        return None, weight, vals, target, *(None,) * 6
 
     _library.define(
         f"{name}(Tensor indices, Tensor weight, Tensor vals, Tensor target, "
-        "Tensor? level_weights, float factor, bool use_triton, bool[] wanted) "
+        "Tensor? level_weights, Tensor? latents, Tensor? pairs, float factor, bool use_triton, "
+        "bool[] wanted) "
         "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
     )
     _library.impl(name, compute, "CompositeExplicitAutograd")
@@ -245,6 +256,7 @@ def fused_loss(
     target: torch.Tensor,
     *,
     level_weights: torch.Tensor | None = None,
+    index: InvertedIndex | None = None,
     factor: float = 1.0,
     backend: str = "auto",
     needs_residual: bool = False,
@@ -256,6 +268,7 @@ def fused_loss(
         indices, weight, vals, target: as in `reference.hierarchical_sae_loss`; what the bias
             contributes is already subtracted from the target.
         level_weights: [K] or None, as there.
+        index: the inverted index of `indices`, if it is at hand.
         factor: multiplies the loss. Given here rather than by the caller afterwards, it costs
             nothing in backward.
         backend: "auto", "triton" or "torch".
@@ -281,6 +294,7 @@ def fused_loss(
         vals,
         target,
         level_weights,
+        *(index or (None, None)),
         factor,
         use_triton,
         list(wanted),

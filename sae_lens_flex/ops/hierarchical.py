@@ -21,7 +21,7 @@ from .fused_loss import (
     fused_loss,
     subtract_bias,
 )
-from .inverted_index import invert, sum_by_latent
+from .inverted_index import InvertedIndex, invert, sum_by_latent
 from .levels import gather_levels
 from .spread import COPIES, SLOTS, fold_copies, spread
 
@@ -148,6 +148,7 @@ def _launch(
     vals: torch.Tensor,
     target: torch.Tensor,
     level_weights: torch.Tensor | None,
+    index: InvertedIndex | None,
     factor: float,
     wanted: Wanted,
 ) -> Outputs:
@@ -209,7 +210,7 @@ def _launch(
     if is_deterministic:
         # The order of atomic additions varies. So the slices, which all add to grad_vals, are
         # launched one after another; and their S are stored and then added up latent by latent.
-        index = invert(indices, n_latents) if wanted.grad_weight else None
+        index = (index or invert(indices, n_latents)) if wanted.grad_weight else None
         suffix_sums = None
         if index is not None:
             suffix_sums = target.new_empty((n_samples * k, BLOCK_D), dtype=torch.float32)

@@ -25,7 +25,7 @@ from .fused_loss import (
     fused_loss,
     subtract_bias,
 )
-from .inverted_index import invert, sum_by_latent
+from .inverted_index import InvertedIndex, invert, sum_by_latent
 from .levels import gather_levels
 
 
@@ -94,6 +94,7 @@ def _launch(
     vals: torch.Tensor,
     target: torch.Tensor,
     level_weights: torch.Tensor | None,
+    index: InvertedIndex | None,
     factor: float,
     wanted: Wanted,
 ) -> Outputs:
@@ -130,7 +131,7 @@ def _launch(
     grad_vals = outputs.grad_vals
     if wanted.grad_weight or wanted.grad_vals:
         dots = sum_by_latent(
-            invert(indices, n_latents),
+            index or invert(indices, n_latents),
             vals,
             residual,
             outputs.grad_weight if wanted.grad_weight else None,

@@ -7,6 +7,7 @@ gradients by the formulas of `fused_loss` while a chunk's rows are at hand.
 import torch
 
 from .fused_loss import Outputs, Wanted, accumulation_dtype, check_range, empty_outputs
+from .inverted_index import InvertedIndex
 
 # A chunk's [b, K, D] tensors have about this many elements. On a CPU 2^18 (1 MiB in float32) keeps
 # the handful of them in the second-level cache; a GPU wants work enough to fill it.
@@ -20,6 +21,7 @@ def hierarchical(
     vals: torch.Tensor,
     target: torch.Tensor,
     level_weights: torch.Tensor | None,
+    index: InvertedIndex | None,
     factor: float,
     wanted: Wanted,
 ) -> Outputs:
@@ -37,6 +39,7 @@ def topk(
     vals: torch.Tensor,
     target: torch.Tensor,
     level_weights: torch.Tensor | None,
+    index: InvertedIndex | None,
     factor: float,
     wanted: Wanted,
 ) -> Outputs:

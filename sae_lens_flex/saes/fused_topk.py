@@ -15,7 +15,7 @@ from transformer_lens.hook_points import HookPoint
 from typing_extensions import override
 
 from ..ops.dead_latents import DeadLatents, dead_latents_loss, with_rows
-from ..ops.encode import encode, latent_major
+from ..ops.encode import Encoded, encode, latent_major
 from ..ops.fused_loss import BACKENDS, accumulation_dtype, fused_loss
 from .normalization import forget_output_map, read_output_map
 
@@ -270,7 +270,7 @@ class FusedTopKTrainingSAE(TopKTrainingSAE):
 
         vals, target = self._fold_into_target(kept.hidden.relu(), x)
         forget_output_map(self)
-        mse_loss, residual = self._decoder_loss(kept.indices, decoder, vals, target)
+        mse_loss, residual = self._decoder_loss(kept, decoder, vals, target)
         sae_out = (x.detach() + residual).to(self.dtype)
         metrics = {}
         if step_input.is_logging_step:
@@ -349,7 +349,7 @@ class FusedTopKTrainingSAE(TopKTrainingSAE):
 
     def _decoder_loss(
         self,
-        indices: torch.Tensor,
+        kept: Encoded,
         decoder: torch.Tensor,
         vals: torch.Tensor,
         target: torch.Tensor,
@@ -357,17 +357,18 @@ class FusedTopKTrainingSAE(TopKTrainingSAE):
         """Return `mse_loss` and the residual of level k.
 
         Args:
-            indices: kept latents, [batch, k], in the order of the levels.
+            kept: the kept latents.
             decoder: W_dec, [d_sae, d_in].
             vals: the latents' decode coefficients, [batch, k].
             target: what `vals @ W_dec[indices]` is to reconstruct, [batch, d_in].
         """
         return fused_loss(
             "topk_loss",
-            indices,
+            kept.indices,
             decoder,
             vals,
             target,
+            index=kept.inverted,
             factor=self.cfg.d_in,  # SAELens sums over d_in, where the operator averages
             backend=self.cfg.backend,
             needs_residual=True,
@@ -380,7 +381,13 @@ class FusedTopKTrainingSAE(TopKTrainingSAE):
         target: torch.Tensor,
         x: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
-        """Return the metrics of a logging step; arguments as in `_decoder_loss`."""
+        """Return the metrics of a logging step.
+
+        Args:
+            indices: kept latents, [batch, k], in the order of the levels.
+            vals, target: as in `_decoder_loss`.
+            x: activations, [batch, d_in].
+        """
         return {}
 
     def _unfused_training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:

@@ -15,7 +15,9 @@ from sae_lens.saes.sae import SAE, TrainStepInput, TrainStepOutput
 from sae_lens.saes.topk_sae import TopK, TopKSAE
 from typing_extensions import override
 
+from ..ops.encode import Encoded
 from ..ops.fused_loss import accumulation_dtype, fused_loss
+from ..ops.inverted_index import InvertedIndex
 from ..ops.prefixes import prefix_residuals
 from .fused_topk import (
     CheckedTopKSAEConfig,
@@ -282,12 +284,13 @@ class HierarchicalTopKTrainingSAE(RuntimeBudget, FusedTopKTrainingSAE):
     @override
     def _decoder_loss(
         self,
-        indices: torch.Tensor,
+        kept: Encoded,
         decoder: torch.Tensor,
         vals: torch.Tensor,
         target: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._levels_loss(indices, decoder, vals, target, self._level_weights(target))
+        level_weights = self._level_weights(target)
+        return self._levels_loss(kept.indices, decoder, vals, target, level_weights, kept.inverted)
 
     @override
     def _logging_metrics(
@@ -354,6 +357,7 @@ class HierarchicalTopKTrainingSAE(RuntimeBudget, FusedTopKTrainingSAE):
         vals: torch.Tensor,
         target: torch.Tensor,
         level_weights: torch.Tensor | None,
+        index: InvertedIndex | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return fused_loss(
             "hierarchical_loss",
@@ -362,6 +366,7 @@ class HierarchicalTopKTrainingSAE(RuntimeBudget, FusedTopKTrainingSAE):
             vals,
             target,
             level_weights=level_weights,
+            index=index,
             factor=self.cfg.d_in,  # SAELens sums over d_in, where the operator averages
             backend=self.cfg.backend,
             needs_residual=True,

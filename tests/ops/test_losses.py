@@ -14,6 +14,7 @@ from sae_lens_flex.ops import (
     triton_topk_sae_loss,
 )
 from sae_lens_flex.ops.fused_loss import fused_loss
+from sae_lens_flex.ops.inverted_index import invert
 
 from .comparison import (
     ARGUMENTS,
@@ -221,7 +222,8 @@ def test_torch_backend_never_builds_all_levels(name, monkeypatch) -> None:
 )
 def test_operator_passes_opcheck(name, device, use_triton) -> None:
     indices, inputs = random_inputs((6, 5, 20, 33), device=device)
-    arguments = (indices, inputs["weight"], inputs["vals"], inputs["target"], None, 3.0, use_triton)
+    tensors = (indices, inputs["weight"], inputs["vals"], inputs["target"])
+    arguments = (*tensors, None, *invert(indices, 20), 3.0, use_triton)
     operator = getattr(torch.ops.sae_lens_flex, name).default
     torch.library.opcheck(operator, (*arguments, [True, True, True, True]))
     with torch.no_grad():
