@@ -143,21 +143,23 @@ def _join_runs_kernel(
     run = tl.program_id(0).to(tl.int64)
     first = run * run_length
     n = first + run_length
-    if n < N:
-        f = tl.load(latents + n - 1).to(tl.int64)
-        began_before = tl.load(latents + first - 1, mask=first > 0, other=-2) == f
-        goes_on = (tl.load(latents + n) == f) & (began_before == 0) & (f >= 0) & (f < F)
-        if goes_on:
-            d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-            in_slice = d < n_columns
-            total = tl.load(partials + (run * 2 + 1) * n_columns + d, mask=in_slice, other=0.0)
-            while goes_on:
-                head = partials + (n // run_length) * 2 * n_columns + d
-                total += tl.load(head, mask=in_slice, other=0.0)
-                n += run_length
-                last = tl.load(latents + n - 1, mask=n < N, other=-2)
-                goes_on = (last == f) & (tl.load(latents + n, mask=n < N, other=-2) == f)
-            tl.store(sums + f * width + first_column + d, total, mask=in_slice)
+    f = tl.load(latents + n - 1, mask=n < N, other=-1).to(tl.int64)
+    begins = tl.load(latents + first - 1, mask=first > 0, other=-2) != f
+    goes_on = begins & (f >= 0) & (f < F) & (tl.load(latents + n, mask=n < N, other=-2) == f)
+    n_more = 0  # runs
+    while goes_on:
+        n_more += 1
+        n += run_length
+        last = tl.load(latents + n - 1, mask=n < N, other=-2)
+        goes_on = (last == f) & (tl.load(latents + n, mask=n < N, other=-2) == f)
+    if n_more > 0:
+        d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+        in_slice = d < n_columns
+        total = tl.load(partials + (run * 2 + 1) * n_columns + d, mask=in_slice, other=0.0)
+        for more in range(1, n_more + 1):
+            head = partials + (run + more) * 2 * n_columns + d
+            total += tl.load(head, mask=in_slice, other=0.0)
+        tl.store(sums + f * width + first_column + d, total, mask=in_slice)
 
 
 @triton.jit

@@ -78,7 +78,7 @@ def in_float64(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def relative_error(value: torch.Tensor, expected: torch.Tensor) -> float:
-    """The norm of the difference over the expected norm, of which no element counts as subnormal."""
+    """The norm of the difference over the expected norm, whose elements count as normal numbers."""
     difference = value.detach().cpu().double() - expected.detach()
     normal = expected.detach().abs().clamp_min(torch.finfo(value.dtype).tiny)
     return float(difference.norm() / normal.norm())

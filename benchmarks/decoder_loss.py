@@ -1,0 +1,360 @@
+"""Time the decoder losses, forward and backward, beside other implementations and floors.
+
+    python -m benchmarks.decoder_loss                      # all tables, on a CUDA device
+    python -m benchmarks.decoder_loss --tables main small  # some; the other results are kept
+    python -m benchmarks.decoder_loss --module other.ops   # with another implementation beside
+    python -m benchmarks.decoder_loss --plot               # draw the figure from the results
+
+The results go to benchmarks/results/decoder_loss.json, and the figure to benchmarks/figures. A
+module has functions `triton_hierarchical_sae_loss` and `triton_topk_sae_loss` of `(indices, weight,
+vals, bias, target)`.
+
+Times are medians of forward plus backward (gradients of weight, vals and bias) on random data:
+indices uniform over the latents, or with frequencies that fall with 1 / rank, distinct within a
+row. Peak memory is all that is allocated, inputs and gradients included. Every implementation is
+first compared with the definition in float64 on a part of the batch.
+"""
+
+import argparse
+import datetime
+import gc
+import importlib
+import json
+import platform
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton import language as tl
+from triton.testing import do_bench
+
+from sae_lens_flex import ops
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "decoder_loss.json"
+FIGURE = HERE / "figures" / "decoder_loss.png"
+LOSSES = ("hierarchical", "topk")
+OURS, COMPILED = "sae_lens_flex", "torch.compile of the definition"
+
+Loss = Callable[..., torch.Tensor]
+
+
+class Size(NamedTuple):
+    """A batch: samples, levels, latents, width."""
+
+    B: int
+    K: int
+    F: int
+    D: int
+
+
+GEMMA = Size(4096, 128, 65536, 2304)
+SMALL = Size(512, 32, 16384, 768)
+
+
+def random_indices(size: Size, distribution: str, seed: int = 0) -> torch.Tensor:
+    """Return [B, K] latents, distinct within a row, the most frequent ones first."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+    share = torch.ones(size.F, device="cuda")
+    if distribution == "zipf":
+        share = 1 / torch.arange(1, size.F + 1, device="cuda")
+    share = share[torch.randperm(size.F, generator=generator, device="cuda")]
+    rows = []
+    for start in range(0, size.B, 512):  # K draws without replacement: the largest share / Exp(1)
+        n = min(512, size.B - start)
+        exponential = torch.empty(n, size.F, device="cuda").exponential_(generator=generator)
+        rows.append((share / exponential).topk(size.K, dim=-1).indices)
+    return torch.cat(rows)
+
+
+class Batch:
+    """The arguments of a loss; weight, vals and target in `dtype`, bias in float32."""
+
+    def __init__(self, size: Size, distribution: str, dtype: torch.dtype) -> None:
+        generator = torch.Generator("cuda").manual_seed(1)
+        self.indices = random_indices(size, distribution)
+        weight = torch.randn(size.F, size.D, generator=generator, device="cuda")
+        vals = torch.rand(size.B, size.K, generator=generator, device="cuda")
+        target = torch.randn(size.B, size.D, generator=generator, device="cuda")
+        self.target = target.to(dtype)
+        self.weight, self.vals = (t.to(dtype).requires_grad_() for t in (weight, vals))
+        self.bias = torch.zeros(size.D, device="cuda", requires_grad=True)
+
+    def arguments(self) -> tuple[torch.Tensor, ...]:
+        return self.indices, self.weight, self.vals, self.bias, self.target
+
+    def step(self, loss: Loss) -> None:
+        loss(*self.arguments()).backward()
+        self.weight.grad = self.vals.grad = self.bias.grad = None
+
+
+def errors(loss: Loss, definition: Loss, batch: Batch, n: int = 32) -> dict[str, float]:
+    """Return the relative errors of the loss and its gradients on n of the batch's samples."""
+    parts = [batch.indices[:n], batch.weight, batch.vals[:n], batch.bias, batch.target[:n]]
+    results = []
+    for function, dtype in ((definition, torch.float64), (loss, None)):
+        inputs = [part.detach().to(dtype).requires_grad_() for part in parts[1:4]]
+        value = function(parts[0], *inputs, parts[4].to(dtype))
+        results.append([value, *torch.autograd.grad(value, inputs)])
+    return {
+        name: float((mine.double() - exact).norm() / exact.norm())
+        for name, exact, mine in zip(("loss", "weight", "vals", "bias"), *results, strict=True)
+    }
+
+
+def time_ms(function: Callable[[], Any]) -> float:
+    return do_bench(function, warmup=20, rep=100, return_mode="median")
+
+
+def peak_gib(function: Callable[[], Any]) -> float:
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    function()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() / 2**30
+
+
+def measure(name: str, loss: Loss, kind: str, batch: Batch, **labels: Any) -> dict[str, Any]:
+    row = {"implementation": name, "loss": kind, **labels}
+    try:
+        row["errors"] = errors(loss, DEFINITIONS[kind], batch)
+        step = partial(batch.step, loss)
+        step()
+        row |= {"ms": time_ms(step), "peak_gib": peak_gib(step)}
+    except torch.OutOfMemoryError:
+        row |= {"ms": None, "peak_gib": None}
+    print("  ".join(f"{key}={value}" for key, value in row.items()), flush=True)
+    return row
+
+
+DEFINITIONS = {"hierarchical": ops.hierarchical_sae_loss, "topk": ops.topk_sae_loss}
+
+
+def implementations(modules: list[str]) -> dict[str, dict[str, Loss]]:
+    """Return the losses to time by implementation."""
+    by_name = {OURS: ops, **{name: importlib.import_module(name) for name in modules}}
+    return {
+        name: {kind: getattr(module, f"triton_{kind}_sae_loss") for kind in LOSSES}
+        for name, module in by_name.items()
+    }
+
+
+def labels(size: Size, distribution: str, dtype: torch.dtype) -> dict[str, Any]:
+    return {**size._asdict(), "indices": distribution, "weight": str(dtype).split(".")[1]}
+
+
+def table_main(losses: dict[str, dict[str, Loss]]) -> list[dict[str, Any]]:
+    """The 12 cells of each loss."""
+    rows = []
+    for distribution in ("uniform", "zipf"):
+        for dtype in (torch.float32, torch.bfloat16):
+            for k in (32, 64, 128):
+                size = GEMMA._replace(K=k)
+                batch = Batch(size, distribution, dtype)
+                for name, by_kind in losses.items():
+                    for kind, loss in by_kind.items():
+                        cell = labels(size, distribution, dtype)
+                        rows.append(measure(name, loss, kind, batch, **cell))
+                del batch
+    return rows
+
+
+def table_compiled(losses: dict[str, dict[str, Loss]]) -> list[dict[str, Any]]:
+    """torch.compile of the definitions."""
+    rows = []
+    for kind in LOSSES:
+        for k in (32, 128):
+            torch.compiler.reset()
+            size = GEMMA._replace(K=k)
+            batch = Batch(size, "uniform", torch.float32)
+            compiled = torch.compile(DEFINITIONS[kind])
+            row = {"implementation": COMPILED, "loss": kind}
+            row |= labels(size, "uniform", torch.float32)
+            step = partial(batch.step, compiled)
+            step()
+            rows.append(row | {"ms": time_ms(step), "peak_gib": peak_gib(step)})
+            print(rows[-1], flush=True)
+            del batch, compiled, step
+    return rows
+
+
+def table_small(losses: dict[str, dict[str, Loss]]) -> list[dict[str, Any]]:
+    """Sizes at which launches count."""
+    rows = []
+    for size in (SMALL, SMALL._replace(B=1024), Size(4096, 64, 24576, 768)):
+        batch = Batch(size, "uniform", torch.float32)
+        for name, by_kind in losses.items():
+            for kind, loss in by_kind.items():
+                cell = labels(size, "uniform", torch.float32)
+                rows.append(measure(name, loss, kind, batch, **cell))
+    return rows
+
+
+def table_sweeps(losses: dict[str, dict[str, Loss]]) -> list[dict[str, Any]]:
+    """One of B, K and D varied at a time."""
+    start = Size(4096, 64, 65536, 1152)
+    sizes = [start._replace(B=b) for b in (1024, 2048, 4096, 8192, 16384)]
+    sizes += [start._replace(K=k) for k in (16, 32, 128, 256, 1024)]
+    sizes += [start._replace(D=d) for d in (288, 576, 2304, 4608)]
+    rows = []
+    for size in sizes:
+        batch = Batch(size, "uniform", torch.float32)
+        for kind, loss in losses[OURS].items():
+            rows.append(measure(OURS, loss, kind, batch, **labels(size, "uniform", torch.float32)))
+        del batch
+    return rows
+
+
+def table_memory(losses: dict[str, dict[str, Loss]]) -> list[dict[str, Any]]:
+    """Many levels."""
+    rows = []
+    for k in (128, 1024):
+        size = GEMMA._replace(K=k)
+        batch = Batch(size, "uniform", torch.float32)
+        for kind, loss in losses[OURS].items():
+            rows.append(measure(OURS, loss, kind, batch, **labels(size, "uniform", torch.float32)))
+        del batch
+    return rows
+
+
+def table_deterministic(losses: dict[str, dict[str, Loss]]) -> list[dict[str, Any]]:
+    """With torch.use_deterministic_algorithms(True)."""
+    rows = []
+    torch.use_deterministic_algorithms(True)
+    for distribution in ("uniform", "zipf"):
+        batch = Batch(GEMMA, distribution, torch.float32)
+        for kind, loss in losses[OURS].items():
+            cell = labels(GEMMA, distribution, torch.float32)
+            rows.append(measure(OURS, loss, kind, batch, deterministic=True, **cell))
+        del batch
+    torch.use_deterministic_algorithms(False)
+    return rows
+
+
+@triton.jit
+def _gather_kernel(indices, weight, out, K, D, BLOCK: tl.constexpr):
+    b = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for j in tl.range(0, K, loop_unroll_factor=8):
+        f = tl.load(indices + b * K + j)
+        total += tl.load(weight + f * D + d).to(tl.float32)
+    tl.store(out + b * D + d, total)
+
+
+@triton.jit
+def _add_kernel(indices, out, K, D, BLOCK: tl.constexpr):
+    b = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    for j in tl.range(0, K, loop_unroll_factor=8):
+        f = tl.load(indices + b * K + j)
+        tl.atomic_add(out + f * D + d, d.to(tl.float32), sem="relaxed")
+
+
+def table_floors(losses: dict[str, dict[str, Loss]]) -> list[dict[str, Any]]:
+    """What the decoder loss cannot do without: a gather, and additions in memory."""
+    rows = []
+    for distribution in ("uniform", "zipf"):
+        for k in (32, 128):
+            size = GEMMA._replace(K=k)
+            indices = random_indices(size, distribution)
+            weight = torch.randn(size.F, size.D, device="cuda")
+            out = torch.zeros_like(weight)
+            sums = torch.empty(size.B, size.D, device="cuda")
+            for dtype in (torch.float32, torch.bfloat16):
+                rows_of = weight.to(dtype)
+                block = 256 // dtype.itemsize
+                gather = partial(
+                    _gather_kernel[(size.B, size.D // block)],
+                    *(indices, rows_of, sums, size.K, size.D, block),
+                    num_warps=1,
+                )
+                cell = labels(size, distribution, dtype)
+                rows.append({"floor": "gather rows once", **cell, "ms": time_ms(gather)})
+            add = partial(
+                _add_kernel[(size.B, size.D // 64)], indices, out, size.K, size.D, 64, num_warps=1
+            )
+            cell = labels(size, distribution, torch.float32)
+            rows.append({"floor": "atomic additions of B K D floats", **cell, "ms": time_ms(add)})
+            rows.append({"floor": "zero the gradient", **cell, "ms": time_ms(out.zero_)})
+    source = torch.randn(2**28, device="cuda")
+    target = torch.empty_like(source)
+    ms = time_ms(lambda: target.copy_(source))
+    rows.append({"floor": "copy 1 GiB", "ms": ms, "TB/s": 2**31 / ms / 1e9})
+    for row in rows:
+        print(row, flush=True)
+    return rows
+
+
+TABLES = {
+    "main": table_main,
+    "compiled": table_compiled,
+    "small": table_small,
+    "sweeps": table_sweeps,
+    "memory": table_memory,
+    "deterministic": table_deterministic,
+    "floors": table_floors,
+}
+
+
+def machine() -> dict[str, str]:
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def plot(results: dict[str, Any]) -> None:
+    """Draw the times of the main table as bars."""
+    from plotly.subplots import make_subplots
+
+    figure = make_subplots(1, 2, shared_yaxes=True, subplot_titles=LOSSES)
+    for column, kind in enumerate(LOSSES, 1):
+        rows = [row for row in results["main"]["rows"] if row["loss"] == kind]
+        names = list(dict.fromkeys(row["implementation"] for row in rows))
+        for name in names:
+            mine = [row for row in rows if row["implementation"] == name]
+            cells = [f"{row['indices']} {row['weight']} K={row['K']}" for row in mine]
+            times = [row["ms"] for row in mine]
+            figure.add_bar(x=cells, y=times, name=name, row=1, col=column)
+    gpu = results["main"]["machine"]["gpu"]
+    figure.update_layout(
+        title=f"Decoder loss, forward and backward, F=65536, D=2304, B=4096, {gpu}",
+        yaxis_title="ms",
+        barmode="group",
+        width=1100,
+        height=480,
+    )
+    FIGURE.parent.mkdir(exist_ok=True)
+    figure.write_image(FIGURE)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
+    parser.add_argument("--module", action="append", default=[], metavar="MODULE")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--plot", action="store_true")
+    args = parser.parse_args()
+    results = json.loads(args.out.read_text()) if args.out.exists() else {}
+    if args.plot:
+        plot(results)
+        return
+    losses = implementations(args.module)
+    for name in args.tables:
+        results[name] = {"machine": machine(), "rows": TABLES[name](losses)}
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
