@@ -136,9 +136,9 @@ def _hierarchical_kernel(
             tl.store(grad_target + bd, -s, mask=bd_mask)
 
 
-# One launch on an H200 at B=4096, K=128, F=65536, D=2304, float32, uniform indices: 2.51 ms. With one
-# sample a program 2.72, slices 32 wide 2.66 and 128 wide 3.68, 4 levels at a time 3.16; 16 levels
-# take half a minute to compile. benchmarks/README.md says why.
+# One launch on an H200 at B=4096, K=128, F=65536, D=2304, float32, uniform indices: 2.51 ms. With
+# one sample a program 2.72, slices 32 wide 2.66 and 128 wide 3.68, 4 levels at a time 3.16; 16
+# levels take half a minute to compile. benchmarks/README.md says why.
 BLOCK_B = 2
 BLOCK_D = 64
 LEVELS = 8

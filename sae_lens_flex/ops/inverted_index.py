@@ -63,7 +63,8 @@ def _sum_run_kernel(
     weight,
     sums,
     partials,  # [runs, 2, n_columns]: of the latents that began before the run, and go on after it
-    dots_parts,  # [slices, N]
+    dots_parts,  # [slices of this launch, N]
+    first_slice,
     scale,
     N,
     pairs_per_row,
@@ -80,7 +81,7 @@ def _sum_run_kernel(
     DOTS: tl.constexpr,
 ):
     run = tl.program_id(0).to(tl.int64)
-    slice_ = tl.program_id(1).to(tl.int64)
+    slice_ = (first_slice + tl.program_id(1)).to(tl.int64)
     first = run * run_length
     end = tl.minimum(first + run_length, N)
     d = slice_ * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -115,8 +116,8 @@ def _sum_run_kernel(
             s = scale * next_rows[t]
             total += next_vals[t] * s
             if DOTS:
-                dot = tl.sum(w * s)
-                tl.store(dots_parts + slice_ * N + next_pairs[t], dot, mask=start + t < end)
+                dot = dots_parts + tl.program_id(1).to(tl.int64) * N + next_pairs[t]
+                tl.store(dot, tl.sum(w * s), mask=start + t < end)
     if SUMS:
         goes_on = tl.load(latents + end, mask=end < N, other=-2) == f
         is_partial = began_before | goes_on
@@ -175,7 +176,8 @@ BLOCK_D = 256
 PAIRS = 4
 NUM_WARPS = 1
 SHORTEST_RUN = 32
-MOST_RUNS = 4096  # which bounds `partials`: 2 * 4096 * D floats, 75 MB at D = 2304
+MOST_RUNS = 2048  # which bounds `partials`: 2 * 2048 * D floats, 38 MB at D = 2304
+MOST_DOTS = 2**23  # and this the parts of the dots that a launch writes: 32 MiB
 
 
 def sum_by_latent(
@@ -215,31 +217,40 @@ def sum_by_latent(
     assert like_sums is not None, "neither sums nor dots are asked for"
     n_latents, width = like_sums.shape
     partials = rows.new_empty((n_runs, 2, n_columns) if has_sums else (0,), dtype=torch.float32)
-    dots_parts = rows.new_empty((n_slices, *vals.shape) if has_dots else (0,), dtype=torch.float32)
-    _sum_run_kernel[(n_runs, n_slices)](
-        index.latents,
-        index.pairs,
-        vals,
-        rows,
-        weight,
-        sums,
-        partials,
-        dots_parts,
-        scale,
-        n_pairs,
-        pairs_per_row,
-        n_latents,
-        first_column,
-        n_columns,
-        width,
-        run_length,
-        *(weight.stride() if weight is not None else (0, 0)),
-        BLOCK_D=BLOCK_D,
-        PAIRS=PAIRS,
-        SUMS=has_sums,
-        DOTS=has_dots,
-        num_warps=NUM_WARPS,
-    )
+    slices_per_launch = max(1, MOST_DOTS // n_pairs) if has_dots else n_slices
+    dots = None
+    for first_slice in range(0, n_slices, slices_per_launch):
+        slices = min(slices_per_launch, n_slices - first_slice)
+        dots_parts = rows.new_empty(
+            (slices, *vals.shape) if has_dots else (0,), dtype=torch.float32
+        )
+        _sum_run_kernel[(n_runs, slices)](
+            index.latents,
+            index.pairs,
+            vals,
+            rows,
+            weight,
+            sums,
+            partials,
+            dots_parts,
+            first_slice,
+            scale,
+            n_pairs,
+            pairs_per_row,
+            n_latents,
+            first_column,
+            n_columns,
+            width,
+            run_length,
+            *(weight.stride() if weight is not None else (0, 0)),
+            BLOCK_D=BLOCK_D,
+            PAIRS=PAIRS,
+            SUMS=has_sums,
+            DOTS=has_dots,
+            num_warps=NUM_WARPS,
+        )
+        if has_dots:
+            dots = dots_parts.sum(0) if dots is None else dots.add_(dots_parts.sum(0))
     if has_sums:
         _join_runs_kernel[(n_runs, n_slices)](
             index.latents,
@@ -261,4 +272,4 @@ def sum_by_latent(
             _zero_absent_kernel[(n_latents, triton.cdiv(n_columns, block))](
                 starts, sums, first_column, n_columns, width, BLOCK_D=block
             )
-    return dots_parts.sum(0) if has_dots else None
+    return dots

@@ -48,6 +48,7 @@ def _residual_kernel(
     BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
     LEVELS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
     GRAD_TARGET: tl.constexpr,
 ):
     b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
@@ -77,7 +78,8 @@ def _residual_kernel(
         for t in tl.static_range(LEVELS):
             r += v[t][:, None] * w[t]
     tl.store(loss_parts + slice_ * B + b, scale * tl.sum(r * r, axis=1), mask=in_batch)
-    tl.store(residual + bd, r, mask=bd_mask)
+    if RESIDUAL:
+        tl.store(residual + bd, r, mask=bd_mask)
     if GRAD_TARGET:
         tl.store(grad_target + bd, (-2.0 * scale) * r, mask=bd_mask)
 
@@ -100,8 +102,14 @@ def _launch(
 ) -> Outputs:
     n_samples, k = indices.shape
     n_latents, d_in = weight.shape
-    outputs = empty_outputs(weight, vals, target, wanted._replace(residual=False, grad_vals=False))
-    residual = target.new_empty(target.shape, dtype=torch.float32)
+    # The gradients are gathered from the residual or, one [B, D] tensor less where it is not asked
+    # for, from a target's gradient of equal precision, -2 scale times the residual.
+    gathers = wanted.grad_weight or wanted.grad_vals
+    by_target = wanted.grad_target and not wanted.residual and target.dtype == torch.float32
+    stores_residual = wanted.residual or (gathers and not by_target)
+    outputs = empty_outputs(
+        weight, vals, target, wanted._replace(residual=stores_residual, grad_vals=False)
+    )
     indices, vals = indices.contiguous(), vals.contiguous()
     scale = factor / target.numel()
     block = SLICE_BYTES // weight.element_size()
@@ -113,7 +121,7 @@ def _launch(
         vals,
         target.contiguous(),
         loss_parts,
-        residual,
+        outputs.residual,
         outputs.grad_target,
         scale,
         n_samples,
@@ -125,24 +133,25 @@ def _launch(
         BLOCK_B=BLOCK_B,
         BLOCK_D=block,
         LEVELS=LEVELS,
+        RESIDUAL=stores_residual,
         GRAD_TARGET=wanted.grad_target,
         num_warps=NUM_WARPS,
     )
     grad_vals = outputs.grad_vals
-    if wanted.grad_weight or wanted.grad_vals:
+    if gathers:
         dots = sum_by_latent(
             index or invert(indices, n_latents),
             vals,
-            residual,
+            outputs.grad_target if by_target else outputs.residual,
             outputs.grad_weight if wanted.grad_weight else None,
-            scale=2 * scale,
+            scale=-1.0 if by_target else 2 * scale,
             weight=weight if wanted.grad_vals else None,
         )
         if dots is not None:
             grad_vals = dots.to(vals.dtype)
     return outputs._replace(
         loss=loss_parts.sum(),
-        residual=residual if wanted.residual else outputs.residual,
+        residual=outputs.residual if wanted.residual else target.new_empty(0, dtype=torch.float32),
         grad_vals=grad_vals,
     )
 

@@ -412,7 +412,7 @@ class FusedTopKTrainingSAE(TopKTrainingSAE):
         dtype = accumulation_dtype(self.W_dec, x)
         offset = output_map.apply(self.b_dec.to(dtype))
         vals = vals if output_map.scale is None else vals * output_map.scale
-        return vals, x.to(dtype) - offset
+        return vals, x.to(dtype) + -offset  # whose gradient is summed before it is negated
 
     def _report_feature_acts(self, indices: torch.Tensor, acts: torch.Tensor) -> torch.Tensor:
         """Return the activations [batch, k] of `indices` as a [batch, d_sae] tensor."""
