@@ -147,6 +147,7 @@ def _shapes(
 def _keep_gradients(ctx, inputs, output) -> None:
     gradients = output[1:]
     ctx.mark_non_differentiable(*gradients)
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*gradients)
     ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs[:5]]
 
@@ -158,8 +159,8 @@ def _differentiate(ctx, grad_loss, *_):
             "(create_graph=True)"
         )
     gradients = (
-        _scaled(gradient, grad_loss).to(dtype) if gradient.numel() else None
-        for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        None if gradient is None else gradient.to(dtype)
+        for gradient, dtype in zip(_scaled(ctx.saved_tensors, grad_loss), ctx.dtypes, strict=True)
     )
     return *gradients, *(None,) * 8
 

@@ -190,6 +190,7 @@ def _keep_inputs(ctx, inputs, output) -> None:
     x, W_enc, b_enc, b_dec, _, _, dtype, use_triton, _ = inputs
     _, indices, latents, pairs = output
     ctx.mark_non_differentiable(indices, latents, pairs)
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(indices, latents, pairs, x, W_enc, b_enc, b_dec)
     ctx.settings = dtype, use_triton
 

@@ -15,7 +15,7 @@ The bias is folded into the target beforehand, and autograd carries dL/dtarget o
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -82,65 +82,102 @@ _operators = getattr(torch.ops, NAMESPACE)
 
 
 @triton.jit
-def _scale_kernel(gradient, factor, n_elements, BLOCK: tl.constexpr):
+def _scale_part(gradient, scale, n_elements, BLOCK: tl.constexpr):
+    stride = tl.num_programs(0).to(tl.int64) * BLOCK
+    for start in range(tl.program_id(0).to(tl.int64) * BLOCK, n_elements, stride):
+        offsets = start + tl.arange(0, BLOCK)
+        mask = offsets < n_elements
+        scaled = tl.load(gradient + offsets, mask=mask).to(tl.float32) * scale
+        tl.store(gradient + offsets, scaled.to(gradient.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _scale_kernel(factor, a, n_a, b, n_b, c, n_c, BLOCK: tl.constexpr):
     scale = tl.load(factor)
     if scale != 1.0:
-        stride = tl.num_programs(0).to(tl.int64) * BLOCK
-        for start in range(tl.program_id(0).to(tl.int64) * BLOCK, n_elements, stride):
-            offsets = start + tl.arange(0, BLOCK)
-            mask = offsets < n_elements
-            scaled = tl.load(gradient + offsets, mask=mask).to(tl.float32) * scale
-            tl.store(gradient + offsets, scaled.to(gradient.dtype.element_ty), mask=mask)
+        _scale_part(a, scale, n_a, BLOCK)
+        _scale_part(b, scale, n_b, BLOCK)
+        _scale_part(c, scale, n_c, BLOCK)
 
 
-def _scale_by_triton(gradient: torch.Tensor, factor: torch.Tensor) -> None:
+def _scale_by_triton(gradients: list[torch.Tensor], factor: torch.Tensor) -> None:
     # Reads the factor on the device, so nothing waits for it, and touches no gradient where it is
-    # 1, as it almost always is.
+    # 1, as it almost always is. Three at a time, as many as a loss has.
     block = 8192
-    grid = (min(1024, triton.cdiv(gradient.numel(), block)),)
-    _scale_kernel[grid](
-        gradient,
-        factor,
-        gradient.numel(),
-        BLOCK=block,
-        num_warps=8,
-    )
+    for start in range(0, len(gradients), 3):
+        some = gradients[start : start + 3]
+        arguments = [part for gradient in some for part in (gradient, gradient.numel())]
+        arguments += [factor, 0] * (3 - len(some))
+        n_blocks = triton.cdiv(max(gradient.numel() for gradient in some), block)
+        _scale_kernel[(min(1024, n_blocks),)](factor, *arguments, BLOCK=block, num_warps=8)
 
 
-def _scale(gradient: torch.Tensor, factor: torch.Tensor) -> None:
-    if _triton.is_available(gradient.device):
-        _scale_by_triton(gradient, factor)
-    elif gradient.device.type != "cpu" or factor.item() != 1:
-        gradient.mul_(factor)
+def _scale(gradients: list[torch.Tensor], factor: torch.Tensor) -> None:
+    if _triton.is_available(factor.device):
+        _scale_by_triton(gradients, factor)
+    elif factor.device.type != "cpu" or factor.item() != 1:
+        for gradient in gradients:
+            gradient.mul_(factor)
 
 
-def _scaled(gradient: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    if type(gradient) is not torch.Tensor:  # being traced: memory is the compiler's affair
-        return gradient * factor
+def _scaled(gradients: Sequence[torch.Tensor], factor: torch.Tensor) -> list[torch.Tensor | None]:
+    """Multiply what an operator keeps of its gradients; None for those that it did not compute."""
+    if type(factor) is not torch.Tensor:  # being traced: memory is the compiler's affair
+        return [gradient * factor if gradient.numel() else None for gradient in gradients]
     # In place, without a second gradient in memory. Autograd, which does not see what a kernel
     # writes, is told: another backward pass through the same graph then raises.
-    _operators.scale_(gradient, factor)
-    torch.autograd.graph.increment_version(gradient)
-    return gradient
+    computed = [gradient for gradient in gradients if gradient.numel()]
+    if computed:
+        _scale(computed, factor)
+    for gradient in computed:
+        torch.autograd.graph.increment_version(gradient)
+    return [gradient if gradient.numel() else None for gradient in gradients]
 
 
-if not hasattr(_operators, "scale_"):
-    _library.define("scale_(Tensor(a!) gradient, Tensor factor) -> ()")
-    _library.impl("scale_", _scale, "CompositeExplicitAutograd")
+def _keep_gradients(ctx, gradients: Sequence[torch.Tensor]) -> None:
+    ctx.set_materialize_grads(False)  # which would be zeros of the size of weight
+    ctx.save_for_backward(*gradients)
+
+
+def _scale_gradients(ctx, grad_loss: torch.Tensor, name: str) -> list[torch.Tensor | None]:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{name} has no second derivative: its backward pass was asked for a graph "
+            "(create_graph=True). Use the plain definitions in sae_lens_flex.ops.reference."
+        )
+    return _scaled(ctx.saved_tensors, grad_loss)
+
+
+class _FusedLoss(torch.autograd.Function):
+    """The operator without PyTorch's dispatcher, which takes most of a small loss's time."""
+
+    @staticmethod
+    def forward(ctx, name, *arguments):
+        outputs = _computations[name](*arguments)
+        ctx.name = name
+        ctx.mark_non_differentiable(outputs.residual)
+        _keep_gradients(ctx, outputs[2:])
+        return outputs.loss, outputs.residual
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        weight, vals, target = _scale_gradients(ctx, gradients[0], ctx.name)
+        return None, None, weight, vals, target, *(None,) * 6
+
+
+_computations: dict[str, Callable[..., Outputs]] = {}
 
 
 def define_loss_operator(name: str, *, triton: Launcher, torch_: Launcher) -> None:
-    """Define `torch.ops.<NAMESPACE>.<name>`, a fused loss with its autograd.
+    """Define a fused loss, and the operator `torch.ops.<NAMESPACE>.<name>`.
 
-    An operator rather than a bare autograd function, so that torch.compile keeps it whole.
+    An operator, so that torch.compile keeps it whole.
 
     Args:
         name: the operator's name.
         triton: computes it by Triton kernels.
         torch_: computes it by PyTorch alone.
     """
-    if hasattr(_operators, name):
-        return  # the module is imported a second time
 
     def compute(
         indices: torch.Tensor,
@@ -178,22 +215,15 @@ def define_loss_operator(name: str, *, triton: Launcher, torch_: Launcher) -> No
         return empty_outputs(weight, vals, target, Wanted(*wanted))
 
     def keep_gradients(ctx, inputs, output) -> None:
-        gradients = output[2:]
-        ctx.mark_non_differentiable(output[1], *gradients)
-        ctx.save_for_backward(*gradients)
+        ctx.mark_non_differentiable(*output[1:])
+        _keep_gradients(ctx, output[2:])
 
-    def backward(ctx, grad_loss, *_):
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                f"{name} has no second derivative: its backward pass was asked for a graph "
-                "(create_graph=True). Use the plain definitions in sae_lens_flex.ops.reference."
-            )
-        weight, vals, target = (
-            _scaled(gradient, grad_loss) if gradient.numel() else None
-            for gradient in ctx.saved_tensors
-        )
-        return None, weight, vals, target, *(None,) * 6
+    def backward(ctx, *gradients):
+        return None, *_scale_gradients(ctx, gradients[0], name), *(None,) * 6
 
+    _computations[name] = compute
+    if hasattr(_operators, name):
+        return  # the module is imported a second time
     _library.define(
         f"{name}(Tensor indices, Tensor weight, Tensor vals, Tensor target, "
         "Tensor? level_weights, Tensor? latents, Tensor? pairs, float factor, bool use_triton, "
@@ -288,7 +318,7 @@ def fused_loss(
         grad_vals=is_enabled and vals.requires_grad,
         grad_target=is_enabled and target.requires_grad,
     )
-    loss, residual, *_ = getattr(_operators, name)(
+    arguments = (
         indices,
         weight,
         vals,
@@ -299,6 +329,14 @@ def fused_loss(
         use_triton,
         list(wanted),
     )
+    tensors = (indices, weight, vals, target)
+    is_traced = torch.compiler.is_compiling() or any(
+        type(tensor) not in (torch.Tensor, torch.nn.Parameter) for tensor in tensors
+    )
+    if is_traced:
+        loss, residual, *_ = getattr(_operators, name)(*arguments)
+    else:
+        loss, residual = _FusedLoss.apply(name, *arguments)  # pyright: ignore[reportGeneralTypeIssues]
     return loss, residual
 
 

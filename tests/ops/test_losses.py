@@ -38,6 +38,21 @@ SHAPES = [
 ]
 
 
+class RecordShapes(TorchDispatchMode):
+    """Collects the shapes of all tensors that are made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, torch.Tensor) and not function.is_view:
+                self.shapes.append(tensor.shape)
+        return result
+
+
 def shape_id(shape: tuple[int, ...]) -> str:
     return "-".join(f"{name}{size}" for name, size in zip("BKFD", shape, strict=True))
 
@@ -215,24 +230,24 @@ def test_residual_is_that_of_the_last_level(name, device) -> None:
 def test_torch_backend_never_builds_all_levels(name, monkeypatch) -> None:
     monkeypatch.setattr(torch_backend, "CPU_CHUNK_ELEMENTS", 4 * 16 * 32)
     indices, inputs = random_inputs((64, 16, 24, 32))
-    largest = 0
-
-    class RecordLargest(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            nonlocal largest
-            result = function(*args, **(kwargs or {}))
-            for tensor in result if isinstance(result, (tuple, list)) else [result]:
-                if isinstance(tensor, torch.Tensor):
-                    largest = max(largest, tensor.numel())
-            return result
-
-    with RecordLargest():
+    with RecordShapes() as made:
         by_torch(name)(indices, **inputs).backward()
-    assert largest == 4 * 16 * 32
+    assert max(shape.numel() for shape in made.shapes) == 4 * 16 * 32
     for value in inputs.values():
         value.grad = None
     definition = hierarchical_sae_loss if name == "hierarchical_loss" else topk_sae_loss
     assert_matches_definition(Implementation(definition, by_torch(name), "cpu"), indices, inputs)
+
+
+def test_backward_makes_nothing_of_the_size_of_weight(implementation) -> None:
+    if implementation.device != "cpu":
+        pytest.skip("the backward pass runs in a thread of its own")
+    indices, inputs = random_inputs((6, 5, 20, 33))
+    loss = implementation.loss(indices, **inputs)
+    with RecordShapes() as made:
+        loss.backward()
+    assert made.shapes
+    assert inputs["weight"].shape not in made.shapes
 
 
 @pytest.mark.parametrize("name", ["hierarchical_loss", "topk_loss"])
