@@ -34,7 +34,8 @@ def _level_weight(level_weights, j, K, HAS_LEVEL_WEIGHTS: tl.constexpr):
         return tl.where(j < K, 1.0 / K, 0.0)
 
 
-@triton.jit
+# Compiling takes some seconds: not again for every divisibility of what no address depends on.
+@triton.jit(do_not_specialize=["first_slice", "B", "K", "F"])
 def _hierarchical_kernel(
     indices,
     weight,

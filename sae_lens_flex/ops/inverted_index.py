@@ -54,7 +54,7 @@ def _load_pairs(
     return next_latents, next_pairs, next_vals, next_rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_slice", "N", "pairs_per_row", "F", "run_length"])
 def _sum_run_kernel(
     latents,
     pairs,
@@ -127,7 +127,7 @@ def _sum_run_kernel(
         tl.store(out, total, mask=d < tl.where(is_partial, 0, columns))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "F", "run_length"])
 def _join_runs_kernel(
     latents,
     partials,

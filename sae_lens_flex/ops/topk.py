@@ -29,7 +29,7 @@ from .inverted_index import InvertedIndex, invert, sum_by_latent
 from .levels import gather_levels
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "K", "F"])
 def _residual_kernel(
     indices,
     weight,
