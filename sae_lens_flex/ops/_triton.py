@@ -43,7 +43,7 @@ INTERPRETED = IS_INSTALLED and os.environ.get("TRITON_INTERPRET") == "1"
 def why_unavailable(device: torch.device) -> str | None:
     """Return why Triton kernels cannot run on `device`, or None where they can."""
     if not IS_INSTALLED:
-        return "the package triton is not installed (it exists for Linux only)"
+        return "the package triton, which there is for Linux, is not installed"
     if device.type != "cuda" and not INTERPRETED:
         return f"they run on CUDA and ROCm devices, and the tensors are on {str(device)!r}"
     return None

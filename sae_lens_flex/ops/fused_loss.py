@@ -1,4 +1,4 @@
-"""What the fused losses share: the PyTorch operator, its autograd and the check of its arguments.
+"""What the fused losses share: the PyTorch operator and its autograd.
 
 A fused loss returns a scalar, so its forward pass can produce every gradient up to the factor that
 arrives in backward. With r_j the residual of level j, c_j its weight and
@@ -22,10 +22,9 @@ import torch
 
 from . import _triton
 from ._triton import tl, triton
+from .checks import check_range
 from .inverted_index import InvertedIndex
 
-INDEX_DTYPES = (torch.int32, torch.int64)
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BACKENDS = ("auto", "triton", "torch")
 
 CHECK_INDICES = "SAE_LENS_FLEX_CHECK_INDICES"
@@ -272,8 +271,8 @@ def uses_triton(backend: str, device: torch.device) -> bool:
         return _triton.is_available(device)
     if backend == "triton" and (reason := _triton.why_unavailable(device)) is not None:
         raise RuntimeError(
-            f"the Triton kernels cannot run here: {reason}. Use backend='torch' in an SAE's "
-            "config, or the functions without the prefix triton_."
+            f"the Triton kernels cannot run here: {reason}. Use the functions without the prefix "
+            "triton_, or backend='torch' in an SAE's config."
         )
     return backend == "triton"
 
@@ -344,63 +343,3 @@ def subtract_bias(target: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """Return target - bias in the dtype that the kernels accumulate in."""
     dtype = accumulation_dtype(target, bias)
     return target.to(dtype) + -bias.to(dtype)  # whose gradient is summed before it is negated
-
-
-def check_arguments(
-    indices: torch.Tensor,
-    weight: torch.Tensor,
-    vals: torch.Tensor,
-    bias: torch.Tensor,
-    target: torch.Tensor,
-    level_weights: torch.Tensor | None = None,
-) -> None:
-    """Raise a ValueError or TypeError that names the first argument that does not fit."""
-    floats = {"weight": weight, "vals": vals, "bias": bias, "target": target}
-    if level_weights is not None:
-        floats["level_weights"] = level_weights
-    for name, tensor in {"indices": indices, **floats}.items():
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name} is a {type(tensor).__name__}, expected a torch.Tensor")
-    if indices.dtype not in INDEX_DTYPES:
-        raise TypeError(f"indices has dtype {indices.dtype}, expected torch.int32 or torch.int64")
-    for name, tensor in floats.items():
-        if tensor.dtype not in FLOAT_DTYPES:
-            raise TypeError(
-                f"{name} has dtype {tensor.dtype}, expected torch.float32, torch.bfloat16 or "
-                "torch.float16"
-            )
-        if tensor.device != indices.device:
-            raise ValueError(
-                f"{name} is on {str(tensor.device)!r}, expected indices' {str(indices.device)!r}"
-            )
-    for name, tensor, shape in (
-        ("indices", indices, "[B, K]"),
-        ("weight", weight, "[F, D]"),
-        ("target", target, "[B, D]"),
-    ):
-        if tensor.ndim != 2 or tensor.numel() == 0:
-            raise ValueError(
-                f"{name} has shape {list(tensor.shape)}, expected {shape} with no empty dimension"
-            )
-    n_samples, k = indices.shape
-    d_in = weight.shape[1]
-    expected = {
-        "vals": (vals, [n_samples, k], "indices'"),
-        "bias": (bias, [d_in], "weight's last dimension"),
-        "target": (target, [n_samples, d_in], "indices' and weight's"),
-    }
-    if level_weights is not None:
-        expected["level_weights"] = (level_weights, [k], "indices' last dimension")
-    for name, (tensor, shape, source) in expected.items():
-        if list(tensor.shape) != shape:
-            raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {source} {shape}")
-
-
-def check_range(indices: torch.Tensor, n_latents: int) -> None:
-    """Raise an IndexError for a latent outside [0, F)."""
-    lowest, highest = indices.aminmax()
-    if lowest < 0 or highest >= n_latents:
-        raise IndexError(
-            f"indices reaches from {int(lowest)} to {int(highest)}, expected latents in "
-            f"[0, {n_latents})"
-        )

@@ -12,10 +12,10 @@ import torch
 
 from . import torch_backend
 from ._triton import tl, triton
+from .checks import check_arguments
 from .fused_loss import (
     Outputs,
     Wanted,
-    check_arguments,
     define_loss_operator,
     empty_outputs,
     fused_loss,

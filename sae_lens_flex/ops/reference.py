@@ -11,6 +11,10 @@ them kept for each activation. Level j is the reconstruction from an activation'
 
 import torch
 
+from .checks import FLOAT_DTYPES, check_arguments
+
+DTYPES = (*FLOAT_DTYPES, torch.float64)
+
 
 def levels(
     indices: torch.Tensor, weight: torch.Tensor, vals: torch.Tensor, bias: torch.Tensor
@@ -42,7 +46,11 @@ def hierarchical_sae_loss(
 
     Returns:
         The loss, a scalar, differentiable in weight, vals, bias and target.
+
+    Raises:
+        TypeError, ValueError: for an argument of the wrong type, dtype, shape or device.
     """
+    check_arguments(indices, weight, vals, bias, target, level_weights, DTYPES)
     error = (levels(indices, weight, vals, bias) - target.unsqueeze(1)).square().mean(dim=(0, 2))
     return error.mean() if level_weights is None else error @ level_weights
 
@@ -58,6 +66,7 @@ def topk_sae_loss(
 
     Arguments as in `hierarchical_sae_loss`.
     """
+    check_arguments(indices, weight, vals, bias, target, float_dtypes=DTYPES)
     reconstruction = (vals.unsqueeze(-1) * weight[indices]).sum(dim=1) + bias
     return (reconstruction - target).square().mean()
 

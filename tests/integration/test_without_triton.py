@@ -58,7 +58,7 @@ SCRIPT = """
     print("REPORT" + json.dumps(report))
 """
 REASONS = {
-    "not installed": "triton is not installed",
+    "not installed": "triton, which there is for Linux, is not installed",
     "no device": r"CUDA.*the tensors are on 'cpu'",
 }
 

@@ -291,6 +291,11 @@ def test_compiles_without_a_graph_break(implementation) -> None:
             r"target has shape \[6, 32\], expected .* \[6, 33\]",
         ),
         ({"bias": torch.zeros(1)}, ValueError, r"bias has shape \[1\], expected .* \[33\]"),
+        (
+            {"weight": torch.zeros(33, 20)},
+            ValueError,
+            r"weight has shape \[33, 20\], expected \[F, 33\]",
+        ),
         ({"weight": torch.zeros(33)}, ValueError, r"weight has shape \[33\], expected \[F, D\]"),
         (
             {"indices": torch.zeros(0, 5, dtype=torch.int64)},
@@ -315,7 +320,15 @@ def test_compiles_without_a_graph_break(implementation) -> None:
         ),
     ],
 )
-@pytest.mark.parametrize("loss", [triton_hierarchical_sae_loss, triton_topk_sae_loss])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        hierarchical_sae_loss,
+        topk_sae_loss,
+        triton_hierarchical_sae_loss,
+        triton_topk_sae_loss,
+    ],
+)
 def test_wrong_arguments_are_named(loss, change, error, message) -> None:
     indices, inputs = random_inputs((6, 5, 20, 33))
     with pytest.raises(error, match=message):
