@@ -16,7 +16,7 @@ The bias is folded into the target beforehand, and autograd carries dL/dtarget o
 
 import os
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -204,14 +204,9 @@ def define_loss_operator(name: str, *, triton: Launcher, torch_: Launcher) -> No
         weight: torch.Tensor,
         vals: torch.Tensor,
         target: torch.Tensor,
-        level_weights: torch.Tensor | None,
-        latents: torch.Tensor | None,
-        pairs: torch.Tensor | None,
-        factor: float,
-        use_triton: bool,
-        wanted: list[bool],
+        *others: Any,
     ) -> Outputs:
-        return empty_outputs(weight, vals, target, Wanted(*wanted))
+        return empty_outputs(weight, vals, target, Wanted(*others[-1]))
 
     def keep_gradients(ctx, inputs, output) -> None:
         ctx.mark_non_differentiable(*output[1:])
