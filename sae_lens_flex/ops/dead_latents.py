@@ -62,24 +62,8 @@ def _compute(
     needs_grad_x: bool,
 ) -> tuple[torch.Tensor, ...]:
     n_samples, n_dead = x.shape[0], len(b_enc)
-    outputs = [
-        tensor.zero_()
-        for tensor in _shapes(
-            x,
-            W_enc_rows,
-            b_enc,
-            W_dec,
-            b_dec,
-            norms,
-            target,
-            k,
-            factor,
-            dtype,
-            use_triton,
-            needs_gradients,
-            needs_grad_x,
-        )
-    ]
+    shapes = _shapes(x, W_enc_rows, b_enc, W_dec, b_dec, needs_gradients, needs_grad_x)
+    outputs = [tensor.zero_() for tensor in shapes]
     loss, grad_x, grad_enc, grad_b_enc, grad_dec, grad_b_dec = outputs
     n_rows = chunk_rows(n_samples, n_dead, dtype, x.device)
     with torch.autocast(x.device.type, enabled=False):
@@ -116,21 +100,8 @@ def _compute(
     return loss * (factor / n_samples), grad_x, grad_enc, grad_b_enc, grad_dec, grad_b_dec
 
 
-def _shapes(
-    x,
-    W_enc_rows,
-    b_enc,
-    W_dec,
-    b_dec,
-    norms,
-    target,
-    k,
-    factor,
-    dtype,
-    use_triton,
-    needs_gradients,
-    needs_grad_x,
-) -> tuple[torch.Tensor, ...]:
+def _shapes(x, W_enc_rows, b_enc, W_dec, b_dec, *others) -> tuple[torch.Tensor, ...]:
+    needs_gradients, needs_grad_x = others[-2:]
     dtype = accumulation_dtype(x, W_dec)
 
     def like(tensor: torch.Tensor | None, is_wanted: bool) -> torch.Tensor:
