@@ -87,6 +87,16 @@ class BudgetSweep:
         missing = [name for name in frame.columns if all(row[name] is None for row in rows)]
         return frame.drop(columns=[name for name in missing if name != "budget"])
 
+    def __str__(self) -> str:
+        """Return a table: a row per SAE and budget, without what the model's scores are made of."""
+        frame = self.to_pandas()
+        frame["budget"] = ["-" if row.budget is None else row.budget for row in self.metrics]
+        parts = ("ce_loss_with", "kl_div_with")
+        names = [name for name in frame.columns if not name.startswith(parts)]
+        if len({row.sae for row in self.metrics}) == 1:
+            names.remove("sae")
+        return frame[names].to_string(index=False, na_rep="-", float_format="%.4f")
+
     def to_json(self, path: str | Path | None = None) -> str:
         """Return the sweep as JSON, and write it to `path` if one is given."""
         text = json.dumps(asdict(self), indent=2)
@@ -106,8 +116,8 @@ class BudgetSweep:
         SAEs without a fixed number of latents stand at their mean L0.
 
         Args:
-            path: where to write the figure: HTML, or with another suffix (.png, .svg, .pdf) an
-                image, for which plotly needs the package kaleido.
+            path: where to write the figure: HTML that needs no network, or with another suffix
+                (.png, .svg, .pdf) an image, for which plotly needs the package kaleido.
             metric: a field of BudgetMetrics.
         """
         names = [field.name for field in fields(BudgetMetrics)][2:]
@@ -140,7 +150,7 @@ class BudgetSweep:
         )
         figure.update_yaxes(title=metric.replace("_", " "))
         if path is not None and Path(path).suffix in ("", ".html"):
-            figure.write_html(path, include_plotlyjs="cdn")
+            figure.write_html(path, include_plotlyjs=True)
         elif path is not None:
             figure.write_image(path, scale=2)
         return figure
@@ -158,7 +168,7 @@ def smallest_budget(
 
     Raises:
         ValueError: if no budget reaches it; the message says how far the best one gets. Also for
-            arguments that do not fit the sweep.
+            arguments that do not fit the sweep, and for a sweep without numbers to choose by.
     """
     names = list(dict.fromkeys(row.sae for row in sweep.metrics))
     if sae is None and len(names) > 1:
@@ -170,6 +180,11 @@ def smallest_budget(
     rows = [row for row in sweep.metrics if sae in (None, row.sae) and row.budget is not None]
     if not rows:
         raise ValueError(f"sae is {sae!r}, expected one that was measured at budgets")
+    unknown = [str(row.budget) for row in rows if math.isnan(row.explained_variance)]
+    if unknown:
+        raise ValueError(
+            f"sweep has explained variance NaN at budgets {', '.join(unknown)}, expected numbers"
+        )
     reached = [row.budget for row in rows if row.explained_variance >= explained_variance]
     if not reached:
         best = max(row.explained_variance for row in rows)
@@ -203,7 +218,7 @@ def sweep_budgets(
     Args:
         saes: an SAE, or several by name.
         activations: SAELens's ActivationsStore, from which tokens are drawn for the model; or
-            activations themselves: a tensor [n_tokens, d_in] or an iterable of such.
+            activations themselves: a tensor [..., d_in] or an iterable of such, a batch each.
         model: the language model. None with a store takes the store's.
         budgets: ascending, within 1 and the SAEs' largest k. None takes 1, 2, 4, ... and k, for
             each SAE. Those above an SAE's own k are left out for it.
@@ -254,7 +269,7 @@ def sweep_budgets(
                     "an ActivationsStore with it"
                 )
         with_ce = with_kl = False
-        batches = _plain_batches(activations, n_batches)
+        batches = _plain_batches(named, activations, n_batches)
 
     totals = {
         (name, budget): _Totals(sae) for name, sae in named.items() for budget in budgets_of[name]
@@ -264,11 +279,9 @@ def sweep_budgets(
         n_tokens += int(batch.mask.sum())
         for name, sae in named.items():
             x = batch.activations(sae)
-            if x.shape[-1] != sae.cfg.d_in:
-                raise ValueError(
-                    f"activations has width {x.shape[-1]}, expected {sae.cfg.d_in}, the d_in of "
-                    f"{name!r}"
-                )
+            _check_shape(x, {name: sae})
+            if not x[batch.mask.to(x.device)].isfinite().all():
+                raise ValueError("activations has NaN or infinite values, expected finite ones")
             for budget, latents, acts, reconstruction in _reconstruct(sae, x, budgets_of[name]):
                 total = totals[name, budget]
                 total.add(x, reconstruction, latents, acts, batch.mask)
@@ -352,21 +365,41 @@ class _Batch:
 
 
 def _plain_batches(
-    activations: torch.Tensor | Iterable[torch.Tensor], n_batches: int
+    saes: dict[str, SAE[Any]], activations: torch.Tensor | Iterable[torch.Tensor], n_batches: int
 ) -> Iterator[_Batch]:
-    if not isinstance(activations, Iterable):
+    if isinstance(activations, torch.Tensor):
+        _check_shape(activations, saes)
+        if activations.numel() == 0:
+            raise ValueError(
+                f"activations has shape {list(activations.shape)}, expected at least one token"
+            )
+        activations = activations.flatten(0, -2).chunk(n_batches)
+    elif not isinstance(activations, Iterable):
         raise TypeError(
             f"activations is a {type(activations).__name__}, expected an ActivationsStore or "
-            "tensors of [n_tokens, d_in]"
+            "tensors of [..., d_in]"
         )
-    if isinstance(activations, torch.Tensor):
-        activations = activations.chunk(n_batches)
-    for x in islice(activations, n_batches):
-        if not isinstance(x, torch.Tensor) or x.ndim != 2:
-            given = list(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
-            raise ValueError(f"activations gave {given}, expected tensors of [n_tokens, d_in]")
-        if len(x) > 0:
-            yield _Batch(x)
+
+    def batches(given: Iterable[torch.Tensor]) -> Iterator[_Batch]:
+        for x in islice(given, n_batches):
+            if not isinstance(x, torch.Tensor):
+                raise ValueError(
+                    f"activations gave a {type(x).__name__}, expected tensors of [..., d_in]"
+                )
+            _check_shape(x, saes)
+            if x.numel() > 0:
+                yield _Batch(x.flatten(0, -2))
+
+    return batches(activations)
+
+
+def _check_shape(x: torch.Tensor, saes: Mapping[str, SAE[Any]]) -> None:
+    for name, sae in saes.items():
+        if x.ndim < 2 or x.shape[-1] != sae.cfg.d_in:
+            raise ValueError(
+                f"activations has shape {list(x.shape)}, expected [..., {sae.cfg.d_in}], tokens by "
+                f"the d_in of {name!r}"
+            )
 
 
 class _ModelBatch(_Batch):

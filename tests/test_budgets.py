@@ -297,6 +297,33 @@ def test_tensor_iterable_and_generator_of_the_same_activations_agree() -> None:
     assert sweep_budgets(sae, batches, n_batches=2, show_progress=False).n_tokens == 60
 
 
+def test_leading_dimensions_are_tokens() -> None:
+    sae = make_sae()
+    x = torch.randn(4, 5, D_IN)
+    flat, *others = (
+        sweep_budgets(sae, activations, n_batches=1, show_progress=False)
+        for activations in (x.flatten(0, 1), x, [x], x.view(2, 2, 5, D_IN))
+    )
+    assert flat.n_tokens == 20
+    assert all(other == flat for other in others)
+
+
+@pytest.mark.parametrize("shape", [(4, 3, D_IN + 1), (D_IN,), (0, D_IN), ()], ids=str)
+def test_wrong_shape_is_told_as_it_came_and_before_the_bar(shape, capsys) -> None:
+    with pytest.raises(ValueError, match=r"^activations has shape ") as raised:
+        sweep_budgets(make_sae(), torch.zeros(shape), n_batches=2)
+    assert str(list(shape)) in str(raised.value)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_activations_that_are_not_finite_are_refused(value) -> None:
+    x = torch.randn(20, D_IN)
+    x[13, 2] = value
+    with pytest.raises(ValueError, match=r"^activations has NaN or infinite values"):
+        sweep_budgets(make_sae(), x, show_progress=False)
+
+
 @pytest.mark.parametrize("normalize", ["none", "layer_norm", "constant_norm_rescale"])
 def test_metrics_match_a_plain_count(normalize) -> None:
     sae = make_sae(normalize_activations=normalize)
@@ -364,7 +391,8 @@ def test_progress_bar_can_be_turned_off(show, capsys) -> None:
         ("activations", TypeError, {"activations": None}),
         ("activations", ValueError, {"activations": []}),
         ("activations", ValueError, {"activations": torch.zeros(0, D_IN)}),
-        ("activations", ValueError, {"activations": torch.zeros(2, 3, D_IN)}),
+        ("activations", ValueError, {"activations": torch.zeros(D_IN)}),
+        ("activations", ValueError, {"activations": [torch.zeros(D_IN)]}),
         ("activations", ValueError, {"activations": torch.zeros(4, D_IN + 1)}),
         ("activations", ValueError, {"activations": [[1.0, 2.0]]}),
         ("budgets", ValueError, {"budgets": []}),
@@ -446,6 +474,21 @@ def test_to_pandas_has_a_row_a_budget_and_only_what_was_computed(sweep) -> None:
     assert with_ce["ce_loss_score"].tolist() == [0.8]
 
 
+def test_text_is_a_table_that_fits_a_terminal(sweep) -> None:
+    header, *rows = str(sweep).splitlines()
+    assert header.split() == ["sae", "budget", "explained_variance", "mse", "l0", "dead_latents"]
+    assert [row.split()[0] for row in rows] == [*4 * ["hierarchical"], "k=2", "k=8", "jumprelu"]
+    assert rows[-1].split()[1] == "-"
+    more = {"ce_loss_score": 0.8, "ce_loss_with_sae": 3.0, "ce_loss_without_sae": 2.0}
+    one = BudgetSweep([row_at(k, 0.9, **more) for k in (1, 128)], 10)
+    header, *rows = str(one).splitlines()
+    assert header.split() == [
+        *("budget", "explained_variance", "mse", "l0", "dead_latents", "ce_loss_score")
+    ]
+    assert [row.split()[0] for row in rows] == ["1", "128"]
+    assert len(header) <= 80
+
+
 def test_json_keeps_every_value(sweep, tmp_path: Path) -> None:
     text = sweep.to_json()
     assert BudgetSweep.from_json(text) == sweep
@@ -482,6 +525,7 @@ def test_plot_writes_html(sweep, tmp_path: Path) -> None:
     sweep.plot(tmp_path / "figure.html")
     text = (tmp_path / "figure.html").read_text()
     assert "plotly" in text
+    assert 'src="http' not in text  # plotly.js is in it
     assert "latents kept per activation" in text
     assert "hierarchical" in text
 
@@ -532,3 +576,10 @@ def test_smallest_budget_raises_and_names_the_argument(name, arguments, sweep) -
 def test_unreachable_share_says_how_far_the_best_budget_gets(sweep) -> None:
     with pytest.raises(ValueError, match=r"at most 0\.9000"):
         smallest_budget(sweep, explained_variance=0.99, sae="hierarchical")
+
+
+def test_smallest_budget_of_a_sweep_without_numbers_raises() -> None:
+    sweep = sweep_budgets(make_sae(), torch.ones(10, D_IN), budgets=[1, 3], show_progress=False)
+    nan = BudgetSweep([replace(row, explained_variance=float("nan")) for row in sweep.metrics], 10)
+    with pytest.raises(ValueError, match=r"^sweep has explained variance NaN at budgets 1, 3"):
+        smallest_budget(nan, explained_variance=0.5)
