@@ -1,5 +1,6 @@
 """From and to other SAEs: start from a TopK SAE, export one at a fixed budget, upload."""
 
+import json
 from dataclasses import fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -7,6 +8,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi
+from huggingface_hub.utils import HfHubHTTPError, validate_repo_id
 from sae_lens import SAE, TrainingSAE, upload_saes_to_huggingface
 from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig, TopKTrainingSAE
 
@@ -19,6 +21,13 @@ from .saes.hierarchical_topk import (
     doubling_budgets,
 )
 
+# What SAELens's trainer measured at the SAE's own k, in metadata.
+MEASURED_AT_K = ("l0", "num_dead_features")
+# The key in an export's metadata by which a later export knows that it may replace it.
+EXPORT_KEY = "sae_lens_flex_export"
+# The HTTP library's own errors, whichever library huggingface_hub is built on.
+HTTP_ERRORS: Any = HfHubHTTPError.__bases__
+
 
 def export_topk(
     sae: HierarchicalTopKSAE | HierarchicalTopKTrainingSAE, path: str | Path, *, budget: int
@@ -26,29 +35,63 @@ def export_topk(
     """Save an SAE at a fixed budget as an ordinary SAELens "topk" SAE.
 
     What is saved loads with SAELens alone, `SAE.load_from_disk(path)`, and encodes and reconstructs
-    as `sae` does at that budget.
+    as `sae` does at that budget. Its metadata is that of `sae`, without the L0 and the dead latents
+    measured at k, and with `sae_lens_flex_export`, which says what was exported.
 
     Args:
         sae: the SAE, which is left as it is.
-        path: the directory to write.
+        path: the directory to write: a new one, one without an SAE, or one that an earlier export
+            wrote, which is replaced.
         budget: latents to keep, 1..k.
 
     Returns:
         The directory.
+
+    Raises:
+        ValueError: if `path` holds another SAE, or `budget` is not within 1..k.
+        NotADirectoryError: if `path` is a file, or lies in one.
     """
     _check_hierarchical(sae)
     budget = check_integer("budget", budget, sae.cfg.k, "k")
+    path = Path(path)
+    _check_export_directory(path)
     values = {
         field.name: getattr(sae.cfg, field.name)
         for field in fields(TopKSAEConfig)
         if field.name != "metadata"
     }
     cfg = TopKSAEConfig(**{**values, "k": budget, "device": "cpu"})
-    cfg.metadata = type(sae.cfg.metadata)(**sae.cfg.metadata.to_dict())
+    origin = {"architecture": sae.cfg.architecture(), "k": sae.cfg.k, "budget": budget}
+    cfg.metadata = _metadata_without(sae, *MEASURED_AT_K)
+    cfg.metadata[EXPORT_KEY] = origin
     exported = TopKSAE(cfg)
     exported.load_state_dict(sae.state_dict())
     exported.save_model(path)
-    return Path(path)
+    return path
+
+
+def _check_export_directory(path: Path) -> None:
+    existing = next(part for part in (path, *path.parents) if part.exists())
+    if not existing.is_dir():
+        raise NotADirectoryError(
+            f"path is {str(path)!r}, expected a directory: {str(existing)!r} is a file"
+        )
+    if not (path / "cfg.json").exists():
+        return
+    try:
+        is_export = EXPORT_KEY in json.loads((path / "cfg.json").read_text())["metadata"]
+    except (OSError, ValueError, KeyError, TypeError):
+        is_export = False
+    if not is_export:
+        raise ValueError(
+            f"path is {str(path)!r}, which holds another SAE (its cfg.json is of no earlier "
+            "export), expected a new directory"
+        )
+
+
+def _metadata_without(sae: SAE[Any], *names: str) -> Any:
+    metadata = sae.cfg.metadata.to_dict()
+    return type(sae.cfg.metadata)(**{k: v for k, v in metadata.items() if k not in names})
 
 
 def from_topk(
@@ -59,8 +102,12 @@ def from_topk(
         sae = sae_lens_flex.from_topk(SAE.from_pretrained(release, sae_id))
         LanguageModelSAETrainingRunner(cfg, override_sae=sae).run()
 
+    A saved `hierarchical_topk` SAE is trained on in the same way. It does not hold the fields of
+    its training, such as `budgets`: they are given again.
+
     Args:
-        sae: SAELens's TopK SAE, for inference or in training; its weights are copied.
+        sae: a TopK or `hierarchical_topk` SAE, for inference or in training, whose weights are
+            copied.
         training_fields: fields of HierarchicalTopKTrainingSAEConfig that the SAE does not settle,
             such as `budgets`, `backend` or `aux_loss_coefficient`. If that coefficient is not
             given, it is that of an SAE in training; with the normalizations that do not go with an
@@ -79,8 +126,7 @@ def from_topk(
     cfg = HierarchicalTopKTrainingSAEConfig(
         **{name: getattr(sae.cfg, name) for name in settled}, **training_fields
     )
-    metadata = sae.cfg.metadata.to_dict()
-    cfg.metadata = type(sae.cfg.metadata)(**metadata)
+    cfg.metadata = _metadata_without(sae, *MEASURED_AT_K, EXPORT_KEY)
     started = HierarchicalTopKTrainingSAE(cfg)
     with torch.no_grad():
         started.load_state_dict(sae.state_dict())
@@ -107,18 +153,43 @@ def upload(
         sae_id: the SAE's folder in it.
         sweep: what `sweep_budgets` measured, for the model card's table.
         revision: the branch.
+
+    Raises:
+        ValueError, TypeError: for arguments that do not fit, before anything is sent.
+        ConnectionError: if the hub cannot be reached.
+        HfHubHTTPError: huggingface_hub's, if the hub refuses.
     """
     _check_hierarchical(sae)
+    validate_repo_id(repo_id)
+    if not isinstance(sae_id, str) or not sae_id.strip("/"):
+        raise ValueError(f"sae_id is {sae_id!r}, expected the name of a folder")
+    if sweep is not None and not isinstance(sweep, BudgetSweep):
+        raise TypeError(f"sweep is a {type(sweep).__name__}, expected a BudgetSweep")
+    api = HfApi()
     card = model_card(sae, repo_id, sae_id, sweep).encode()
     with TemporaryDirectory() as directory:
         if isinstance(sae, TrainingSAE):
             sae.save_inference_model(directory)
         else:
             sae.save_model(directory)
-        upload_saes_to_huggingface(
-            {sae_id: directory}, repo_id, revision, show_progress=False, add_default_readme=False
-        )
-    api = HfApi()
+        try:
+            _send(api, directory, card, repo_id, sae_id, revision)
+        except HfHubHTTPError as error:
+            error.append_to_message(f"\nrepo_id is {repo_id!r}, sae_id is {sae_id!r}")
+            raise
+        except (OSError, *HTTP_ERRORS) as error:
+            raise ConnectionError(
+                f"repo_id is {repo_id!r}: the upload to the hub at {api.endpoint} failed: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+
+
+def _send(
+    api: HfApi, directory: str, card: bytes, repo_id: str, sae_id: str, revision: str
+) -> None:
+    upload_saes_to_huggingface(
+        {sae_id: directory}, repo_id, revision, show_progress=False, add_default_readme=False
+    )
     paths = [f"{sae_id}/README.md"]
     if not api.file_exists(repo_id, "README.md", revision=revision):
         paths.append("README.md")

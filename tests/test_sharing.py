@@ -144,6 +144,49 @@ def test_export_keeps_the_metadata_and_leaves_the_sae_alone(tmp_path: Path) -> N
     assert exported.cfg.metadata.model_name == "gpt2"
 
 
+def test_export_says_what_it_is_and_drops_what_was_measured_at_k(tmp_path: Path) -> None:
+    sae = make_sae("hierarchical")
+    sae.cfg.metadata.l0, sae.cfg.metadata.num_dead_features = 7.5, 3
+    export_topk(sae, tmp_path, budget=5)
+    metadata = SAE.load_from_disk(tmp_path).cfg.metadata
+    origin = {"architecture": "hierarchical_topk", "k": K, "budget": 5}
+    assert metadata.sae_lens_flex_export == origin
+    assert "l0" not in metadata
+    assert "num_dead_features" not in metadata
+    assert sae.cfg.metadata.l0 == 7.5
+
+
+def test_export_replaces_an_earlier_export(tmp_path: Path) -> None:
+    sae = make_sae("hierarchical-training")
+    for budget in (5, 2):
+        export_topk(sae, tmp_path, budget=budget)
+        assert SAE.load_from_disk(tmp_path).cfg.k == budget
+
+
+@pytest.mark.parametrize("kind", ["topk", "hierarchical", "hierarchical-training"])
+def test_export_leaves_another_sae_alone(kind, tmp_path: Path) -> None:
+    make_sae(kind).save_model(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=rf"^path is {str(tmp_path)!r}, which holds another SAE"):
+        export_topk(make_sae("hierarchical"), tmp_path, budget=1)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"metadata": null}'], ids=repr)
+def test_export_leaves_a_config_that_it_cannot_read_alone(text, tmp_path: Path) -> None:
+    (tmp_path / "cfg.json").write_text(text)
+    with pytest.raises(ValueError, match=r"^path is "):
+        export_topk(make_sae("hierarchical"), tmp_path, budget=1)
+    assert (tmp_path / "cfg.json").read_text() == text
+
+
+@pytest.mark.parametrize("name", ["file", "file/below", "file/far/below"])
+def test_export_into_a_file_says_so(name, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match=r"^path is .*file' is a file$"):
+        export_topk(make_sae("hierarchical"), tmp_path / name, budget=1)
+
+
 def test_export_keeps_the_dtype_and_the_heads(tmp_path: Path) -> None:
     sae = make_sae("hierarchical", reshape_activations="hook_z", dtype="bfloat16")
     sae.cfg.metadata.hook_name = "blocks.0.attn.hook_z"
@@ -218,6 +261,17 @@ def test_from_topk_takes_a_saved_topk_sae_and_training_fields(tmp_path: Path) ->
     assert (sae.cfg.budgets, sae.cfg.backend) == ([1, 2, K], "torch")
 
 
+def test_from_topk_takes_over_nothing_that_was_measured(tmp_path: Path) -> None:
+    trained = make_sae("hierarchical")
+    trained.cfg.metadata.l0, trained.cfg.metadata.num_dead_features = 7.5, 3
+    export_topk(trained, tmp_path, budget=2)
+    for source in (trained, SAE.load_from_disk(tmp_path)):
+        metadata = from_topk(source).cfg.metadata
+        for name in ("l0", "num_dead_features", "sae_lens_flex_export"):
+            assert name not in metadata
+        assert metadata.training_architecture == "hierarchical_topk"
+
+
 @pytest.mark.parametrize("field", ["k", "d_sae", "rescale_acts_by_decoder_norm", "dtype"])
 def test_from_topk_refuses_what_the_sae_settles(field) -> None:
     with pytest.raises(ValueError, match=rf"^{field} is given"):
@@ -262,6 +316,9 @@ def test_runner_trains_from_topk_and_saves(
     torch.testing.assert_close(loaded(x), trained(x))
 
 
+TOKEN = "hf_test"
+
+
 class Hub:
     """What `upload` and `from_pretrained` ask of the hub, answered from a dictionary of files."""
 
@@ -291,7 +348,9 @@ class Hub:
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 path = self.path.partition("?")[0]
-                if path == "/api/repos/create":
+                if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+                    self.answer(401, {"error": "Invalid username or password."})
+                elif path == "/api/repos/create":
                     request = json.loads(body)
                     repo = "/".join(filter(None, (request.get("organization"), request["name"])))
                     hub.files[repo] = {}
@@ -412,7 +471,7 @@ def test_uploaded_saes_have_a_card_and_load_from_the_hub(hub: Hub, tmp_path: Pat
     environment = {
         "HF_ENDPOINT": hub.url,
         "HF_HOME": str(tmp_path / "hf_home"),
-        "HF_TOKEN": "hf_test",
+        "HF_TOKEN": TOKEN,
         "HF_HUB_OFFLINE": "0",
     }
     run_python(UPLOAD, tmp_path, **environment)
@@ -440,6 +499,45 @@ def test_uploaded_saes_have_a_card_and_load_from_the_hub(hub: Hub, tmp_path: Pat
     for sae_id, sae in (("layer_0", training), ("layer_1", inference)):
         with torch.no_grad(), sae.at_budget(3):
             torch.testing.assert_close(loaded[sae_id], sae(x))
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "arguments"),
+    [
+        ("repo_id|Repo id", ValueError, {"repo_id": "a/b/c"}),
+        ("sae_id", ValueError, {"sae_id": ""}),
+        ("sae_id", ValueError, {"sae_id": "/"}),
+        ("sweep", TypeError, {"sweep": a_sweep().to_pandas()}),
+    ],
+)
+def test_upload_refuses_wrong_arguments_before_the_network(
+    name, error, arguments, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sae_lens_flex.sharing.HfApi", None)
+    arguments = {"repo_id": "someone/saes", "sae_id": "layer_0"} | arguments
+    with pytest.raises(error, match=name):
+        upload(make_sae("hierarchical"), **arguments)
+
+
+FAILING_UPLOAD = """
+    from sae_lens_flex import HierarchicalTopKSAE, HierarchicalTopKSAEConfig, upload
+
+    cfg = HierarchicalTopKSAEConfig(d_in=4, d_sae=8, k=2, rescale_acts_by_decoder_norm=True)
+    try:
+        upload(HierarchicalTopKSAE(cfg), "someone/saes", "layer_0")
+    except OSError as error:
+        print(type(error).__name__, error)
+"""
+
+
+def test_upload_that_fails_names_the_hub_and_the_repository(hub: Hub, tmp_path: Path) -> None:
+    nowhere = "http://127.0.0.1:9"
+    for url, error in ((nowhere, "ConnectionError"), (hub.url, "HfHubHTTPError")):
+        environment = {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+        printed = run_python(FAILING_UPLOAD, HF_TOKEN="hf_wrong", **environment)
+        assert printed.startswith(error), printed
+        assert "repo_id is 'someone/saes'" in printed
+        assert url in printed
 
 
 def test_card_shows_the_import_the_budgets_and_the_sweep() -> None:
