@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import io
 import logging
+import os
 import sys
 import textwrap
 import warnings
@@ -20,13 +21,14 @@ from sae_lens import SAE, ActivationsStore, LanguageModelSAETrainingRunner
 from sae_lens.llm_sae_training_runner import InterruptedException, _parse_cfg_args
 from sae_lens.load_model import load_model
 
+from . import __version__
 from .budgets import flat_activations, sweep_budgets
 from .ops.fused_loss import uses_triton
 from .saes.hierarchical_topk import RuntimeBudget, check_budgets
 from .sharing import export_topk
 
 SUMMARY = """\
-usage: sae-lens-flex [--traceback] COMMAND ...
+usage: sae-lens-flex [--version] [--traceback] COMMAND ...
 
 Train and use one sparse autoencoder for every sparsity, with SAELens.
 
@@ -75,11 +77,12 @@ It prints for every budget
   l0                  latents active on a token, on average
   dead_latents        share of the latents that no token activated
   ce_loss_score       share of the model's cross-entropy kept: 1 with its own activations, 0 with
-                      zeros in their place; ce_loss_* are the cross-entropies it is made of
+                      zeros in their place; --json has the cross-entropies it is made of, too
 """
 
 EXPORT_DESCRIPTION = """\
 Save a trained SAE at one budget as an ordinary SAELens TopK SAE, which loads without this package.
+An earlier export in DIR is replaced; any other SAE there is left alone, and that is an error.
 """
 
 # TransformerLens's messages list every model that it knows.
@@ -104,6 +107,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     command, rest = (argv[0], argv[1:]) if argv else ("--help", [])
     if command in ("-h", "--help"):
         print(SUMMARY, end="")
+        return 0
+    if command == "--version":
+        print(f"sae-lens-flex {__version__}")
         return 0
     commands = {"train": train, "sweep": sweep, "export": export}
     if command not in commands:
@@ -155,10 +161,13 @@ def _quietly() -> Iterator[None]:
 
 def train(argv: list[str]) -> int:
     """Run SAELens's training command line."""
-    if not argv or "-h" in argv or "--help" in argv:
+    if "-h" in argv or "--help" in argv:
         print(TRAIN_SUMMARY, end="")
         return 0
+    if not argv:
+        raise ValueError("no flags given (see sae-lens-flex train --help)")
     cfg = _parse_train_arguments(argv)
+    _make_paths_absolute(cfg)
     uses_triton(getattr(cfg.sae, "backend", "auto"), _device(cfg.device))  # raises if it cannot
     with _quietly():
         with _naming(f"model {cfg.model_name}, dataset {cfg.dataset_path}"):
@@ -166,8 +175,22 @@ def train(argv: list[str]) -> int:
         _check_activations(runner)
     if cfg.output_path is not None:
         Path(cfg.output_path).mkdir(parents=True, exist_ok=True)
-    runner.run()
+    sae: Any = runner.run()
+    where = "not saved" if cfg.output_path is None else cfg.output_path
+    k = f", k={sae.cfg.k}" if hasattr(sae.cfg, "k") else ""
+    print(f"{where}: a {sae.cfg.get_inference_config_class().architecture()} SAE{k}")
     return 0
+
+
+def _make_paths_absolute(cfg: Any) -> None:
+    """Let the SAE name local directories so that they are found from anywhere."""
+    names = ["dataset_path"]
+    if cfg.model_class_name == "AutoModelForCausalLM":  # others take names, not directories
+        names.append("model_name")
+    for name in names:
+        path = getattr(cfg, name)
+        if path and Path(path).is_dir():
+            setattr(cfg, name, str(Path(path).absolute()))
 
 
 def _check_activations(runner: LanguageModelSAETrainingRunner) -> None:
@@ -279,7 +302,7 @@ def sweep(argv: list[str]) -> int:
     if not dataset:
         parser.error("the SAE names no dataset: give --dataset")
     with _quietly():
-        with _naming(f"model {model_name}"):
+        with _naming(f"model {model_name}{_missing_directory(model_name, '--model')}"):
             model = load_model(
                 args.model_class or metadata.model_class_name or "HookedTransformer",
                 model_name,
@@ -287,7 +310,7 @@ def sweep(argv: list[str]) -> int:
                 model_from_pretrained_kwargs=metadata.model_from_pretrained_kwargs,
                 hook_names=[metadata.hook_name],
             )
-        with _naming(f"dataset {dataset}"):
+        with _naming(f"dataset {dataset}{_missing_directory(dataset, '--dataset')}"):
             store = ActivationsStore.from_sae(model, sae, dataset=dataset, device=args.device)
     result = sweep_budgets(
         sae,
@@ -298,8 +321,7 @@ def sweep(argv: list[str]) -> int:
         compute_ce_loss=not args.no_ce,
         compute_kl=args.kl,
     )
-    table = result.to_pandas().drop(columns="sae")
-    print(table.to_string(index=False, na_rep="-", float_format="{:.4f}".format))
+    print(result)
     if args.json is not None:
         result.to_json(args.json)
     if args.figure is not None:
@@ -326,11 +348,21 @@ def export(argv: list[str]) -> int:
         "--output", type=_path, required=True, metavar="DIR", help="directory to write"
     )
     args = parser.parse_args(argv)
-    if Path(args.sae).is_dir() and args.output.resolve() == Path(args.sae).resolve():
-        parser.error("argument --output: that is the SAE itself")
     export_topk(_load(args.sae, args.sae_id, "cpu"), args.output, budget=args.budget)
     print(f"{args.output}: a topk SAE with k={args.budget}")
     return 0
+
+
+def _missing_directory(name: str, flag: str) -> str:
+    """Say what may be wrong with a name that the SAE's metadata or `flag` gives."""
+    if Path(name).exists() or not {"/", os.sep} & set(name):
+        return ""
+    if Path(name).is_absolute():
+        return f" (no such directory here; {flag} names another)"
+    return (
+        f" (not found in this directory; if the SAE was trained with a relative path, give its "
+        f"directory with {flag})"
+    )
 
 
 def _parser(command: str, flags: str, description: str, example: str) -> OneLineParser:
@@ -379,6 +411,8 @@ def _device(name: str) -> torch.device:
 def _load(path_or_repo: str, sae_id: str | None, device: str) -> Any:
     if Path(path_or_repo).is_dir():
         path = Path(path_or_repo, sae_id or "")
+        if not (path / "cfg.json").is_file():
+            raise ValueError(f"{str(path)!r} holds no SAE: there is no cfg.json in it")
         with _naming(str(path)), _quietly():
             return SAE.load_from_disk(path, device=device)
     if sae_id is None:

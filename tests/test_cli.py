@@ -170,6 +170,50 @@ def test_sae_id_is_a_folder_of_a_directory_too(trained: Path, run, tmp_path: Pat
     assert result.code == 0, result.err
 
 
+def test_training_ends_with_what_was_saved(train_flags, run, tmp_path: Path) -> None:
+    flags = train_flags | {"--output_path": tmp_path / "sae", "--training_tokens": BATCH_SIZE}
+    result = run("train", *as_arguments(flags))
+    assert result.code == 0, result.err
+    assert result.out.splitlines()[-1] == f"{tmp_path / 'sae'}: a hierarchical_topk SAE, k={K}"
+    result = run("train", *as_arguments(flags | {"--architecture": "flex_topk"}))
+    assert result.out.splitlines()[-1] == f"{tmp_path / 'sae'}: a topk SAE, k={K}"
+
+
+def test_sae_trained_with_relative_paths_is_swept_from_anywhere(
+    train_flags, run, tmp_path: Path, hf_model_dir: Path, text_dir: Path, monkeypatch
+) -> None:
+    monkeypatch.chdir(hf_model_dir.parent)
+    flags = train_flags | {
+        "--model_name": hf_model_dir.name,
+        "--dataset_path": os.path.relpath(text_dir),
+        "--output_path": tmp_path / "sae",
+        "--training_tokens": BATCH_SIZE,
+    }
+    assert run("train", *as_arguments(flags)).code == 0
+    monkeypatch.chdir(tmp_path)
+    result = run("sweep", "sae", "--n-batches", 1)
+    assert result.code == 0, result.err
+
+
+@pytest.mark.parametrize(
+    ("field", "flag"), [("model_name", "--model"), ("dataset_path", "--dataset")]
+)
+def test_relative_path_of_an_sae_that_is_not_found_is_named_with_the_way_out(
+    field, flag, trained: Path, run, tmp_path: Path
+) -> None:
+    path = shutil.copytree(trained, tmp_path / "sae")
+    cfg = json.loads((path / "cfg.json").read_text())
+    for name in ("a/relative/path", str(tmp_path / "moved")):
+        cfg["metadata"][field] = name
+        (path / "cfg.json").write_text(json.dumps(cfg))
+        assert_refused(run("sweep", path), name, "director", flag)
+
+
+def test_version_is_that_of_the_package(run) -> None:
+    result = run("--version")
+    assert (result.code, result.out) == (0, f"sae-lens-flex {sae_lens_flex.__version__}\n")
+
+
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]], ids=str)
 def test_help_lists_the_commands(arguments, run) -> None:
     result = run(*arguments)
@@ -268,8 +312,9 @@ def test_unknown_command_is_refused(command, run) -> None:
         ("sweep SAE --figure TMP/sweep.gif", ["--figure", "sweep.gif", ".png"]),
         ("sweep MISSING", ["missing", "--sae-id"]),
         ("sweep someone/saes", ["someone/saes", "--sae-id"]),
-        ("sweep TMP", ["cfg.json"]),
-        ("sweep SAE --sae-id layer_9", ["layer_9"]),
+        ("sweep TMP", ["holds no SAE", "cfg.json"]),
+        ("sweep SAE --sae-id layer_9", ["layer_9", "holds no SAE"]),
+        ("train", ["no flags", "--help"]),
         ("sweep SAE --model MISSING", ["missing"]),
         ("sweep SAE --model-class Transformer", ["Transformer"]),
         ("sweep SAE --dataset MISSING", ["missing"]),
@@ -286,7 +331,9 @@ def test_unknown_command_is_refused(command, run) -> None:
         ("export SAE --budget 9 --output TMP/new", ["budget is 9", "1..k (8)"]),
         ("export SAE --budget 2.5 --output TMP/new", ["--budget", "2.5"]),
         ("export SAE --budget 1 --output FILE", ["file"]),
-        ("export SAE --budget 1 --output SAE", ["--output"]),
+        ("export SAE --budget 1 --output SAE", ["path is", "another SAE"]),
+        ("export SAE --budget 1 --output TOPK", ["path is", "another SAE"]),
+        ("export SAE --budget 1 --output FILE/new", ["path is", "is a file"]),
         ("export MISSING --budget 1 --output TMP/new", ["missing", "--sae-id"]),
         ("export TOPK --budget 1 --output TMP/new", ["TopKSAE"]),
     ],
