@@ -4,7 +4,8 @@
     python examples/run_sae_lens.py --model gpt2 --dataset monology/pile-uncopyrighted
     python examples/run_sae_lens.py --preset gemma-2-2b
 
-Without arguments it takes the tiny model and the text of examples/tiny_lm and needs no network.
+Without arguments it takes the tiny model and the text of examples/tiny_lm, needs no network and is
+done within 2 minutes on 2 CPU cores. The other two are for a GPU.
 """
 
 import argparse
@@ -27,7 +28,6 @@ HELD_OUT_DOCUMENTS = 1000
 TINY_LM = Path(__file__).parent / "tiny_lm"
 
 PRESETS = {
-    # 2 CPU cores, under 2 minutes
     "tiny": dict(
         model=str(TINY_LM),
         model_class="AutoModelForCausalLM",
@@ -39,7 +39,7 @@ PRESETS = {
         batch_size=1024,
         lr=6e-3,
     ),
-    # a GPU; for models that TransformerLens knows
+    # for models that TransformerLens knows
     "hub": dict(
         model="gpt2",
         model_class="HookedTransformer",
@@ -80,13 +80,25 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, help="tokens in a batch")
     parser.add_argument("--lr", type=float, help="learning rate")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or mps")
-    parser.add_argument("--output", default="output", help="where to save the SAE")
+    parser.add_argument(
+        "--output", type=Path, default=Path("output/sae"), help="where to save the SAE"
+    )
     args = parser.parse_args()
-    preset = PRESETS[args.preset or ("hub" if args.model else "tiny")]
-    for name, value in preset.items():
+    args.preset = args.preset or ("hub" if args.model else "tiny")
+    for name, value in PRESETS[args.preset].items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
     return args
+
+
+def announce(args: argparse.Namespace) -> None:
+    is_short = (args.preset, args.tokens) == ("tiny", PRESETS["tiny"]["tokens"])
+    duration = "under 2 minutes on 2 CPU cores" if is_short else "as long as the bar says"
+    print(
+        f"Training one SAE for every budget up to {args.k} on {args.tokens:,} tokens, "
+        f"then measuring it: {duration}.",
+        flush=True,
+    )
 
 
 def train(args: argparse.Namespace) -> None:
@@ -114,7 +126,7 @@ def train(args: argparse.Namespace) -> None:
         autocast=args.device == "cuda",
         logger=LoggingConfig(log_to_wandb=False),
         checkpoint_path=None,
-        output_path=args.output,
+        output_path=str(args.output),
     )
     training_text = load_dataset(args.dataset, split="train", streaming=True)
     LanguageModelSAETrainingRunner(
@@ -134,11 +146,15 @@ def evaluate(args: argparse.Namespace) -> None:
     columns = ["budget", "explained_variance", "ce_loss_score"]
     print(f"\nOne SAE, measured on the same {sweep.n_tokens} held-out tokens at every budget:\n")
     print(sweep.to_pandas()[columns].to_string(index=False, float_format="{:.3f}".format))
-    print(f"\nThe SAE is saved in {args.output}. To use it at one of these budgets:")
-    print(f'    import sae_lens_flex; sae = SAE.load_from_disk("{args.output}"); sae.budget = 8')
+    print(f"\nThe SAE is saved in {args.output}. In Python, to use it at one of these budgets:\n")
+    print("import sae_lens_flex")
+    print("from sae_lens import SAE")
+    print(f"sae = SAE.load_from_disk({str(args.output.absolute())!r})")
+    print(f"sae.budget = {min(8, args.k)}")
 
 
 if __name__ == "__main__":
     arguments = parse_args()
+    announce(arguments)
     train(arguments)
     evaluate(arguments)
