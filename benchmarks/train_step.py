@@ -304,7 +304,9 @@ def measure_stages(case: Case, gb_per_s: float) -> list[dict[str, Any]]:
     for name in ("hierarchical_loss", "topk_loss"):
 
         def decoder_loss(name: str = name) -> None:
-            loss, _ = fused_loss(name, kept.indices, sae.W_dec, vals, target, needs_residual=True)
+            loss, _ = fused_loss(
+                name, kept.indices, sae.W_dec, vals, None, target, needs_residual=True
+            )
             loss.backward()
             sae.W_dec.grad = vals.grad = None
 

@@ -44,7 +44,9 @@ def check_arguments(
                 f"{name} has shape {list(tensor.shape)}, expected {shape} with no empty dimension"
             )
     n_samples, k = indices.shape
-    d_in = weight.shape[1]
+    n_latents, d_in = weight.shape
+    if n_latents >= 2**31:
+        raise ValueError(f"weight has {n_latents} latents, expected fewer than 2^31")
     if bias.shape == target.shape[1:] != weight.shape[1:]:
         raise ValueError(
             f"weight has shape {list(weight.shape)}, expected [F, {len(bias)}], as wide as bias "

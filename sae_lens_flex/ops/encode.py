@@ -168,6 +168,7 @@ def _encode_backward(
                 indices,
                 W_enc.T,
                 grad_hidden,
+                None,
                 torch.zeros_like(x),
                 backend="triton" if use_triton else "torch",
                 needs_residual=True,

@@ -11,7 +11,7 @@ the gradients are
     dL/dweight[f] = sum over the pairs (b, t) that chose f of vals[b, t] S_t,
     dL/dvals[b, t] = weight[indices[b, t]] . S_t,      dL/dtarget[b] = -S_1.
 
-The bias is folded into the target beforehand, and autograd carries dL/dtarget on to both.
+where a bias, if there is one, is part of every reconstruction: dL/dbias = sum_b S_1[b].
 """
 
 import os
@@ -33,29 +33,31 @@ cost of waiting for the device at every call."""
 
 
 class Wanted(NamedTuple):
-    """Which of the operator's outputs to compute; the others come back empty."""
+    """Which of a fused loss's outputs to compute."""
 
-    residual: bool
-    grad_weight: bool
-    grad_vals: bool
-    grad_target: bool
+    residual: bool = False
+    grad_weight: bool = False
+    grad_vals: bool = False
+    grad_bias: bool = False
+    grad_target: bool = False
 
 
 class Outputs(NamedTuple):
-    """What a fused loss computes.
+    """What a fused loss computes; None for what is not wanted.
 
     Attributes:
         loss: scalar, float32 (float64 for float64 inputs).
         residual: reconstruction minus target at level K, [B, D], in the loss's dtype.
-        grad_weight: [F, D], grad_vals: [B, K], grad_target: [B, D]: the gradients of `loss`, each
-            in its input's dtype.
+        grad_weight: [F, D], grad_vals: [B, K], grad_bias: [D], grad_target: [B, D]: the gradients
+            of `loss`, each in its input's dtype.
     """
 
     loss: torch.Tensor
-    residual: torch.Tensor
-    grad_weight: torch.Tensor
-    grad_vals: torch.Tensor
-    grad_target: torch.Tensor
+    residual: torch.Tensor | None = None
+    grad_weight: torch.Tensor | None = None
+    grad_vals: torch.Tensor | None = None
+    grad_bias: torch.Tensor | None = None
+    grad_target: torch.Tensor | None = None
 
 
 Launcher = Callable[
@@ -63,7 +65,8 @@ Launcher = Callable[
         torch.Tensor,  # indices
         torch.Tensor,  # weight
         torch.Tensor,  # vals
-        torch.Tensor,  # target, less the bias
+        torch.Tensor | None,  # bias
+        torch.Tensor,  # target
         torch.Tensor | None,  # level_weights
         InvertedIndex | None,  # of the indices, where it is at hand
         float,  # factor
@@ -91,22 +94,23 @@ def _scale_part(gradient, scale, n_elements, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _scale_kernel(factor, a, n_a, b, n_b, c, n_c, BLOCK: tl.constexpr):
+def _scale_kernel(factor, a, n_a, b, n_b, c, n_c, d, n_d, BLOCK: tl.constexpr):
     scale = tl.load(factor)
     if scale != 1.0:
         _scale_part(a, scale, n_a, BLOCK)
         _scale_part(b, scale, n_b, BLOCK)
         _scale_part(c, scale, n_c, BLOCK)
+        _scale_part(d, scale, n_d, BLOCK)
 
 
 def _scale_by_triton(gradients: list[torch.Tensor], factor: torch.Tensor) -> None:
     # Reads the factor on the device, so nothing waits for it, and touches no gradient where it is
-    # 1, as it almost always is. Three at a time, as many as a loss has.
+    # 1, as it almost always is. Four at a time, as many as a loss has.
     block = 8192
-    for start in range(0, len(gradients), 3):
-        some = gradients[start : start + 3]
+    for start in range(0, len(gradients), 4):
+        some = gradients[start : start + 4]
         arguments = [part for gradient in some for part in (gradient, gradient.numel())]
-        arguments += [factor, 0] * (3 - len(some))
+        arguments += [factor, 0] * (4 - len(some))
         n_blocks = triton.cdiv(max(gradient.numel() for gradient in some), block)
         _scale_kernel[(min(1024, n_blocks),)](factor, *arguments, BLOCK=block, num_warps=8)
 
@@ -119,23 +123,19 @@ def _scale(gradients: list[torch.Tensor], factor: torch.Tensor) -> None:
             gradient.mul_(factor)
 
 
-def _scaled(gradients: Sequence[torch.Tensor], factor: torch.Tensor) -> list[torch.Tensor | None]:
-    """Multiply what an operator keeps of its gradients; None for those that it did not compute."""
+def _scaled(
+    gradients: Sequence[torch.Tensor | None], factor: torch.Tensor
+) -> list[torch.Tensor | None]:
+    """Multiply what a loss keeps of its gradients; None for those that it did not compute."""
+    computed = [g if g is not None and g.numel() else None for g in gradients]
     if type(factor) is not torch.Tensor:  # being traced: memory is the compiler's affair
-        return [gradient * factor if gradient.numel() else None for gradient in gradients]
+        return [None if gradient is None else gradient * factor for gradient in computed]
     # In place, without a second gradient in memory. Autograd, which does not see what a kernel
     # writes, is told: another backward pass through the same graph then raises.
-    computed = [gradient for gradient in gradients if gradient.numel()]
-    if computed:
-        _scale(computed, factor)
-    for gradient in computed:
-        torch.autograd.graph.increment_version(gradient)
-    return [gradient if gradient.numel() else None for gradient in gradients]
-
-
-def _keep_gradients(ctx, gradients: Sequence[torch.Tensor]) -> None:
-    ctx.set_materialize_grads(False)  # which would be zeros of the size of weight
-    ctx.save_for_backward(*gradients)
+    if some := [gradient for gradient in computed if gradient is not None]:
+        _scale(some, factor)
+        torch.autograd.graph.increment_version(some)
+    return computed
 
 
 def _scale_gradients(ctx, grad_loss: torch.Tensor, name: str) -> list[torch.Tensor | None]:
@@ -152,16 +152,17 @@ class _FusedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, name, *arguments):
-        outputs = _computations[name](*arguments)
+        loss, residual, *gradients = _computations[name](*arguments)
         ctx.name = name
-        ctx.mark_non_differentiable(outputs.residual)
-        _keep_gradients(ctx, outputs[2:])
-        return outputs.loss, outputs.residual
+        if residual is not None:
+            ctx.mark_non_differentiable(residual)
+        ctx.set_materialize_grads(False)  # which would be zeros of the size of weight
+        ctx.save_for_backward(*gradients)
+        return loss, residual
 
     @staticmethod
     def backward(ctx, *gradients):
-        weight, vals, target = _scale_gradients(ctx, gradients[0], ctx.name)
-        return None, None, weight, vals, target, *(None,) * 6
+        return None, None, *_scale_gradients(ctx, gradients[0], ctx.name), *(None,) * 6
 
 
 _computations: dict[str, Callable[..., Outputs]] = {}
@@ -170,7 +171,8 @@ _computations: dict[str, Callable[..., Outputs]] = {}
 def define_loss_operator(name: str, *, triton: Launcher, torch_: Launcher) -> None:
     """Define a fused loss, and the operator `torch.ops.<NAMESPACE>.<name>`.
 
-    An operator, so that torch.compile keeps it whole.
+    An operator, so that torch.compile keeps it whole. Of what is not wanted it returns a tensor
+    without an element.
 
     Args:
         name: the operator's name.
@@ -182,35 +184,55 @@ def define_loss_operator(name: str, *, triton: Launcher, torch_: Launcher) -> No
         indices: torch.Tensor,
         weight: torch.Tensor,
         vals: torch.Tensor,
+        bias: torch.Tensor | None,
         target: torch.Tensor,
         level_weights: torch.Tensor | None,
         latents: torch.Tensor | None,
         pairs: torch.Tensor | None,
         factor: float,
         use_triton: bool,
-        wanted: list[bool],
+        wanted: Sequence[bool],
     ) -> Outputs:
         if use_triton and os.environ.get(CHECK_INDICES) == "1":
             check_range(indices, weight.shape[0])
         launch = triton if use_triton else torch_
         index = None if latents is None or pairs is None else InvertedIndex(latents, pairs)
-        with torch.autocast(weight.device.type, enabled=False):
-            return launch(
-                indices, weight, vals, target, level_weights, index, factor, Wanted(*wanted)
-            )
+        arguments = (
+            *(indices, weight, vals, bias, target),
+            *(level_weights, index, factor, Wanted(*wanted)),
+        )
+        device_type = weight.device.type
+        if not torch.is_autocast_enabled(device_type):
+            return launch(*arguments)
+        with torch.autocast(device_type, enabled=False):
+            return launch(*arguments)
+
+    def operate(*arguments: Any) -> tuple[torch.Tensor, ...]:
+        loss, *others = compute(*arguments)
+        return loss, *(loss.new_empty(0) if output is None else output for output in others)
 
     def shapes_only(
         indices: torch.Tensor,
         weight: torch.Tensor,
         vals: torch.Tensor,
+        bias: torch.Tensor | None,
         target: torch.Tensor,
         *others: Any,
-    ) -> Outputs:
-        return empty_outputs(weight, vals, target, Wanted(*others[-1]))
+    ) -> tuple[torch.Tensor, ...]:
+        wanted = Wanted(*others[-1])
+        dtype = accumulation_dtype(weight, vals, target)
+        outputs = [target.new_empty(target.shape if wanted.residual else 0, dtype=dtype)]
+        for tensor, is_wanted in zip((weight, vals, bias, target), wanted[1:], strict=True):
+            if tensor is not None and is_wanted:
+                outputs.append(target.new_empty(tensor.shape, dtype=tensor.dtype))
+            else:
+                outputs.append(target.new_empty(0, dtype=dtype))
+        return target.new_empty((), dtype=dtype), *outputs
 
     def keep_gradients(ctx, inputs, output) -> None:
         ctx.mark_non_differentiable(*output[1:])
-        _keep_gradients(ctx, output[2:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*output[2:])
 
     def backward(ctx, *gradients):
         return None, *_scale_gradients(ctx, gradients[0], name), *(None,) * 6
@@ -219,12 +241,12 @@ def define_loss_operator(name: str, *, triton: Launcher, torch_: Launcher) -> No
     if hasattr(_operators, name):
         return  # the module is imported a second time
     _library.define(
-        f"{name}(Tensor indices, Tensor weight, Tensor vals, Tensor target, "
+        f"{name}(Tensor indices, Tensor weight, Tensor vals, Tensor? bias, Tensor target, "
         "Tensor? level_weights, Tensor? latents, Tensor? pairs, float factor, bool use_triton, "
         "bool[] wanted) "
-        "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     )
-    _library.impl(name, compute, "CompositeExplicitAutograd")
+    _library.impl(name, operate, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", shapes_only)
     torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=keep_gradients)
 
@@ -233,24 +255,6 @@ def accumulation_dtype(*tensors: torch.Tensor) -> torch.dtype:
     """Return float64 where an input is float64, else float32."""
     is_double = any(tensor.dtype == torch.float64 for tensor in tensors)
     return torch.float64 if is_double else torch.float32
-
-
-def empty_outputs(
-    weight: torch.Tensor, vals: torch.Tensor, target: torch.Tensor, wanted: Wanted
-) -> Outputs:
-    """Allocate the operator's outputs, uninitialised; those not wanted have no element."""
-    dtype = accumulation_dtype(weight, vals, target)
-
-    def like(tensor: torch.Tensor, dtype: torch.dtype, is_wanted: bool) -> torch.Tensor:
-        return tensor.new_empty(tensor.shape if is_wanted else (0,), dtype=dtype)
-
-    return Outputs(
-        loss=target.new_empty((), dtype=dtype),
-        residual=like(target, dtype, wanted.residual),
-        grad_weight=like(weight, weight.dtype, wanted.grad_weight),
-        grad_vals=like(vals, vals.dtype, wanted.grad_vals),
-        grad_target=like(target, target.dtype, wanted.grad_target),
-    )
 
 
 def uses_triton(backend: str, device: torch.device) -> bool:
@@ -277,6 +281,7 @@ def fused_loss(
     indices: torch.Tensor,
     weight: torch.Tensor,
     vals: torch.Tensor,
+    bias: torch.Tensor | None,
     target: torch.Tensor,
     *,
     level_weights: torch.Tensor | None = None,
@@ -285,12 +290,12 @@ def fused_loss(
     backend: str = "auto",
     needs_residual: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Call a fused loss without a bias; gradients are computed for the inputs that ask for them.
+    """Call a fused loss; gradients are computed for the inputs that ask for them.
 
     Args:
         name: an operator defined by `define_loss_operator`.
-        indices, weight, vals, target: as in `reference.hierarchical_sae_loss`; what the bias
-            contributes is already subtracted from the target.
+        indices, weight, vals, bias, target: as in `reference.hierarchical_sae_loss`; None for no
+            bias.
         level_weights: [K] or None, as there.
         index: the inverted index of `indices`, if it is at hand.
         factor: multiplies the loss. Given here rather than by the caller afterwards, it costs
@@ -305,36 +310,23 @@ def fused_loss(
     use_triton = uses_triton(backend, weight.device)
     if backend == "auto" and accumulation_dtype(weight, vals, target) == torch.float64:
         use_triton = False  # the kernels accumulate in float32
-    is_enabled = torch.is_grad_enabled()
-    wanted = Wanted(
-        residual=needs_residual,
-        grad_weight=is_enabled and weight.requires_grad,
-        grad_vals=is_enabled and vals.requires_grad,
-        grad_target=is_enabled and target.requires_grad,
-    )
+    tensors = (weight, vals, bias, target)
+    wanted = [needs_residual]
+    if torch.is_grad_enabled():
+        wanted += [tensor is not None and tensor.requires_grad for tensor in tensors]
+    else:
+        wanted += [False] * 4
     arguments = (
-        indices,
-        weight,
-        vals,
-        target,
-        level_weights,
+        *(indices, weight, vals, bias, target, level_weights),
         *(index or (None, None)),
-        factor,
-        use_triton,
-        list(wanted),
+        *(factor, use_triton, wanted),
     )
-    tensors = (indices, weight, vals, target)
     is_traced = torch.compiler.is_compiling() or any(
-        type(tensor) not in (torch.Tensor, torch.nn.Parameter) for tensor in tensors
+        type(tensor) not in (torch.Tensor, torch.nn.Parameter, type(None))
+        for tensor in (indices, *tensors)
     )
     if is_traced:
         loss, residual, *_ = getattr(_operators, name)(*arguments)
     else:
         loss, residual = _FusedLoss.apply(name, *arguments)  # pyright: ignore[reportGeneralTypeIssues]
-    return loss, residual
-
-
-def subtract_bias(target: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """Return target - bias in the dtype that the kernels accumulate in."""
-    dtype = accumulation_dtype(target, bias)
-    return target.to(dtype) + -bias.to(dtype)  # whose gradient is summed before it is negated
+    return loss, loss.new_empty(0) if residual is None else residual

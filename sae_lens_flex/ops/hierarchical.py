@@ -1,6 +1,6 @@
 """The HierarchicalTopK loss in one kernel, memory flat in K.
 
-    L = factor / (B D) * sum_b sum_j c_j |r_j|^2,   r_j = sum_{i <= j} v_i w_i - target
+    L = factor / (B D) * sum_b sum_j c_j |r_j|^2,   r_j = bias + sum_{i <= j} v_i w_i - target
 
 with w_i = weight[indices[b, i]], v_i = vals[b, i] and c_j = 1 / K, or `level_weights`. A program
 takes two samples and one slice of D. It walks up the levels with the residual r in registers,
@@ -13,44 +13,44 @@ import torch
 from . import torch_backend
 from ._triton import tl, triton
 from .checks import check_arguments
-from .fused_loss import (
-    Outputs,
-    Wanted,
-    define_loss_operator,
-    empty_outputs,
-    fused_loss,
-    subtract_bias,
-)
+from .fused_loss import Outputs, Wanted, define_loss_operator, fused_loss
 from .inverted_index import InvertedIndex, invert, sum_by_latent
 from .levels import gather_levels
 from .spread import COPIES, SLOTS, fold_copies, spread
 
 
 @triton.jit
-def _level_weight(level_weights, j, K, HAS_LEVEL_WEIGHTS: tl.constexpr):
-    if HAS_LEVEL_WEIGHTS:
+def _level_weight(level_weights, j, K, LAST_ALONE: tl.constexpr, EVEN: tl.constexpr):
+    # Without level_weights 1, for `scale` has the 1 / K of the mean.
+    if level_weights is not None:
         return tl.load(level_weights + j, mask=j < K, other=0.0).to(tl.float32)
+    elif LAST_ALONE:
+        return tl.where(j == K - 1, 1.0, 0.0)
+    elif EVEN:
+        return 1.0
     else:
-        return tl.where(j < K, 1.0 / K, 0.0)
+        return tl.where(j < K, 1.0, 0.0)
 
 
 # Compiling takes some seconds: not again for every divisibility of what no address depends on.
 @triton.jit(do_not_specialize=["first_slice", "B", "K", "F"])
-def _hierarchical_kernel(
+def _hierarchical_kernel(  # outputs that are None are not wanted
     indices,
     weight,
     vals,
+    bias,  # or None
     target,
-    level_weights,
-    rows,  # [B, K]: where in grad_weight each pair adds, for HAS_ROWS
+    level_weights,  # or None
+    rows,  # [B, K]: where in grad_weight each pair adds; None for its latent's row
     loss_parts,  # [slices, B]
     residual,
     grad_weight,  # float32, zeroed
     grad_vals,  # float32, zeroed
     grad_target,
+    sums,  # [B, D], float32: of S_1
     suffix_sums,  # [B, K, BLOCK_D], of one slice
     first_slice,
-    scale,  # factor / (B D)
+    scale,  # factor / (B D), and / K without level_weights
     B,
     K,
     F,
@@ -60,81 +60,114 @@ def _hierarchical_kernel(
     BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
     LEVELS: tl.constexpr,
-    HAS_LEVEL_WEIGHTS: tl.constexpr,
-    HAS_ROWS: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    GRAD_WEIGHT: tl.constexpr,
-    GRAD_VALS: tl.constexpr,
-    GRAD_TARGET: tl.constexpr,
-    SUFFIX_SUMS: tl.constexpr,
+    EVEN: tl.constexpr,  # whether the blocks divide B, K and D
+    LAST_ALONE: tl.constexpr,
+    WALKS_DOWN: tl.constexpr,
 ):
     b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    in_batch = b < B
     slice_ = (first_slice + tl.program_id(1)).to(tl.int64)
-    d = slice_ * BLOCK_D + tl.arange(0, BLOCK_D)
-    in_slice = (d < D)[None, :]
-    bd = b[:, None] * D + d[None, :]
-    bd_mask = (b < B)[:, None] & in_slice
-    weight_slice = weight + d[None, :] * stride_wd
+    d = slice_ * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    in_slice = d < D
+    bd = b[:, None] * D + d
+    bd_mask = in_batch[:, None] & in_slice
+    indices += b * K
+    vals += b * K
+    weight_slice = weight + d * stride_wd
 
     r = -tl.load(target + bd, mask=bd_mask, other=0.0).to(tl.float32)
+    if bias is not None:
+        r += tl.load(bias + d, mask=in_slice, other=0.0).to(tl.float32)
     loss = tl.zeros([BLOCK_B, BLOCK_D], tl.float32)
     last = (tl.cdiv(K, LEVELS) - 1) * LEVELS
     for first in range(0, last, LEVELS):
-        f, v, w = gather_levels(
-            first, indices, vals, weight_slice, b, in_slice, B, K, F, stride_wf, LEVELS
+        f, is_latent, v, w = gather_levels(
+            first,
+            indices,
+            vals,
+            weight_slice,
+            b,
+            in_slice,
+            B,
+            K,
+            F,
+            stride_wf,
+            LEVELS,
+            EVEN,
         )
         for t in tl.static_range(LEVELS):
             r += v[t][:, None] * w[t]
-            loss += _level_weight(level_weights, first + t, K, HAS_LEVEL_WEIGHTS) * r * r
-    f, v, w = gather_levels(
-        last, indices, vals, weight_slice, b, in_slice, B, K, F, stride_wf, LEVELS
+            loss += _level_weight(level_weights, first + t, K, LAST_ALONE, EVEN) * r * r
+    f, is_latent, v, w = gather_levels(
+        last, indices, vals, weight_slice, b, in_slice, B, K, F, stride_wf, LEVELS, EVEN
     )
     for t in tl.static_range(LEVELS):
         r += v[t][:, None] * w[t]
-        loss += _level_weight(level_weights, last + t, K, HAS_LEVEL_WEIGHTS) * r * r
-    tl.store(loss_parts + slice_ * B + b, scale * tl.sum(loss, axis=1), mask=b < B)
-    if RESIDUAL:
+        loss += _level_weight(level_weights, last + t, K, LAST_ALONE, EVEN) * r * r
+    loss = tl.where(bd_mask, loss, 0.0)  # where there is no target, a bias is no error
+    tl.store(loss_parts + slice_ * B + b, scale * tl.sum(loss, axis=1), mask=in_batch)
+    if residual is not None:
         tl.store(residual + bd, r, mask=bd_mask)
 
-    if GRAD_WEIGHT or GRAD_VALS or GRAD_TARGET or SUFFIX_SUMS:
+    if WALKS_DOWN:
         s = tl.zeros([BLOCK_B, BLOCK_D], tl.float32)
+        level = tl.arange(0, LEVELS)[None, :]
         for step in range(0, last + LEVELS, LEVELS):
             first = last - step
             if step > 0:  # the last levels' rows are at hand
-                f, v, w = gather_levels(
-                    first, indices, vals, weight_slice, b, in_slice, B, K, F, stride_wf, LEVELS
+                f, is_latent, v, w = gather_levels(
+                    first,
+                    indices,
+                    vals,
+                    weight_slice,
+                    b,
+                    in_slice,
+                    B,
+                    K,
+                    F,
+                    stride_wf,
+                    LEVELS,
+                    EVEN,
                 )
+            rows_of_f = f
+            if rows is not None:
+                rows_of_f = ()
+                for t in tl.static_range(LEVELS):
+                    row = tl.load(rows + b * K + (first + t), mask=is_latent[t], other=0)
+                    rows_of_f += (row,)
             dots = tl.zeros([BLOCK_B, LEVELS], tl.float32)
-            column = tl.arange(0, LEVELS)[None, :]
             for t in tl.static_range(LEVELS - 1, -1, -1):
-                j = first + t
-                s += (2.0 * scale * _level_weight(level_weights, j, K, HAS_LEVEL_WEIGHTS)) * r
-                if GRAD_VALS:
-                    dots = tl.where(column == t, tl.sum(w[t] * s, axis=1)[:, None], dots)
-                if GRAD_WEIGHT:
-                    row = f[t]
-                    if HAS_ROWS:
-                        exists = b < tl.where(j < K, B, 0)
-                        row = tl.load(rows + b * K + j, mask=exists, other=-1).to(tl.int64)
+                c = _level_weight(level_weights, first + t, K, LAST_ALONE, EVEN)
+                s += (2.0 * scale) * c * r
+                if grad_vals is not None:
+                    dots = tl.where(level == t, tl.sum(w[t] * s, axis=1)[:, None], dots)
+                if grad_weight is not None:
+                    mask = is_latent[t][:, None]
+                    if not EVEN:
+                        mask &= in_slice
+                    row = rows_of_f[t].to(tl.int64)  # pyright: ignore[reportAttributeAccessIssue]
                     tl.atomic_add(
-                        grad_weight + row[:, None] * D + d[None, :],
+                        grad_weight + row[:, None] * D + d,
                         v[t][:, None] * s,
-                        mask=(f[t] >= 0)[:, None] & in_slice,
+                        mask=mask,
                         sem="relaxed",
                     )
-                if SUFFIX_SUMS:
-                    out = (b * K + j)[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
-                    tl.store(suffix_sums + out, s, mask=(b < tl.where(j < K, B, 0))[:, None])
+                if suffix_sums is not None:
+                    out = (b * K + (first + t))[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+                    exists = b < tl.where(first + t < K, B, 0)
+                    tl.store(suffix_sums + out, s, mask=exists[:, None])
                 r -= v[t][:, None] * w[t]
-            if GRAD_VALS:
+            if grad_vals is not None:
                 tl.atomic_add(
-                    grad_vals + (b * K)[:, None] + (first + column),
+                    grad_vals + (b * K)[:, None] + (first + level),
                     dots,
-                    mask=(b < B)[:, None] & (first + column < K),
+                    mask=in_batch[:, None] & (first + level < K),
                     sem="relaxed",
                 )
-        if GRAD_TARGET:
+        if grad_target is not None:
             tl.store(grad_target + bd, -s, mask=bd_mask)
+        if sums is not None:
+            tl.store(sums + bd, s, mask=bd_mask)
 
 
 # One launch on an H200 at B=4096, K=128, F=65536, D=2304, float32, uniform indices: 2.51 ms. With
@@ -146,33 +179,48 @@ LEVELS = 8
 NUM_WARPS = 1
 
 
-def _launch(
+def launch(
     indices: torch.Tensor,
     weight: torch.Tensor,
     vals: torch.Tensor,
+    bias: torch.Tensor | None,
     target: torch.Tensor,
     level_weights: torch.Tensor | None,
     index: InvertedIndex | None,
     factor: float,
     wanted: Wanted,
+    *,
+    last_alone: bool = False,
 ) -> Outputs:
+    """Compute the loss of all levels, or of the last one alone; arguments as in `fused_loss`."""
     n_samples, k = indices.shape
     n_latents, d_in = weight.shape
-    outputs = empty_outputs(
-        weight, vals, target, wanted._replace(grad_weight=False, grad_vals=False)
-    )
     indices, vals, target = indices.contiguous(), vals.contiguous(), target.contiguous()
+    if bias is not None:
+        bias = bias.contiguous()
+    scale = factor / target.numel()
+    if level_weights is not None:
+        level_weights = level_weights.contiguous()
+    elif not last_alone:
+        scale /= k
     n_slices = triton.cdiv(d_in, BLOCK_D)
-    loss_parts = target.new_empty((n_slices, n_samples), dtype=torch.float32)
-    grad_vals = target.new_zeros(vals.shape if wanted.grad_vals else (0,), dtype=torch.float32)
+    is_even = n_samples % BLOCK_B == 0 and k % LEVELS == 0 and d_in % BLOCK_D == 0
     is_deterministic = torch.are_deterministic_algorithms_enabled()
-    spread_ = None
-    if wanted.grad_weight and not is_deterministic:
-        spread_ = spread(indices, n_latents)
-    n_copies = 0 if spread_ is None else SLOTS * COPIES
-    grad_weight = target.new_zeros(
-        (n_latents + n_copies, d_in) if wanted.grad_weight else (0, d_in), dtype=torch.float32
-    )
+
+    def new(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return target.new_empty(shape, dtype=dtype)
+
+    loss_parts = new((n_slices, n_samples))
+    residual = new((n_samples, d_in)) if wanted.residual else None
+    grad_target = new((n_samples, d_in), target.dtype) if wanted.grad_target else None
+    sums = new((n_samples, d_in)) if wanted.grad_bias else None
+    grad_vals = new((n_samples, k)).zero_() if wanted.grad_vals else None
+    spread_ = grad_weight = None
+    if wanted.grad_weight:
+        if not is_deterministic:
+            spread_ = spread(indices, n_latents)
+        n_copies = 0 if spread_ is None else SLOTS * COPIES
+        grad_weight = new((n_latents + n_copies, d_in)).zero_()
 
     def walk(first_slice: int, n_slices: int, suffix_sums: torch.Tensor | None = None) -> None:
         # The slices vary slowest, so that the slice at work, of weight and of its gradient, stays
@@ -181,17 +229,19 @@ def _launch(
             indices,
             weight,
             vals,
+            bias,
             target,
             level_weights,
             None if spread_ is None else spread_.rows,
             loss_parts,
-            outputs.residual,
-            grad_weight,
+            residual,
+            None if is_deterministic else grad_weight,
             grad_vals,
-            outputs.grad_target,
+            grad_target,
+            sums,
             suffix_sums,
             first_slice,
-            factor / target.numel(),
+            scale,
             n_samples,
             k,
             n_latents,
@@ -201,23 +251,19 @@ def _launch(
             BLOCK_B=BLOCK_B,
             BLOCK_D=BLOCK_D,
             LEVELS=LEVELS,
-            HAS_LEVEL_WEIGHTS=level_weights is not None,
-            HAS_ROWS=spread_ is not None,
-            RESIDUAL=wanted.residual,
-            GRAD_WEIGHT=wanted.grad_weight and not is_deterministic,
-            GRAD_VALS=wanted.grad_vals,
-            GRAD_TARGET=wanted.grad_target,
-            SUFFIX_SUMS=suffix_sums is not None,
+            EVEN=is_even,
+            LAST_ALONE=last_alone,
+            WALKS_DOWN=any(wanted[1:]),
             num_warps=NUM_WARPS,
         )
 
     if is_deterministic:
         # The order of atomic additions varies. So the slices, which all add to grad_vals, are
         # launched one after another; and their S are stored and then added up latent by latent.
-        index = (index or invert(indices, n_latents)) if wanted.grad_weight else None
         suffix_sums = None
-        if index is not None:
-            suffix_sums = target.new_empty((n_samples * k, BLOCK_D), dtype=torch.float32)
+        if wanted.grad_weight:
+            index = index or invert(indices, n_latents)
+            suffix_sums = new((n_samples * k, BLOCK_D))
         for slice_ in range(n_slices):
             walk(slice_, 1, suffix_sums)
             if index is not None and suffix_sums is not None:
@@ -233,17 +279,20 @@ def _launch(
                 )
     else:
         walk(0, n_slices)
-    if spread_ is not None:
+    if spread_ is not None and grad_weight is not None:
         fold_copies(spread_, grad_weight, n_latents)
         grad_weight = grad_weight[:n_latents]
-    return outputs._replace(
+    return Outputs(
         loss=loss_parts.sum(),
-        grad_weight=grad_weight.to(weight.dtype) if wanted.grad_weight else outputs.grad_weight,
-        grad_vals=grad_vals.to(vals.dtype),
+        residual=residual,
+        grad_weight=None if grad_weight is None else grad_weight.to(weight.dtype),
+        grad_vals=None if grad_vals is None else grad_vals.to(vals.dtype),
+        grad_bias=None if bias is None or sums is None else sums.sum(0).to(bias.dtype),
+        grad_target=grad_target,
     )
 
 
-define_loss_operator("hierarchical_loss", triton=_launch, torch_=torch_backend.hierarchical)
+define_loss_operator("hierarchical_loss", triton=launch, torch_=torch_backend.hierarchical)
 
 
 def triton_hierarchical_sae_loss(
@@ -280,7 +329,8 @@ def triton_hierarchical_sae_loss(
         indices,
         weight,
         vals,
-        subtract_bias(target, bias),
+        bias,
+        target,
         level_weights=level_weights,
         backend="triton",
     )

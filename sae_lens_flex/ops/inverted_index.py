@@ -33,41 +33,82 @@ def invert(indices: torch.Tensor, n_latents: int) -> InvertedIndex:
     return InvertedIndex(latents, pairs)
 
 
-@triton.jit
-def _load_pairs(
-    start, end, latents, pairs, vals, rows, d, n_columns, pairs_per_row, PAIRS: tl.constexpr
-):
-    # The rows of a few pairs are on their way at once. Beyond the end the latent is -2.
-    next_latents = ()
-    next_pairs = ()
-    next_vals = ()
-    next_rows = ()
-    for t in tl.static_range(PAIRS):
-        n = start + t
-        pair = tl.load(pairs + n, mask=n < end, other=0)
-        row = rows + (pair // pairs_per_row) * n_columns + d
-        row = tl.load(row, mask=d < tl.where(n < end, n_columns, 0), other=0.0)
-        next_latents += (tl.load(latents + n, mask=n < end, other=-2).to(tl.int64),)
-        next_pairs += (pair,)
-        next_vals += (tl.load(vals + pair, mask=n < end, other=0.0).to(tl.float32),)
-        next_rows += (row.to(tl.float32),)
-    return next_latents, next_pairs, next_vals, next_rows
-
-
-@triton.jit(do_not_specialize=["first_slice", "N", "pairs_per_row", "F", "run_length"])
-def _sum_run_kernel(
+@triton.jit(do_not_specialize=["N", "pairs_per_row", "F"])
+def _order_kernel(
     latents,
     pairs,
     vals,
+    ordered_rows,  # [N], int32: the row that each pair refers to
+    ordered_vals,  # [N], float32
+    is_present,  # [F], zeroed, or None
+    N,
+    pairs_per_row,
+    F,
+    BLOCK: tl.constexpr,
+):
+    n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = n < N
+    pair = tl.load(pairs + n, mask=mask, other=0)
+    tl.store(ordered_rows + n, (pair // pairs_per_row).to(tl.int32), mask=mask)
+    tl.store(ordered_vals + n, tl.load(vals + pair, mask=mask, other=0.0).to(tl.float32), mask=mask)
+    if is_present is not None:
+        f = tl.load(latents + n, mask=mask, other=-1)
+        tl.store(is_present + f, 1, mask=(f >= 0) & (f < F))
+
+
+@triton.jit
+def _load_pairs(
+    start,
+    length,
+    latents,
+    row_of,
+    vals,
     rows,
-    weight,
-    sums,
+    weight_slice,
+    latent,  # of the pair before
+    column,
+    F,
+    n_columns,
+    stride_wf,
+    PAIRS: tl.constexpr,
+):
+    # The rows of a few pairs are on their way at once, and those of weight where a new latent
+    # begins. Beyond the end the latent is -2.
+    next_latents = ()
+    next_vals = ()
+    next_rows = ()
+    next_weights = ()
+    for t in tl.static_range(PAIRS):
+        exists = start + t < length
+        f = tl.load(latents + (start + t), mask=exists, other=-2)
+        row = rows + tl.load(row_of + (start + t), mask=exists, other=0).to(tl.int64) * n_columns
+        next_rows += (
+            tl.load(row, mask=column < tl.where(exists, n_columns, 0), other=0.0).to(tl.float32),
+        )
+        next_latents += (f,)
+        next_vals += (tl.load(vals + (start + t), mask=exists, other=0.0),)
+        if weight_slice is not None:
+            begins = (f != latent) & (f >= 0) & (f < F)
+            mask = column < tl.where(begins, n_columns, 0)
+            w = tl.load(weight_slice + f.to(tl.int64) * stride_wf, mask=mask, other=0.0)
+            next_weights += (w.to(tl.float32),)
+        latent = f
+    return next_latents, next_vals, next_rows, next_weights
+
+
+@triton.jit(do_not_specialize=["first_slice", "N", "F", "run_length"])
+def _sum_run_kernel(
+    latents,
+    row_of,  # as the two after, in the order of the index: [N]
+    vals,
+    rows,
+    weight,  # or None for no dots
+    sums,  # or None
     partials,  # [runs, 2, n_columns]: of the latents that began before the run, and go on after it
-    dots_parts,  # [slices of this launch, N]
+    dots_parts,  # [slices of this launch, N], or None
     first_slice,
     scale,
     N,
-    pairs_per_row,
     F,
     first_column,
     n_columns,
@@ -77,54 +118,79 @@ def _sum_run_kernel(
     stride_wd,
     BLOCK_D: tl.constexpr,
     PAIRS: tl.constexpr,
-    SUMS: tl.constexpr,
-    DOTS: tl.constexpr,
+    EVEN: tl.constexpr,  # whether the slices divide the columns
 ):
     run = tl.program_id(0).to(tl.int64)
     slice_ = (first_slice + tl.program_id(1)).to(tl.int64)
     first = run * run_length
-    end = tl.minimum(first + run_length, N)
+    length = tl.minimum(run_length, N - first).to(tl.int32)
     d = slice_ * BLOCK_D + tl.arange(0, BLOCK_D)
+    # To be compared with n_columns; with EVEN it is known to be less.
+    column = tl.zeros([BLOCK_D], tl.int64) if EVEN else d
+    d = tl.max_contiguous(d, 4)  # one layout in registers for float32 and bfloat16 alike
+    latents += first
+    row_of += first
+    vals += first
+    rows += d
+    weight_slice = None
+    if weight is not None:
+        weight_slice = weight + d * stride_wd
+        dots_parts += tl.program_id(1).to(tl.int64) * N + first
+    if sums is not None:
+        sums += first_column + d
+        partials += run * 2 * n_columns + d
 
-    f = tl.load(latents + first).to(tl.int64)
-    began_before = tl.load(latents + first - 1, mask=first > 0, other=-2) == f
-    columns = tl.where((f >= 0) & (f < F), n_columns, 0)  # none of a latent outside [0, F)
-    w = tl.zeros([BLOCK_D], tl.float32)
-    if DOTS:
-        w = tl.load(weight + f * stride_wf + d * stride_wd, mask=d < columns, other=0.0)
-        w = w.to(tl.float32)
+    goes_on = tl.load(latents - 1, mask=run > 0, other=-2) == tl.load(latents)
+    f = tl.full([], -2, tl.int32)  # no latent
+    began_before = goes_on & False
     total = tl.zeros([BLOCK_D], tl.float32)
-    for start in range(first, end, PAIRS):
-        next_latents, next_pairs, next_vals, next_rows = _load_pairs(
-            start, end, latents, pairs, vals, rows, d, n_columns, pairs_per_row, PAIRS
+    w = total
+    for start in range(0, length, PAIRS):
+        next_latents, next_vals, next_rows, next_weights = _load_pairs(
+            start,
+            length,
+            latents,
+            row_of,
+            vals,
+            rows,
+            weight_slice,
+            f,
+            column,
+            F,
+            n_columns,
+            stride_wf,
+            PAIRS,
         )
         for t in tl.static_range(PAIRS):
             latent = next_latents[t]
             if (latent != f) & (latent != -2):
-                if SUMS:
-                    head = partials + run * 2 * n_columns + d
-                    tl.store(head, total, mask=d < tl.where(began_before, n_columns, 0))
-                    out = sums + f * width + first_column + d
-                    tl.store(out, total, mask=d < tl.where(began_before, 0, columns))
+                if sums is not None:
+                    total *= scale
+                    tl.store(partials, total, mask=column < tl.where(began_before, n_columns, 0))
+                    is_whole = (f >= 0) & (f < F) & ~began_before
+                    tl.store(
+                        sums + f.to(tl.int64) * width,
+                        total,
+                        mask=column < tl.where(is_whole, n_columns, 0),
+                    )
+                began_before = goes_on & (f == -2)  # only the first may have
                 f = latent
-                began_before = False
-                columns = tl.where((f >= 0) & (f < F), n_columns, 0)
-                if DOTS:
-                    w = tl.load(weight + f * stride_wf + d * stride_wd, mask=d < columns, other=0.0)
-                    w = w.to(tl.float32)
                 total = tl.zeros([BLOCK_D], tl.float32)
-            s = scale * next_rows[t]
-            total += next_vals[t] * s
-            if DOTS:
-                dot = dots_parts + tl.program_id(1).to(tl.int64) * N + next_pairs[t]
-                tl.store(dot, tl.sum(w * s), mask=start + t < end)
-    if SUMS:
-        goes_on = tl.load(latents + end, mask=end < N, other=-2) == f
-        is_partial = began_before | goes_on
-        part = partials + (run * 2 + tl.where(began_before, 0, 1)) * n_columns + d
-        tl.store(part, total, mask=d < tl.where(is_partial, n_columns, 0))
-        out = sums + f * width + first_column + d
-        tl.store(out, total, mask=d < tl.where(is_partial, 0, columns))
+                if weight is not None:
+                    w = next_weights[t]
+            total += next_vals[t] * next_rows[t]
+            if weight is not None:
+                dot = tl.sum(w * next_rows[t])
+                tl.store(dots_parts + (start + t), dot, mask=start + t < length)
+    if sums is not None:
+        total *= scale
+        goes_on = tl.load(latents + length, mask=first + length < N, other=-2) == f
+        part = partials + tl.where(began_before, 0, n_columns)
+        tl.store(part, total, mask=column < tl.where(began_before | goes_on, n_columns, 0))
+        is_whole = (f >= 0) & (f < F) & ~(began_before | goes_on)
+        tl.store(
+            sums + f.to(tl.int64) * width, total, mask=column < tl.where(is_whole, n_columns, 0)
+        )
 
 
 @triton.jit(do_not_specialize=["N", "F", "run_length"])
@@ -164,12 +230,39 @@ def _join_runs_kernel(
 
 
 @triton.jit
-def _zero_absent_kernel(starts, sums, first_column, n_columns, width, BLOCK_D: tl.constexpr):
-    f = tl.program_id(0).to(tl.int64)
-    if tl.load(starts + f) == tl.load(starts + f + 1):
-        d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-        out = sums + f * width + first_column + d
-        tl.store(out, tl.zeros([BLOCK_D], tl.float32), mask=d < n_columns)
+def _zero_absent_kernel(
+    is_present,
+    sums,
+    F,
+    first_column,
+    n_columns,
+    width,
+    BLOCK_F: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    f = tl.program_id(0).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)
+    is_absent = tl.load(is_present + f, mask=f < F, other=1) == 0
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    out = sums + (f * width + first_column)[:, None] + d[None, :]
+    zeros = tl.zeros([BLOCK_F, BLOCK_D], sums.dtype.element_ty)
+    tl.store(out, zeros, mask=is_absent[:, None] & (d < n_columns)[None, :])
+
+
+@triton.jit(do_not_specialize=["n_parts", "N"])
+def _add_dots_kernel(
+    parts, pairs, dots, scale, n_parts, N, ADDS: tl.constexpr, BLOCK: tl.constexpr
+):
+    n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = n < N
+    total = tl.zeros([BLOCK], tl.float32)
+    for _ in range(n_parts):
+        total += tl.load(parts + n, mask=mask, other=0.0)
+        parts += N
+    out = dots + tl.load(pairs + n, mask=mask, other=0)
+    total *= scale
+    if ADDS:
+        total += tl.load(out, mask=mask, other=0.0)
+    tl.store(out, total, mask=mask)
 
 
 BLOCK_D = 256
@@ -178,6 +271,8 @@ NUM_WARPS = 1
 SHORTEST_RUN = 32
 MOST_RUNS = 2048  # which bounds `partials`: 2 * 2048 * D floats, 38 MB at D = 2304
 MOST_DOTS = 2**23  # and this the parts of the dots that a launch writes: 32 MiB
+BLOCK = 512
+BLOCK_F = 16
 
 
 def sum_by_latent(
@@ -205,29 +300,58 @@ def sum_by_latent(
         zero_absent: whether to zero the sums of the latents that no pair chose.
 
     Returns:
-        With a weight the dots, scale * weight[indices[b, t]] . row, [B, K], float32.
+        With a weight the dots, scale * weight[indices[b, t]] . row, [B, K], in the dtype of vals.
     """
     n_pairs, n_columns = index.pairs.numel(), rows.shape[1]
-    pairs_per_row = n_pairs // rows.shape[0]
     run_length = max(SHORTEST_RUN, triton.cdiv(n_pairs, MOST_RUNS))
     n_runs = triton.cdiv(n_pairs, run_length)
     n_slices = triton.cdiv(n_columns, BLOCK_D)
-    has_sums, has_dots = sums is not None, weight is not None
     like_sums = weight if sums is None else sums
     assert like_sums is not None, "neither sums nor dots are asked for"
     n_latents, width = like_sums.shape
-    partials = rows.new_empty((n_runs, 2, n_columns) if has_sums else (0,), dtype=torch.float32)
-    slices_per_launch = max(1, MOST_DOTS // n_pairs) if has_dots else n_slices
-    dots = None
+    over_pairs = (triton.cdiv(n_pairs, BLOCK),)
+
+    def new(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return rows.new_empty(shape, dtype=dtype)
+
+    is_present = None
+    if sums is not None and zero_absent:
+        is_present = new(n_latents, dtype=torch.uint8).zero_()
+    row_of, ordered_vals = new(n_pairs, dtype=torch.int32), new(n_pairs)
+    _order_kernel[over_pairs](
+        index.latents,
+        index.pairs,
+        vals,
+        row_of,
+        ordered_vals,
+        is_present,
+        n_pairs,
+        n_pairs // rows.shape[0],
+        n_latents,
+        BLOCK=BLOCK,
+    )
+    if is_present is not None:
+        _zero_absent_kernel[(triton.cdiv(n_latents, BLOCK_F), n_slices)](
+            is_present,
+            sums,
+            n_latents,
+            first_column,
+            n_columns,
+            width,
+            BLOCK_F=BLOCK_F,
+            BLOCK_D=BLOCK_D,
+        )
+    partials = None if sums is None else new(n_runs, 2, n_columns)
+    # The dots' parts are written a few slices at a time.
+    slices_per_launch = n_slices if weight is None else max(1, MOST_DOTS // n_pairs)
+    dots = None if weight is None else new(*vals.shape)
     for first_slice in range(0, n_slices, slices_per_launch):
         slices = min(slices_per_launch, n_slices - first_slice)
-        dots_parts = rows.new_empty(
-            (slices, *vals.shape) if has_dots else (0,), dtype=torch.float32
-        )
+        dots_parts = None if weight is None else new(slices, n_pairs)
         _sum_run_kernel[(n_runs, slices)](
             index.latents,
-            index.pairs,
-            vals,
+            row_of,
+            ordered_vals,
             rows,
             weight,
             sums,
@@ -236,22 +360,29 @@ def sum_by_latent(
             first_slice,
             scale,
             n_pairs,
-            pairs_per_row,
             n_latents,
             first_column,
             n_columns,
             width,
             run_length,
-            *(weight.stride() if weight is not None else (0, 0)),
+            *((0, 0) if weight is None else weight.stride()),
             BLOCK_D=BLOCK_D,
             PAIRS=PAIRS,
-            SUMS=has_sums,
-            DOTS=has_dots,
+            EVEN=n_columns % BLOCK_D == 0,
             num_warps=NUM_WARPS,
         )
-        if has_dots:
-            dots = dots_parts.sum(0) if dots is None else dots.add_(dots_parts.sum(0))
-    if has_sums:
+        if dots is not None:
+            _add_dots_kernel[over_pairs](
+                dots_parts,
+                index.pairs,
+                dots,
+                scale,
+                slices,
+                n_pairs,
+                ADDS=first_slice > 0,
+                BLOCK=BLOCK,
+            )
+    if sums is not None:
         _join_runs_kernel[(n_runs, n_slices)](
             index.latents,
             partials,
@@ -265,11 +396,4 @@ def sum_by_latent(
             BLOCK_D=BLOCK_D,
             num_warps=NUM_WARPS,
         )
-        if zero_absent:
-            latents = torch.arange(n_latents + 1, device=rows.device, dtype=torch.int32)
-            starts = torch.searchsorted(index.latents, latents, out_int32=True)
-            block = 1024
-            _zero_absent_kernel[(n_latents, triton.cdiv(n_columns, block))](
-                starts, sums, first_column, n_columns, width, BLOCK_D=block
-            )
-    return dots
+    return None if dots is None else dots.to(vals.dtype)

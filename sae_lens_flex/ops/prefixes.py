@@ -36,6 +36,7 @@ def prefix_residuals(
             indices[:, start:budget],
             weight,
             vals[:, start:budget],
+            None,
             -residual,
             backend=backend,
             needs_residual=True,

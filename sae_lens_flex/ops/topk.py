@@ -1,30 +1,24 @@
-"""The TopK loss, the squared error of the reconstruction from all K latents, in two kernels.
+"""The TopK loss, the squared error of the reconstruction from all K latents.
 
-    L = factor / (B D) * sum_b |r|^2,   r = sum_i v_i w_i - target,   S = 2 factor / (B D) * r
+    L = factor / (B D) * sum_b |r|^2,   r = bias + sum_i v_i w_i - target
 
-with w_i = weight[indices[b, i]] and v_i = vals[b, i]. Every level shares one S, so unlike in
-`hierarchical` the gradients
+with w_i = weight[indices[b, i]] and v_i = vals[b, i]. Every level shares one S, 2 factor / (B D) r,
+so unlike in `hierarchical` the gradients
 
     dL/dweight[f] = sum over the pairs (b, t) that chose f of v_t S[b],
     dL/dvals[b, t] = w_t . S[b]
 
-can be taken latent by latent: the first kernel gathers rows of weight and stores r, the second
-walks the inverted index and gathers rows of r, once for both gradients.
+can be taken latent by latent: one kernel gathers rows of weight and stores r, another walks the
+inverted index and gathers rows of r, once for both gradients. A small batch, which waits for
+launches more than for memory, is left to the one kernel of `hierarchical`.
 """
 
 import torch
 
-from . import torch_backend
+from . import hierarchical, torch_backend
 from ._triton import tl, triton
 from .checks import check_arguments
-from .fused_loss import (
-    Outputs,
-    Wanted,
-    define_loss_operator,
-    empty_outputs,
-    fused_loss,
-    subtract_bias,
-)
+from .fused_loss import Outputs, Wanted, define_loss_operator, fused_loss
 from .inverted_index import InvertedIndex, invert, sum_by_latent
 from .levels import gather_levels
 
@@ -34,10 +28,11 @@ def _residual_kernel(
     indices,
     weight,
     vals,
+    bias,  # or None
     target,
     loss_parts,  # [slices, B]
-    residual,
-    grad_target,
+    residual,  # or None
+    grad_target,  # or None
     scale,  # factor / (B D)
     B,
     K,
@@ -48,39 +43,33 @@ def _residual_kernel(
     BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
     LEVELS: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    GRAD_TARGET: tl.constexpr,
+    EVEN: tl.constexpr,  # whether the blocks divide B, K and D
 ):
     b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
-    slice_ = tl.program_id(1).to(tl.int64)
-    d = slice_ * BLOCK_D + tl.arange(0, BLOCK_D)
     in_batch = b < B
-    in_slice = (d < D)[None, :]
-    bd = b[:, None] * D + d[None, :]
+    slice_ = tl.program_id(1).to(tl.int64)
+    d = slice_ * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    in_slice = d < D
+    bd = b[:, None] * D + d
     bd_mask = in_batch[:, None] & in_slice
-    weight_slice = weight + d[None, :] * stride_wd
+    indices += b * K
+    vals += b * K
+    weight_slice = weight + d * stride_wd
 
     r = -tl.load(target + bd, mask=bd_mask, other=0.0).to(tl.float32)
+    if bias is not None:
+        r += tl.load(bias + d, mask=in_slice, other=0.0).to(tl.float32)
     for first in range(0, K, LEVELS):
-        _, v, w = gather_levels(
-            first,
-            indices,
-            vals,
-            weight_slice,
-            b,
-            in_slice,
-            B,
-            K,
-            F,
-            stride_wf,
-            LEVELS,
+        _, _, v, w = gather_levels(
+            first, indices, vals, weight_slice, b, in_slice, B, K, F, stride_wf, LEVELS, EVEN
         )
         for t in tl.static_range(LEVELS):
             r += v[t][:, None] * w[t]
-    tl.store(loss_parts + slice_ * B + b, scale * tl.sum(r * r, axis=1), mask=in_batch)
-    if RESIDUAL:
+    loss = tl.where(bd_mask, r * r, 0.0)  # where there is no target, a bias is no error
+    tl.store(loss_parts + slice_ * B + b, scale * tl.sum(loss, axis=1), mask=in_batch)
+    if residual is not None:
         tl.store(residual + bd, r, mask=bd_mask)
-    if GRAD_TARGET:
+    if grad_target is not None:
         tl.store(grad_target + bd, (-2.0 * scale) * r, mask=bd_mask)
 
 
@@ -88,12 +77,14 @@ BLOCK_B = 2
 SLICE_BYTES = 256  # of a row of weight
 LEVELS = 8
 NUM_WARPS = 1
+FEWEST_ELEMENTS = 2**27  # B K D, below which one kernel is faster
 
 
 def _launch(
     indices: torch.Tensor,
     weight: torch.Tensor,
     vals: torch.Tensor,
+    bias: torch.Tensor | None,
     target: torch.Tensor,
     level_weights: torch.Tensor | None,
     index: InvertedIndex | None,
@@ -102,27 +93,34 @@ def _launch(
 ) -> Outputs:
     n_samples, k = indices.shape
     n_latents, d_in = weight.shape
+    is_small = indices.numel() * d_in < FEWEST_ELEMENTS
+    if is_small and not torch.are_deterministic_algorithms_enabled():
+        return hierarchical.launch(
+            indices, weight, vals, bias, target, None, None, factor, wanted, last_alone=True
+        )
     # The gradients are gathered from the residual or, one [B, D] tensor less where it is not asked
     # for, from a target's gradient of equal precision, -2 scale times the residual.
-    gathers = wanted.grad_weight or wanted.grad_vals
+    gathers = wanted.grad_weight or wanted.grad_vals or wanted.grad_bias
     by_target = wanted.grad_target and not wanted.residual and target.dtype == torch.float32
-    stores_residual = wanted.residual or (gathers and not by_target)
-    outputs = empty_outputs(
-        weight, vals, target, wanted._replace(residual=stores_residual, grad_vals=False)
-    )
-    indices, vals = indices.contiguous(), vals.contiguous()
+    indices, vals, target = indices.contiguous(), vals.contiguous(), target.contiguous()
     scale = factor / target.numel()
     block = SLICE_BYTES // weight.element_size()
     n_slices = triton.cdiv(d_in, block)
     loss_parts = target.new_empty((n_slices, n_samples), dtype=torch.float32)
+    residual = grad_target = None
+    if wanted.residual or (gathers and not by_target):
+        residual = torch.empty_like(target, dtype=torch.float32)
+    if wanted.grad_target:
+        grad_target = torch.empty_like(target)
     _residual_kernel[(triton.cdiv(n_samples, BLOCK_B), n_slices)](
         indices,
         weight,
         vals,
-        target.contiguous(),
+        None if bias is None else bias.contiguous(),
+        target,
         loss_parts,
-        outputs.residual,
-        outputs.grad_target,
+        residual,
+        grad_target,
         scale,
         n_samples,
         k,
@@ -133,26 +131,35 @@ def _launch(
         BLOCK_B=BLOCK_B,
         BLOCK_D=block,
         LEVELS=LEVELS,
-        RESIDUAL=stores_residual,
-        GRAD_TARGET=wanted.grad_target,
+        EVEN=n_samples % BLOCK_B == 0 and k % LEVELS == 0 and d_in % block == 0,
         num_warps=NUM_WARPS,
     )
-    grad_vals = outputs.grad_vals
-    if gathers:
-        dots = sum_by_latent(
-            index or invert(indices, n_latents),
-            vals,
-            outputs.grad_target if by_target else outputs.residual,
-            outputs.grad_weight if wanted.grad_weight else None,
-            scale=-1.0 if by_target else 2 * scale,
-            weight=weight if wanted.grad_vals else None,
-        )
-        if dots is not None:
-            grad_vals = dots.to(vals.dtype)
-    return outputs._replace(
+    grad_weight = grad_vals = grad_bias = None
+    if residual is not None:
+        rows, scale_of_rows = residual, 2 * scale
+    else:
+        rows, scale_of_rows = grad_target, -1.0
+    if gathers and rows is not None:
+        if wanted.grad_weight:
+            grad_weight = weight.new_empty(weight.shape)
+        if wanted.grad_weight or wanted.grad_vals:
+            grad_vals = sum_by_latent(
+                index or invert(indices, n_latents),
+                vals,
+                rows,
+                grad_weight,
+                scale=scale_of_rows,
+                weight=weight if wanted.grad_vals else None,
+            )
+        if bias is not None and wanted.grad_bias:
+            grad_bias = (scale_of_rows * rows.sum(0)).to(bias.dtype)
+    return Outputs(
         loss=loss_parts.sum(),
-        residual=outputs.residual if wanted.residual else target.new_empty(0, dtype=torch.float32),
+        residual=residual if wanted.residual else None,
+        grad_weight=grad_weight,
         grad_vals=grad_vals,
+        grad_bias=grad_bias,
+        grad_target=grad_target,
     )
 
 
@@ -169,10 +176,8 @@ def triton_topk_sae_loss(
     """Return the squared error of the K-latent reconstruction, averaged over B and D.
 
     The same function as `topk_sae_loss`, by fused kernels; arguments, result and errors as in
-    `triton_hierarchical_sae_loss`. Its results are the same from run to run.
+    `triton_hierarchical_sae_loss`.
     """
     check_arguments(indices, weight, vals, bias, target)
-    loss, _ = fused_loss(
-        "topk_loss", indices, weight, vals, subtract_bias(target, bias), backend="triton"
-    )
+    loss, _ = fused_loss("topk_loss", indices, weight, vals, bias, target, backend="triton")
     return loss

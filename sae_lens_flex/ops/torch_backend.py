@@ -6,7 +6,7 @@ gradients by the formulas of `fused_loss` while a chunk's rows are at hand.
 
 import torch
 
-from .fused_loss import Outputs, Wanted, accumulation_dtype, check_range, empty_outputs
+from .fused_loss import Outputs, Wanted, accumulation_dtype, check_range
 from .inverted_index import InvertedIndex
 
 # A chunk's [b, K, D] tensors have about this many elements. On a CPU 2^18 (1 MiB in float32) keeps
@@ -19,6 +19,7 @@ def hierarchical(
     indices: torch.Tensor,
     weight: torch.Tensor,
     vals: torch.Tensor,
+    bias: torch.Tensor | None,
     target: torch.Tensor,
     level_weights: torch.Tensor | None,
     index: InvertedIndex | None,
@@ -30,13 +31,14 @@ def hierarchical(
     if level_weights is None:
         dtype = accumulation_dtype(weight, vals, target)
         level_weights = weight.new_full((k,), 1 / k, dtype=dtype)
-    return _walk_batch(indices, weight, vals, target, level_weights, factor, wanted)
+    return _walk_batch(indices, weight, vals, bias, target, level_weights, factor, wanted)
 
 
 def topk(
     indices: torch.Tensor,
     weight: torch.Tensor,
     vals: torch.Tensor,
+    bias: torch.Tensor | None,
     target: torch.Tensor,
     level_weights: torch.Tensor | None,
     index: InvertedIndex | None,
@@ -44,13 +46,14 @@ def topk(
     wanted: Wanted,
 ) -> Outputs:
     """Compute the loss of level K; arguments and result as in `fused_loss`."""
-    return _walk_batch(indices, weight, vals, target, None, factor, wanted)
+    return _walk_batch(indices, weight, vals, bias, target, None, factor, wanted)
 
 
 def _walk_batch(
     indices: torch.Tensor,
     weight: torch.Tensor,
     vals: torch.Tensor,
+    bias: torch.Tensor | None,
     target: torch.Tensor,
     level_weights: torch.Tensor | None,
     factor: float,
@@ -59,13 +62,20 @@ def _walk_batch(
     """Level weights [K], or None for level K alone."""
     check_range(indices, weight.shape[0])
     dtype = accumulation_dtype(weight, vals, target)
-    outputs = empty_outputs(weight, vals, target, wanted._replace(grad_weight=False))
-    grad_weight = (
-        torch.zeros_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
-        if wanted.grad_weight
-        else outputs.grad_weight
-    )
-    loss = torch.zeros_like(outputs.loss)
+
+    def new(like: torch.Tensor | None, is_wanted: bool) -> torch.Tensor | None:
+        if like is None or not is_wanted:
+            return None
+        return torch.empty_like(like, memory_format=torch.contiguous_format)
+
+    residual = new(target.to(dtype), wanted.residual)
+    grad_vals, grad_target = new(vals, wanted.grad_vals), new(target, wanted.grad_target)
+    grad_weight = grad_bias = None
+    if wanted.grad_weight:
+        grad_weight = weight.new_zeros(weight.shape, dtype=dtype)
+    if bias is not None and wanted.grad_bias:
+        grad_bias = bias.new_zeros(bias.shape, dtype=dtype)
+    loss = target.new_zeros((), dtype=dtype)
     scale = factor / target.numel()
     n_samples, k = indices.shape
     is_cpu = weight.device.type == "cpu"
@@ -79,6 +89,8 @@ def _walk_batch(
         w = weight[indices[rows].long()].to(dtype)
         v = vals[rows].to(dtype)
         x = target[rows].to(dtype)
+        if bias is not None:
+            x = x - bias.to(dtype)
         if level_weights is None:
             r = torch.bmm(v.unsqueeze(1), w) - x.unsqueeze(1)
             loss += r.square().sum()
@@ -88,12 +100,21 @@ def _walk_batch(
             g = r * level_weights
             loss += torch.dot(g.flatten(), r.flatten())
             s = g.flip(1).cumsum_(dim=1).flip(1).mul_(2 * scale)
-        if wanted.residual:
-            outputs.residual[rows] = r[:, -1]
-        if wanted.grad_vals:
-            outputs.grad_vals[rows] = (w * s).sum(-1).to(vals.dtype)
-        if wanted.grad_target:
-            outputs.grad_target[rows] = s[:, 0].neg().to(target.dtype)
-        if wanted.grad_weight:
+        if residual is not None:
+            residual[rows] = r[:, -1]
+        if grad_vals is not None:
+            grad_vals[rows] = (w * s).sum(-1).to(vals.dtype)
+        if grad_bias is not None:
+            grad_bias += s[:, 0].sum(0)
+        if grad_target is not None:
+            grad_target[rows] = s[:, 0].neg().to(target.dtype)
+        if grad_weight is not None:
             grad_weight.index_add_(0, indices[rows].flatten(), (v.unsqueeze(-1) * s).flatten(0, 1))
-    return outputs._replace(loss=loss * scale, grad_weight=grad_weight.to(weight.dtype))
+    return Outputs(
+        loss=loss * scale,
+        residual=residual,
+        grad_weight=None if grad_weight is None else grad_weight.to(weight.dtype),
+        grad_vals=grad_vals,
+        grad_bias=None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
+        grad_target=grad_target,
+    )

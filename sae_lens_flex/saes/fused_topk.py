@@ -367,6 +367,7 @@ class FusedTopKTrainingSAE(TopKTrainingSAE):
             kept.indices,
             decoder,
             vals,
+            None,
             target,
             index=kept.inverted,
             factor=self.cfg.d_in,  # SAELens sums over d_in, where the operator averages

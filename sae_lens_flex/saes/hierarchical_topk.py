@@ -364,6 +364,7 @@ class HierarchicalTopKTrainingSAE(RuntimeBudget, FusedTopKTrainingSAE):
             indices,
             decoder,
             vals,
+            None,
             target,
             level_weights=level_weights,
             index=index,

@@ -3,15 +3,17 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import pytest
 import torch
 
 from sae_lens_flex.ops import (
     hierarchical_sae_loss,
+    topk,
     topk_sae_loss,
     triton_hierarchical_sae_loss,
     triton_topk_sae_loss,
 )
-from sae_lens_flex.ops.fused_loss import fused_loss, subtract_bias
+from sae_lens_flex.ops.fused_loss import fused_loss
 
 ARGUMENTS = ("weight", "vals", "bias", "target")
 
@@ -33,8 +35,7 @@ class Implementation:
 
 def by_torch(name: str) -> Callable[..., torch.Tensor]:
     def loss(indices, weight, vals, bias, target, **levels) -> torch.Tensor:
-        target = subtract_bias(target, bias)
-        return fused_loss(name, indices, weight, vals, target, backend="torch", **levels)[0]
+        return fused_loss(name, indices, weight, vals, bias, target, backend="torch", **levels)[0]
 
     return loss
 
@@ -42,9 +43,16 @@ def by_torch(name: str) -> Callable[..., torch.Tensor]:
 LOSSES = {
     "triton_hierarchical": (hierarchical_sae_loss, triton_hierarchical_sae_loss),
     "triton_topk": (topk_sae_loss, triton_topk_sae_loss),
+    "triton_topk_by_latent": (topk_sae_loss, triton_topk_sae_loss),  # as for large batches
     "torch_hierarchical": (hierarchical_sae_loss, by_torch("hierarchical_loss")),
     "torch_topk": (topk_sae_loss, by_torch("topk_loss")),
 }
+
+
+def implementation_named(name: str, device: str, monkeypatch: pytest.MonkeyPatch) -> Implementation:
+    if name.endswith("by_latent"):
+        monkeypatch.setattr(topk, "FEWEST_ELEMENTS", 0)
+    return Implementation(*LOSSES[name], device)
 
 
 def random_inputs(

@@ -43,12 +43,12 @@ triton.runtime.driver.set_active(AbsentGPU())
 JITFunction.run = compile_only
 
 from sae_lens_flex import ops  # noqa: E402
-from sae_lens_flex.ops import _triton, spread  # noqa: E402
+from sae_lens_flex.ops import _triton, spread, topk  # noqa: E402
 from sae_lens_flex.ops.encode import encode  # noqa: E402
 
 _triton.why_unavailable = lambda device: None
 _triton.is_available = lambda device: True
-spread.FEWEST_PAIRS = 0
+spread.FEWEST_PAIRS = topk.FEWEST_ELEMENTS = 0
 
 B, K, F, D = 64, 16, 256, 128
 for dtype in (torch.float32, torch.bfloat16):

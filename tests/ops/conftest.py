@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from .comparison import LOSSES, Implementation
+from .comparison import LOSSES, Implementation, implementation_named
 
 
 @pytest.fixture(
@@ -11,8 +11,10 @@ from .comparison import LOSSES, Implementation
         for device, marks in (("cpu", ()), ("cuda", pytest.mark.gpu))
     ]
 )
-def implementation(request: pytest.FixtureRequest) -> Implementation:
+def implementation(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Implementation:
     name, device = request.param
     if name.startswith("triton") and device == "cpu" and torch.cuda.is_available():
         pytest.skip("the kernels are compiled where there is a CUDA device")
-    return Implementation(*LOSSES[name], device)
+    return implementation_named(name, device, monkeypatch)

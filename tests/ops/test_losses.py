@@ -219,7 +219,7 @@ def test_residual_is_that_of_the_last_level(name, device) -> None:
     weight, vals, target = inputs["weight"], inputs["vals"], inputs["target"]
     for backend in ("torch", "auto"):
         _, residual = fused_loss(
-            name, indices, weight, vals, target, backend=backend, needs_residual=True
+            name, indices, weight, vals, None, target, backend=backend, needs_residual=True
         )
         expected = (vals.unsqueeze(-1) * weight[indices]).sum(1) - target
         assert relative_error(residual, expected.cpu().double()) < TOLERANCE[torch.float32]
@@ -257,12 +257,12 @@ def test_backward_makes_nothing_of_the_size_of_weight(implementation) -> None:
 )
 def test_operator_passes_opcheck(name, device, use_triton) -> None:
     indices, inputs = random_inputs((6, 5, 20, 33), device=device)
-    tensors = (indices, inputs["weight"], inputs["vals"], inputs["target"])
+    tensors = (indices, inputs["weight"], inputs["vals"], inputs["bias"], inputs["target"])
     arguments = (*tensors, None, *invert(indices, 20), 3.0, use_triton)
     operator = getattr(torch.ops.sae_lens_flex, name).default
-    torch.library.opcheck(operator, (*arguments, [True, True, True, True]))
+    torch.library.opcheck(operator, (*arguments, 5 * [True]))
     with torch.no_grad():
-        torch.library.opcheck(operator, (*arguments, [False, False, False, False]))
+        torch.library.opcheck(operator, (*arguments, 5 * [False]))
 
 
 def test_compiles_without_a_graph_break(implementation) -> None:

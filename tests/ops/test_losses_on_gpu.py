@@ -3,30 +3,22 @@
 import pytest
 import torch
 
-from sae_lens_flex.ops import (
-    hierarchical_sae_loss,
-    topk_sae_loss,
-    triton_hierarchical_sae_loss,
-    triton_topk_sae_loss,
+from .comparison import (
+    LOSSES,
+    TOLERANCE,
+    Implementation,
+    assert_matches_definition,
+    implementation_named,
+    random_inputs,
 )
-
-from .comparison import TOLERANCE, Implementation, assert_matches_definition, random_inputs
 from .comparison import relative_error as error_of
 
 pytestmark = pytest.mark.gpu
 
-GPU_LOSSES = [
-    pytest.param(
-        Implementation(hierarchical_sae_loss, triton_hierarchical_sae_loss, "cuda"),
-        id="hierarchical",
-    ),
-    pytest.param(Implementation(topk_sae_loss, triton_topk_sae_loss, "cuda"), id="topk"),
-]
 
-
-@pytest.fixture(params=GPU_LOSSES)
-def on_gpu(request: pytest.FixtureRequest) -> Implementation:
-    return request.param
+@pytest.fixture(params=[name for name in LOSSES if name.startswith("triton")])
+def on_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Implementation:
+    return implementation_named(request.param, "cuda", monkeypatch)
 
 
 def frequent_indices(n_samples: int, k: int, n_latents: int) -> torch.Tensor:
