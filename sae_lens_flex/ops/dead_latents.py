@@ -23,8 +23,9 @@ from .fused_loss import (
     NAMESPACE,
     _library,
     _operators,
-    _scaled,
     accumulation_dtype,
+    check_is_first_derivative,
+    scaled,
     uses_triton,
 )
 from .selection import Selection, select
@@ -124,14 +125,10 @@ def _keep_gradients(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, grad_loss, *_):
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "dead_latents_loss has no second derivative: its backward pass was asked for a graph "
-            "(create_graph=True)"
-        )
+    check_is_first_derivative("dead_latents_loss")
     gradients = (
         None if gradient is None else gradient.to(dtype)
-        for gradient, dtype in zip(_scaled(ctx.saved_tensors, grad_loss), ctx.dtypes, strict=True)
+        for gradient, dtype in zip(scaled(ctx.saved_tensors, grad_loss), ctx.dtypes, strict=True)
     )
     return *gradients, *(None,) * 8
 

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import _triton
-from ._triton import tl, triton
+from ._triton import cdiv, tl, triton
 from .checks import check_range
 from .inverted_index import InvertedIndex
 
@@ -94,7 +94,7 @@ def _scale_part(gradient, scale, n_elements, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _scale_kernel(factor, a, n_a, b, n_b, c, n_c, d, n_d, BLOCK: tl.constexpr):
+def _scale_kernel(factor, a, b, c, d, n_a, n_b, n_c, n_d, BLOCK: tl.constexpr):
     scale = tl.load(factor)
     if scale != 1.0:
         _scale_part(a, scale, n_a, BLOCK)
@@ -109,10 +109,17 @@ def _scale_by_triton(gradients: list[torch.Tensor], factor: torch.Tensor) -> Non
     block = 8192
     for start in range(0, len(gradients), 4):
         some = gradients[start : start + 4]
-        arguments = [part for gradient in some for part in (gradient, gradient.numel())]
-        arguments += [factor, 0] * (4 - len(some))
-        n_blocks = triton.cdiv(max(gradient.numel() for gradient in some), block)
-        _scale_kernel[(min(1024, n_blocks),)](factor, *arguments, BLOCK=block, num_warps=8)
+        sizes = [gradient.numel() for gradient in some]
+        n_absent = 4 - len(some)
+        _triton.launch(
+            _scale_kernel,
+            (min(1024, cdiv(max(sizes), block)),),
+            (factor, *some, *(factor,) * n_absent),
+            (),
+            (*sizes, *(0,) * n_absent),
+            BLOCK=block,
+            num_warps=8,
+        )
 
 
 def _scale(gradients: list[torch.Tensor], factor: torch.Tensor) -> None:
@@ -123,11 +130,9 @@ def _scale(gradients: list[torch.Tensor], factor: torch.Tensor) -> None:
             gradient.mul_(factor)
 
 
-def _scaled(
-    gradients: Sequence[torch.Tensor | None], factor: torch.Tensor
-) -> list[torch.Tensor | None]:
-    """Multiply what a loss keeps of its gradients; None for those that it did not compute."""
-    computed = [g if g is not None and g.numel() else None for g in gradients]
+def scaled(gradients: Sequence[torch.Tensor], factor: torch.Tensor) -> list[torch.Tensor | None]:
+    """Multiply what an operator keeps of its gradients; None for those without an element."""
+    computed = [gradient if gradient.numel() else None for gradient in gradients]
     if type(factor) is not torch.Tensor:  # being traced: memory is the compiler's affair
         return [None if gradient is None else gradient * factor for gradient in computed]
     # In place, without a second gradient in memory. Autograd, which does not see what a kernel
@@ -138,13 +143,13 @@ def _scaled(
     return computed
 
 
-def _scale_gradients(ctx, grad_loss: torch.Tensor, name: str) -> list[torch.Tensor | None]:
+def check_is_first_derivative(name: str) -> None:
+    """Raise where a backward pass is asked for a graph."""
     if torch.is_grad_enabled():
         raise RuntimeError(
             f"{name} has no second derivative: its backward pass was asked for a graph "
             "(create_graph=True). Use the plain definitions in sae_lens_flex.ops.reference."
         )
-    return _scaled(ctx.saved_tensors, grad_loss)
 
 
 class _FusedLoss(torch.autograd.Function):
@@ -153,19 +158,28 @@ class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, name, *arguments):
         loss, residual, *gradients = _computations[name](*arguments)
-        ctx.name = name
         if residual is not None:
             ctx.mark_non_differentiable(residual)
         ctx.set_materialize_grads(False)  # which would be zeros of the size of weight
-        ctx.save_for_backward(*gradients)
+        ctx.name, ctx.gradients = name, gradients
         return loss, residual
 
     @staticmethod
-    def backward(ctx, *gradients):
-        return None, None, *_scale_gradients(ctx, gradients[0], ctx.name), *(None,) * 6
+    def backward(ctx, *grad_outputs):
+        check_is_first_derivative(ctx.name)
+        if ctx.gradients is None:
+            raise RuntimeError(
+                f"{ctx.name} has been differentiated already, and its gradients were given away: "
+                "compute the loss once more"
+            )
+        gradients, ctx.gradients = ctx.gradients, None
+        some = [gradient for gradient in gradients if gradient is not None]
+        if some:
+            _scale(some, grad_outputs[0])
+        return None, None, *gradients, *(None,) * 6
 
 
-_computations: dict[str, Callable[..., Outputs]] = {}
+_computations: dict[str, Callable[..., Outputs]] = globals().get("_computations") or {}
 
 
 def define_loss_operator(name: str, *, triton: Launcher, torch_: Launcher) -> None:
@@ -235,7 +249,8 @@ def define_loss_operator(name: str, *, triton: Launcher, torch_: Launcher) -> No
         ctx.save_for_backward(*output[2:])
 
     def backward(ctx, *gradients):
-        return None, *_scale_gradients(ctx, gradients[0], name), *(None,) * 6
+        check_is_first_derivative(name)
+        return None, *scaled(ctx.saved_tensors, gradients[0]), *(None,) * 6
 
     _computations[name] = compute
     if hasattr(_operators, name):
@@ -274,6 +289,13 @@ def uses_triton(backend: str, device: torch.device) -> bool:
             "triton_, or backend='torch' in an SAE's config."
         )
     return backend == "triton"
+
+
+def is_traced(*tensors: torch.Tensor | None) -> bool:
+    """Return whether the tensors stand for others, as in torch.compile: operators are for these."""
+    return torch.compiler.is_compiling() or any(
+        type(tensor) not in (torch.Tensor, torch.nn.Parameter, type(None)) for tensor in tensors
+    )
 
 
 def fused_loss(
@@ -321,11 +343,7 @@ def fused_loss(
         *(index or (None, None)),
         *(factor, use_triton, wanted),
     )
-    is_traced = torch.compiler.is_compiling() or any(
-        type(tensor) not in (torch.Tensor, torch.nn.Parameter, type(None))
-        for tensor in (indices, *tensors)
-    )
-    if is_traced:
+    if is_traced(indices, *tensors):
         loss, residual, *_ = getattr(_operators, name)(*arguments)
     else:
         loss, residual = _FusedLoss.apply(name, *arguments)  # pyright: ignore[reportGeneralTypeIssues]

@@ -10,8 +10,8 @@ S of the scaled residuals; S gives every gradient (see `fused_loss`). No level i
 
 import torch
 
-from . import torch_backend
-from ._triton import tl, triton
+from . import _triton, torch_backend
+from ._triton import cdiv, tl, triton
 from .checks import check_arguments
 from .fused_loss import Outputs, Wanted, define_loss_operator, fused_loss
 from .inverted_index import InvertedIndex, invert, sum_by_latent
@@ -46,11 +46,12 @@ def _hierarchical_kernel(  # outputs that are None are not wanted
     residual,
     grad_weight,  # float32, zeroed
     grad_vals,  # float32, zeroed
+    grad_bias,  # float32, zeroed
     grad_target,
     sums,  # [B, D], float32: of S_1
     suffix_sums,  # [B, K, BLOCK_D], of one slice
-    first_slice,
     scale,  # factor / (B D), and / K without level_weights
+    first_slice,
     B,
     K,
     F,
@@ -164,6 +165,9 @@ def _hierarchical_kernel(  # outputs that are None are not wanted
                     mask=in_batch[:, None] & (first + level < K),
                     sem="relaxed",
                 )
+        if grad_bias is not None:
+            s_of_all = tl.sum(tl.where(bd_mask, s, 0.0), axis=0)[None, :]
+            tl.atomic_add(grad_bias + d, s_of_all, mask=in_slice, sem="relaxed")
         if grad_target is not None:
             tl.store(grad_target + bd, -s, mask=bd_mask)
         if sums is not None:
@@ -203,7 +207,7 @@ def launch(
         level_weights = level_weights.contiguous()
     elif not last_alone:
         scale /= k
-    n_slices = triton.cdiv(d_in, BLOCK_D)
+    n_slices = cdiv(d_in, BLOCK_D)
     is_even = n_samples % BLOCK_B == 0 and k % LEVELS == 0 and d_in % BLOCK_D == 0
     is_deterministic = torch.are_deterministic_algorithms_enabled()
 
@@ -213,9 +217,12 @@ def launch(
     loss_parts = new((n_slices, n_samples))
     residual = new((n_samples, d_in)) if wanted.residual else None
     grad_target = new((n_samples, d_in), target.dtype) if wanted.grad_target else None
-    sums = new((n_samples, d_in)) if wanted.grad_bias else None
     grad_vals = new((n_samples, k)).zero_() if wanted.grad_vals else None
-    spread_ = grad_weight = None
+    spread_ = grad_weight = grad_bias = sums = None
+    if wanted.grad_bias and is_deterministic:
+        sums = new((n_samples, d_in))
+    elif wanted.grad_bias:
+        grad_bias = new((d_in,)).zero_()
     if wanted.grad_weight:
         if not is_deterministic:
             spread_ = spread(indices, n_latents)
@@ -225,29 +232,28 @@ def launch(
     def walk(first_slice: int, n_slices: int, suffix_sums: torch.Tensor | None = None) -> None:
         # The slices vary slowest, so that the slice at work, of weight and of its gradient, stays
         # in the second-level cache: 2 * 65536 * 64 * 4 bytes = 34 MB.
-        _hierarchical_kernel[(triton.cdiv(n_samples, BLOCK_B), n_slices)](
-            indices,
-            weight,
-            vals,
-            bias,
-            target,
-            level_weights,
-            None if spread_ is None else spread_.rows,
-            loss_parts,
-            residual,
-            None if is_deterministic else grad_weight,
-            grad_vals,
-            grad_target,
-            sums,
-            suffix_sums,
-            first_slice,
-            scale,
-            n_samples,
-            k,
-            n_latents,
-            d_in,
-            weight.stride(0),
-            weight.stride(1),
+        _triton.launch(
+            _hierarchical_kernel,
+            (cdiv(n_samples, BLOCK_B), n_slices),
+            (
+                indices,
+                weight,
+                vals,
+                bias,
+                target,
+                level_weights,
+                None if spread_ is None else spread_.rows,
+                loss_parts,
+                residual,
+                None if is_deterministic else grad_weight,
+                grad_vals,
+                grad_bias,
+                grad_target,
+                sums,
+                suffix_sums,
+            ),
+            (scale,),
+            (first_slice, n_samples, k, n_latents, d_in, *weight.stride()),
             BLOCK_B=BLOCK_B,
             BLOCK_D=BLOCK_D,
             LEVELS=LEVELS,
@@ -279,6 +285,8 @@ def launch(
                 )
     else:
         walk(0, n_slices)
+    if sums is not None:
+        grad_bias = sums.sum(0)
     if spread_ is not None and grad_weight is not None:
         fold_copies(spread_, grad_weight, n_latents)
         grad_weight = grad_weight[:n_latents]
@@ -287,7 +295,7 @@ def launch(
         residual=residual,
         grad_weight=None if grad_weight is None else grad_weight.to(weight.dtype),
         grad_vals=None if grad_vals is None else grad_vals.to(vals.dtype),
-        grad_bias=None if bias is None or sums is None else sums.sum(0).to(bias.dtype),
+        grad_bias=None if bias is None or grad_bias is None else grad_bias.to(bias.dtype),
         grad_target=grad_target,
     )
 

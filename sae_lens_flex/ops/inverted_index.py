@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import torch
 
-from ._triton import tl, triton
+from . import _triton
+from ._triton import cdiv, tl, triton
 
 
 class InvertedIndex(NamedTuple):
@@ -34,7 +35,7 @@ def invert(indices: torch.Tensor, n_latents: int) -> InvertedIndex:
 
 
 @triton.jit(do_not_specialize=["N", "pairs_per_row", "F"])
-def _order_kernel(
+def _order_pairs_kernel(
     latents,
     pairs,
     vals,
@@ -106,8 +107,8 @@ def _sum_run_kernel(
     sums,  # or None
     partials,  # [runs, 2, n_columns]: of the latents that began before the run, and go on after it
     dots_parts,  # [slices of this launch, N], or None
-    first_slice,
     scale,
+    first_slice,
     N,
     F,
     first_column,
@@ -266,7 +267,7 @@ def _add_dots_kernel(
 
 
 BLOCK_D = 256
-PAIRS = 4
+PAIRS = 2
 NUM_WARPS = 1
 SHORTEST_RUN = 32
 MOST_RUNS = 2048  # which bounds `partials`: 2 * 2048 * D floats, 38 MB at D = 2304
@@ -303,13 +304,13 @@ def sum_by_latent(
         With a weight the dots, scale * weight[indices[b, t]] . row, [B, K], in the dtype of vals.
     """
     n_pairs, n_columns = index.pairs.numel(), rows.shape[1]
-    run_length = max(SHORTEST_RUN, triton.cdiv(n_pairs, MOST_RUNS))
-    n_runs = triton.cdiv(n_pairs, run_length)
-    n_slices = triton.cdiv(n_columns, BLOCK_D)
+    run_length = max(SHORTEST_RUN, cdiv(n_pairs, MOST_RUNS))
+    n_runs = cdiv(n_pairs, run_length)
+    n_slices = cdiv(n_columns, BLOCK_D)
     like_sums = weight if sums is None else sums
     assert like_sums is not None, "neither sums nor dots are asked for"
     n_latents, width = like_sums.shape
-    over_pairs = (triton.cdiv(n_pairs, BLOCK),)
+    over_pairs = (cdiv(n_pairs, BLOCK),)
 
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return rows.new_empty(shape, dtype=dtype)
@@ -318,26 +319,21 @@ def sum_by_latent(
     if sums is not None and zero_absent:
         is_present = new(n_latents, dtype=torch.uint8).zero_()
     row_of, ordered_vals = new(n_pairs, dtype=torch.int32), new(n_pairs)
-    _order_kernel[over_pairs](
-        index.latents,
-        index.pairs,
-        vals,
-        row_of,
-        ordered_vals,
-        is_present,
-        n_pairs,
-        n_pairs // rows.shape[0],
-        n_latents,
+    _triton.launch(
+        _order_pairs_kernel,
+        over_pairs,
+        (index.latents, index.pairs, vals, row_of, ordered_vals, is_present),
+        (),
+        (n_pairs, n_pairs // rows.shape[0], n_latents),
         BLOCK=BLOCK,
     )
     if is_present is not None:
-        _zero_absent_kernel[(triton.cdiv(n_latents, BLOCK_F), n_slices)](
-            is_present,
-            sums,
-            n_latents,
-            first_column,
-            n_columns,
-            width,
+        _triton.launch(
+            _zero_absent_kernel,
+            (cdiv(n_latents, BLOCK_F), n_slices),
+            (is_present, sums),
+            (),
+            (n_latents, first_column, n_columns, width),
             BLOCK_F=BLOCK_F,
             BLOCK_D=BLOCK_D,
         )
@@ -348,51 +344,43 @@ def sum_by_latent(
     for first_slice in range(0, n_slices, slices_per_launch):
         slices = min(slices_per_launch, n_slices - first_slice)
         dots_parts = None if weight is None else new(slices, n_pairs)
-        _sum_run_kernel[(n_runs, slices)](
-            index.latents,
-            row_of,
-            ordered_vals,
-            rows,
-            weight,
-            sums,
-            partials,
-            dots_parts,
-            first_slice,
-            scale,
-            n_pairs,
-            n_latents,
-            first_column,
-            n_columns,
-            width,
-            run_length,
-            *((0, 0) if weight is None else weight.stride()),
+        _triton.launch(
+            _sum_run_kernel,
+            (n_runs, slices),
+            (index.latents, row_of, ordered_vals, rows, weight, sums, partials, dots_parts),
+            (scale,),
+            (
+                first_slice,
+                n_pairs,
+                n_latents,
+                first_column,
+                n_columns,
+                width,
+                run_length,
+                *((0, 0) if weight is None else weight.stride()),
+            ),
             BLOCK_D=BLOCK_D,
             PAIRS=PAIRS,
             EVEN=n_columns % BLOCK_D == 0,
             num_warps=NUM_WARPS,
         )
         if dots is not None:
-            _add_dots_kernel[over_pairs](
-                dots_parts,
-                index.pairs,
-                dots,
-                scale,
-                slices,
-                n_pairs,
+            _triton.launch(
+                _add_dots_kernel,
+                over_pairs,
+                (dots_parts, index.pairs, dots),
+                (scale,),
+                (slices, n_pairs),
                 ADDS=first_slice > 0,
                 BLOCK=BLOCK,
             )
     if sums is not None:
-        _join_runs_kernel[(n_runs, n_slices)](
-            index.latents,
-            partials,
-            sums,
-            n_pairs,
-            n_latents,
-            first_column,
-            n_columns,
-            width,
-            run_length,
+        _triton.launch(
+            _join_runs_kernel,
+            (n_runs, n_slices),
+            (index.latents, partials, sums),
+            (),
+            (n_pairs, n_latents, first_column, n_columns, width, run_length),
             BLOCK_D=BLOCK_D,
             num_warps=NUM_WARPS,
         )

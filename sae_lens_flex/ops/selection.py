@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 import torch
 
-from ._triton import tl, triton
+from . import _triton
+from ._triton import cdiv, tl, triton
 
 
 class Selection(NamedTuple):
@@ -37,9 +38,9 @@ def _sortable(values):
 
 
 @triton.jit
-def _compared(products, b_enc, norms, HAS_NORMS: tl.constexpr):
+def _compared(products, b_enc, norms):
     values = products.to(tl.float32) + b_enc
-    if HAS_NORMS:
+    if norms is not None:
         values *= norms
     return _sortable(values)
 
@@ -70,7 +71,7 @@ def _places(keys, mask, K):
 def _group_maxima_kernel(
     products,  # [B, F]
     b_enc,
-    norms,
+    norms,  # or None
     maxima,  # [B, n_groups]
     B,
     F,
@@ -78,20 +79,19 @@ def _group_maxima_kernel(
     ROWS: tl.constexpr,
     BLOCK_GROUPS: tl.constexpr,
     GROUP: tl.constexpr,
-    HAS_NORMS: tl.constexpr,
 ):
     groups = tl.program_id(0) * BLOCK_GROUPS + tl.arange(0, BLOCK_GROUPS)
     f = groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     in_row = f < F
     bias = tl.load(b_enc + f, mask=in_row, other=0.0).to(tl.float32)
-    norm = bias
-    if HAS_NORMS:
+    norm = None
+    if norms is not None:
         norm = tl.load(norms + f, mask=in_row, other=0.0).to(tl.float32)
     first = tl.program_id(1).to(tl.int64) * ROWS
     for step in range(ROWS):  # the same bias and norms for all of them
         b = tl.minimum(first + step, B - 1)
         product = tl.load(products + b * F + f, mask=in_row, other=0.0)
-        keys = tl.where(in_row, _compared(product, bias, norm, HAS_NORMS), -(2**31))
+        keys = tl.where(in_row, _compared(product, bias, norm), -(2**31))
         tl.store(maxima + b * n_groups + groups, tl.max(keys, axis=1), mask=groups < n_groups)
 
 
@@ -109,14 +109,13 @@ def _choose_groups_kernel(maxima, groups, n_groups, K, BLOCK: tl.constexpr):
 def _choose_latents_kernel(
     products,
     b_enc,
-    norms,
+    norms,  # or None
     groups,  # [B, K]
     chosen,  # [B, K], a key in the upper half, the latent's complement in the lower
     F,
     K,
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
-    HAS_NORMS: tl.constexpr,
 ):
     b = tl.program_id(0).to(tl.int64)
     candidate = tl.arange(0, BLOCK)
@@ -125,11 +124,11 @@ def _choose_latents_kernel(
     f = group * GROUP + candidate % GROUP
     mask = mask & (f < F)
     bias = tl.load(b_enc + f, mask=mask, other=0.0).to(tl.float32)
-    norm = bias
-    if HAS_NORMS:
+    norm = None
+    if norms is not None:
         norm = tl.load(norms + f, mask=mask, other=0.0).to(tl.float32)
     product = tl.load(products + b * F + f, mask=mask, other=0.0)
-    keys = tl.where(mask, _compared(product, bias, norm, HAS_NORMS), -(2**31))
+    keys = tl.where(mask, _compared(product, bias, norm), -(2**31))
     place, is_chosen = _places(keys, mask, K)
     packed = (keys.to(tl.int64) << 32) | (0xFFFFFFFF - f.to(tl.int64))
     tl.store(chosen + b * K + place, packed, mask=is_chosen)
@@ -197,59 +196,49 @@ def select_by_triton(
     k = out.indices.shape[1]
     b_enc, norms = b_enc.contiguous(), None if norms is None else norms.contiguous()
     group = _group_size(n_latents, k)
-    n_groups = triton.cdiv(n_latents, group)
+    n_groups = cdiv(n_latents, group)
     maxima = products.new_empty((n_samples, n_groups), dtype=torch.int32)
     groups = products.new_empty((n_samples, k), dtype=torch.int32)
     chosen = products.new_empty((n_samples, k), dtype=torch.int64)
     block_groups = max(1, MAXIMA_BLOCK // group)
-    _group_maxima_kernel[
-        (triton.cdiv(n_groups, block_groups), triton.cdiv(n_samples, MAXIMA_ROWS))
-    ](
-        products,
-        b_enc,
-        norms,
-        maxima,
-        n_samples,
-        n_latents,
-        n_groups,
+    _triton.launch(
+        _group_maxima_kernel,
+        (cdiv(n_groups, block_groups), cdiv(n_samples, MAXIMA_ROWS)),
+        (products, b_enc, norms, maxima),
+        (),
+        (n_samples, n_latents, n_groups),
         ROWS=MAXIMA_ROWS,
         BLOCK_GROUPS=block_groups,
         GROUP=group,
-        HAS_NORMS=norms is not None,
-        num_warps=4,
     )
     block = triton.next_power_of_2(n_groups)
-    _choose_groups_kernel[(n_samples,)](
-        maxima,
-        groups,
-        n_groups,
-        k,
+    _triton.launch(
+        _choose_groups_kernel,
+        (n_samples,),
+        (maxima, groups),
+        (),
+        (n_groups, k),
         BLOCK=block,
         num_warps=_num_warps(block),
     )
     block = triton.next_power_of_2(k * group)
-    _choose_latents_kernel[(n_samples,)](
-        products,
-        b_enc,
-        norms,
-        groups,
-        chosen,
-        n_latents,
-        k,
+    _triton.launch(
+        _choose_latents_kernel,
+        (n_samples,),
+        (products, b_enc, norms, groups, chosen),
+        (),
+        (n_latents, k),
         GROUP=group,
         BLOCK=block,
-        HAS_NORMS=norms is not None,
         num_warps=_num_warps(block),
     )
     block = triton.next_power_of_2(k)
-    _order_kernel[(n_samples,)](
-        products,
-        b_enc,
-        chosen,
-        out.indices,
-        out.hidden,
-        n_latents,
-        k,
+    _triton.launch(
+        _order_kernel,
+        (n_samples,),
+        (products, b_enc, chosen, out.indices, out.hidden),
+        (),
+        (n_latents, k),
         BLOCK=block,
         SORT=is_sorted,
         num_warps=_num_warps(block),

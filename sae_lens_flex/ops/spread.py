@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import torch
 
-from ._triton import tl, triton
+from . import _triton
+from ._triton import cdiv, tl, triton
 
 FEWEST_PAIRS = 2**16  # below, the queues are short
 HOT = 1 / 1024  # share of the batch's pairs from which a latent gets copies
@@ -42,7 +43,7 @@ def _take_slots_kernel(
     counts, n_taken, hot, threshold, F, SLOTS: tl.constexpr, BLOCK: tl.constexpr
 ):
     f = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    is_hot = tl.load(counts + f, mask=f < F, other=0) >= threshold
+    is_hot = (f < F) & (tl.load(counts + f, mask=f < F, other=0) >= threshold)
     slot = tl.atomic_add(n_taken + tl.zeros([BLOCK], tl.int32), 1, mask=is_hot, sem="relaxed")
     has_slot = is_hot & (slot < SLOTS)
     tl.store(hot + slot, f + 1, mask=has_slot)
@@ -82,13 +83,27 @@ def spread(indices: torch.Tensor, n_latents: int) -> Spread | None:
     state = indices.new_zeros(n_latents + 1 + SLOTS, dtype=torch.int32)
     counts, n_taken, hot = state.split((n_latents, 1, SLOTS))
     rows = torch.empty_like(indices, dtype=torch.int32)
-    over_pairs = (triton.cdiv(n_pairs, BLOCK),)
-    _count_kernel[over_pairs](indices, counts, n_pairs, n_latents, BLOCK=BLOCK)
-    _take_slots_kernel[(triton.cdiv(n_latents, BLOCK),)](
-        counts, n_taken, hot, HOT * n_pairs, n_latents, SLOTS=SLOTS, BLOCK=BLOCK
+    over_pairs = (cdiv(n_pairs, BLOCK),)
+    _triton.launch(
+        _count_kernel, over_pairs, (indices, counts), (), (n_pairs, n_latents), BLOCK=BLOCK
     )
-    _rows_kernel[over_pairs](
-        indices, counts, rows, n_pairs, indices.shape[1], n_latents, COPIES=COPIES, BLOCK=BLOCK
+    _triton.launch(
+        _take_slots_kernel,
+        (cdiv(n_latents, BLOCK),),
+        (counts, n_taken, hot),
+        (HOT * n_pairs,),
+        (n_latents,),
+        SLOTS=SLOTS,
+        BLOCK=BLOCK,
+    )
+    _triton.launch(
+        _rows_kernel,
+        over_pairs,
+        (indices, counts, rows),
+        (),
+        (n_pairs, indices.shape[1], n_latents),
+        COPIES=COPIES,
+        BLOCK=BLOCK,
     )
     return Spread(rows, hot)
 
@@ -96,6 +111,12 @@ def spread(indices: torch.Tensor, n_latents: int) -> Spread | None:
 def fold_copies(spread: Spread, grad_weight: torch.Tensor, n_latents: int) -> None:
     """Add up the copies, the rows of `grad_weight` from n_latents on, into the rows before."""
     d_in = grad_weight.shape[1]
-    _fold_kernel[(SLOTS, triton.cdiv(d_in, BLOCK))](
-        spread.hot, grad_weight, n_latents, d_in, COPIES=COPIES, BLOCK=BLOCK
+    _triton.launch(
+        _fold_kernel,
+        (SLOTS, cdiv(d_in, BLOCK)),
+        (spread.hot, grad_weight),
+        (),
+        (n_latents, d_in),
+        COPIES=COPIES,
+        BLOCK=BLOCK,
     )

@@ -15,8 +15,8 @@ launches more than for memory, is left to the one kernel of `hierarchical`.
 
 import torch
 
-from . import hierarchical, torch_backend
-from ._triton import tl, triton
+from . import _triton, hierarchical, torch_backend
+from ._triton import cdiv, tl, triton
 from .checks import check_arguments
 from .fused_loss import Outputs, Wanted, define_loss_operator, fused_loss
 from .inverted_index import InvertedIndex, invert, sum_by_latent
@@ -105,29 +105,28 @@ def _launch(
     indices, vals, target = indices.contiguous(), vals.contiguous(), target.contiguous()
     scale = factor / target.numel()
     block = SLICE_BYTES // weight.element_size()
-    n_slices = triton.cdiv(d_in, block)
+    n_slices = cdiv(d_in, block)
     loss_parts = target.new_empty((n_slices, n_samples), dtype=torch.float32)
     residual = grad_target = None
     if wanted.residual or (gathers and not by_target):
         residual = torch.empty_like(target, dtype=torch.float32)
     if wanted.grad_target:
         grad_target = torch.empty_like(target)
-    _residual_kernel[(triton.cdiv(n_samples, BLOCK_B), n_slices)](
-        indices,
-        weight,
-        vals,
-        None if bias is None else bias.contiguous(),
-        target,
-        loss_parts,
-        residual,
-        grad_target,
-        scale,
-        n_samples,
-        k,
-        n_latents,
-        d_in,
-        weight.stride(0),
-        weight.stride(1),
+    _triton.launch(
+        _residual_kernel,
+        (cdiv(n_samples, BLOCK_B), n_slices),
+        (
+            indices,
+            weight,
+            vals,
+            None if bias is None else bias.contiguous(),
+            target,
+            loss_parts,
+            residual,
+            grad_target,
+        ),
+        (scale,),
+        (n_samples, k, n_latents, d_in, *weight.stride()),
         BLOCK_B=BLOCK_B,
         BLOCK_D=block,
         LEVELS=LEVELS,
@@ -152,7 +151,7 @@ def _launch(
                 weight=weight if wanted.grad_vals else None,
             )
         if bias is not None and wanted.grad_bias:
-            grad_bias = (scale_of_rows * rows.sum(0)).to(bias.dtype)
+            grad_bias = rows.sum(0).mul_(scale_of_rows).to(bias.dtype)
     return Outputs(
         loss=loss_parts.sum(),
         residual=residual if wanted.residual else None,
