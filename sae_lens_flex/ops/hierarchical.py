@@ -16,7 +16,7 @@ from .checks import check_arguments
 from .fused_loss import Outputs, Wanted, define_loss_operator, fused_loss
 from .inverted_index import InvertedIndex, invert, sum_by_latent
 from .levels import gather_levels
-from .spread import COPIES, SLOTS, fold_copies, spread
+from .spread import COPIES, SLOTS, fold_copies, is_worth_spreading, spread
 
 
 @triton.jit
@@ -181,6 +181,9 @@ BLOCK_B = 2
 BLOCK_D = 64
 LEVELS = 8
 NUM_WARPS = 1
+# Samples up to which dL/dbias is added up by atomics, which spares a launch. Of more samples, those
+# to the same D floats would queue; S_1 is written and added up in 0.03 ms at B=4096, D=2304.
+MOST_ADDITIONS = 1024
 
 
 def launch(
@@ -214,20 +217,21 @@ def launch(
     def new(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return target.new_empty(shape, dtype=dtype)
 
+    spread_ = grad_weight = grad_bias = sums = None
+    if wanted.grad_weight:
+        # First, for it keeps the device busy while the host prepares the rest.
+        has_copies = not is_deterministic and is_worth_spreading(indices)
+        n_copies = SLOTS * COPIES if has_copies else 0
+        grad_weight = new((n_latents + n_copies, d_in)).zero_()
+        spread_ = spread(indices, n_latents) if has_copies else None
     loss_parts = new((n_slices, n_samples))
     residual = new((n_samples, d_in)) if wanted.residual else None
     grad_target = new((n_samples, d_in), target.dtype) if wanted.grad_target else None
     grad_vals = new((n_samples, k)).zero_() if wanted.grad_vals else None
-    spread_ = grad_weight = grad_bias = sums = None
-    if wanted.grad_bias and is_deterministic:
+    if wanted.grad_bias and (is_deterministic or n_samples > MOST_ADDITIONS):
         sums = new((n_samples, d_in))
     elif wanted.grad_bias:
         grad_bias = new((d_in,)).zero_()
-    if wanted.grad_weight:
-        if not is_deterministic:
-            spread_ = spread(indices, n_latents)
-        n_copies = 0 if spread_ is None else SLOTS * COPIES
-        grad_weight = new((n_latents + n_copies, d_in)).zero_()
 
     def walk(first_slice: int, n_slices: int, suffix_sums: torch.Tensor | None = None) -> None:
         # The slices vary slowest, so that the slice at work, of weight and of its gradient, stays

@@ -72,14 +72,14 @@ def _fold_kernel(hot, grad_weight, F, D, COPIES: tl.constexpr, BLOCK: tl.constex
         tl.store(grad_weight + f * D + d, total, mask=d < D)
 
 
-def spread(indices: torch.Tensor, n_latents: int) -> Spread | None:
-    """Give copies to the latents that fire most among `indices` ([B, K], contiguous).
+def is_worth_spreading(indices: torch.Tensor) -> bool:
+    """Return whether a batch is large enough to gain by copies."""
+    return indices.numel() >= FEWEST_PAIRS
 
-    None where the batch is too small to gain by it.
-    """
+
+def spread(indices: torch.Tensor, n_latents: int) -> Spread:
+    """Give copies to the latents that fire most among `indices` ([B, K], contiguous)."""
     n_pairs = indices.numel()
-    if n_pairs < FEWEST_PAIRS:
-        return None
     state = indices.new_zeros(n_latents + 1 + SLOTS, dtype=torch.int32)
     counts, n_taken, hot = state.split((n_latents, 1, SLOTS))
     rows = torch.empty_like(indices, dtype=torch.int32)

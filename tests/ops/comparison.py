@@ -20,8 +20,7 @@ ARGUMENTS = ("weight", "vals", "bias", "target")
 # The relative error of a tensor (Frobenius norm). Sums are accumulated in float32, whose rounding
 # grows at worst with K * 2^-24 = 2e-6 here; a gradient returned in 16 bits is also rounded once, by
 # at most 2^-8 (bfloat16) or 2^-11 (float16) of each element, or of the smallest normal number.
-# Terms that cancel leave their rounding behind: 8 * 2^-24 of their magnitudes is allowed.
-CANCELLATION = 8 * 2**-24
+# Terms that cancel leave their rounding behind: 8 times that of their magnitudes is allowed.
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 2**-8 + 5e-6, torch.float16: 2**-11 + 5e-6}
 
 
@@ -88,15 +87,19 @@ def in_float64(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def relative_error(
-    value: torch.Tensor, expected: torch.Tensor, magnitude: torch.Tensor | None = None
+    value: torch.Tensor,
+    expected: torch.Tensor,
+    magnitude: torch.Tensor | None = None,
+    computed_in: torch.dtype = torch.float32,
 ) -> float:
     """The norm of the difference over the expected norm, whose elements count as normal numbers.
 
-    Of the difference, less what float32 may lose of the `magnitude` of what was added up.
+    Of the difference, less what rounding may lose of the `magnitude` of what was added up.
     """
     difference = (value.detach().cpu().double() - expected.detach()).norm()
     if magnitude is not None:
-        difference = (difference - CANCELLATION * magnitude.detach().norm()).clamp_min(0)
+        rounding = torch.finfo(computed_in).eps / 2
+        difference = (difference - 8 * rounding * magnitude.detach().norm()).clamp_min(0)
     normal = expected.detach().abs().clamp_min(torch.finfo(value.dtype).tiny)
     return float(difference / normal.norm())
 

@@ -91,7 +91,7 @@ def assert_same_gradients(
         assert expected is not None
         assert gradient.dtype == value.dtype
         magnitude = None if magnitudes is None else magnitudes[name].grad
-        error = relative_error(gradient, expected, magnitude)
+        error = relative_error(gradient, expected, magnitude, value.dtype)
         assert error < tolerance, f"{name}: {error}"
 
 
@@ -120,7 +120,8 @@ def assert_encodes(
     }
     magnitude = (terms["x"] - terms["b_dec"]) @ terms["W_enc"] + terms["b_enc"]
     magnitude = magnitude.gather(-1, indices)
-    assert relative_error(kept.hidden, kept_hidden, magnitude) < tolerance
+    dtype = inputs["x"].dtype
+    assert relative_error(kept.hidden, kept_hidden, magnitude, dtype) < tolerance
     factors = torch.randn(indices.shape, generator=torch.Generator().manual_seed(1))
     factors[:, ::3] = 0
     (kept_hidden * factors.double()).sum().backward()
