@@ -32,6 +32,7 @@ from triton import language as tl
 from triton.testing import do_bench
 
 from sae_lens_flex import ops
+from sae_lens_flex.ops import topk
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "decoder_loss.json"
@@ -92,8 +93,12 @@ class Batch:
         self.weight.grad = self.vals.grad = self.bias.grad = None
 
 
-def errors(loss: Loss, definition: Loss, batch: Batch, n: int = 32) -> dict[str, float]:
-    """Return the relative errors of the loss and its gradients on n of the batch's samples."""
+def errors(loss: Loss, definition: Loss, batch: Batch) -> dict[str, float]:
+    """Return the relative errors of the loss and its gradients on a part of the batch.
+
+    It is large enough, if the batch is, for the kernels that large batches take.
+    """
+    n = topk.FEWEST_ELEMENTS // (batch.vals.shape[1] * batch.target.shape[1]) + 1
     parts = [batch.indices[:n], batch.weight, batch.vals[:n], batch.bias, batch.target[:n]]
     results = []
     for function, dtype in ((definition, torch.float64), (loss, None)):
