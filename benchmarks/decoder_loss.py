@@ -370,6 +370,8 @@ def main() -> None:
     if args.plot:
         plot(results)
         return
+    if not torch.cuda.is_available():
+        parser.error("this needs a CUDA device")
     losses = implementations(args.module)
     for name in args.tables:
         results[name] = {"machine": machine(), "rows": TABLES[name](losses)}

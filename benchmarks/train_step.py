@@ -2,11 +2,11 @@
 
     python -m benchmarks.train_step                        # every case of this machine's device
     python -m benchmarks.train_step --cases gemma gpt2     # some; the other results are kept
-    python -m benchmarks.train_step --quick                # small, on a CPU, under a minute
+    python -m benchmarks.train_step --quick                # small, on a CPU; writes no file
     python -m benchmarks.train_step --plot                 # draw the figure from the results
 
-The results go to benchmarks/results/train_step_<device>.json, a case at a time, and the figure to
-benchmarks/figures beside it.
+But for the quick ones, the results go to benchmarks/results/train_step_<device>.json, a case at a
+time, and the figure to benchmarks/figures beside it.
 
 A step is `SAETrainer.step` on a batch that lies on the device, one step after the other; its time
 is the median distance between the ends of steps. Activations are normally distributed. With "zipf"
@@ -399,11 +399,11 @@ def machine(device: str) -> str:
     return f"{torch.get_num_threads()} threads of a {platform.machine().replace('_', '-')} CPU"
 
 
-def run(cases: list[Case], path: Path) -> None:
+def run(cases: list[Case], path: Path | None) -> None:
     device = cases[0].device
     gb_per_s = copy_speed(device)
     print(f"{machine(device)}, copy {gb_per_s:.0f} GB/s", flush=True)
-    record = json.loads(path.read_text()) if path.exists() else {"cases": {}}
+    record = json.loads(path.read_text()) if path is not None and path.exists() else {"cases": {}}
     record |= {
         "machine": machine(device),
         "python": platform.python_version(),
@@ -414,8 +414,9 @@ def run(cases: list[Case], path: Path) -> None:
     for case in cases:
         measured = measure_case(case, gb_per_s)
         record["cases"][case.name] = {"date": datetime.date.today().isoformat(), **measured}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record, indent=2) + "\n")
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(record, indent=2) + "\n")
 
 
 def plot(path: Path, figure_path: Path) -> None:
@@ -456,9 +457,11 @@ def main() -> None:
             if name not in names:
                 parser.error(f"--cases has {name!r}, expected some of {', '.join(names)}")
         cases = [case for case in cases if case.name in arguments.cases]
-    kind = "quick" if arguments.quick else machine("cuda" if is_gpu else "cpu").split()[-1].lower()
+    kind = machine("cuda" if is_gpu else "cpu").split()[-1].lower()
     path = arguments.results or HERE / "results" / f"train_step_{kind}.json"
-    if arguments.plot:
+    if arguments.quick:
+        run(cases, arguments.results)
+    elif arguments.plot:
         plot(path, HERE / "figures" / path.with_suffix(".png").name)
     else:
         run(cases, path)

@@ -170,7 +170,10 @@ def train(argv: list[str]) -> int:
     _make_paths_absolute(cfg)
     uses_triton(getattr(cfg.sae, "backend", "auto"), _device(cfg.device))  # raises if it cannot
     with _quietly():
-        with _naming(f"model {cfg.model_name}, dataset {cfg.dataset_path}"):
+        names = [f"model {cfg.model_name}", f"dataset {cfg.dataset_path}"]
+        if cfg.model_class_name == "AutoModelForCausalLM" and not Path(cfg.model_name).is_dir():
+            names[0] += " (not a directory here)"
+        with _naming(", ".join(names)):
             runner = LanguageModelSAETrainingRunner(cfg)
         _check_activations(runner)
     if cfg.output_path is not None:

@@ -1,7 +1,7 @@
 """The losses in plain PyTorch, as short as their formulas.
 
-Every backend is tested against this file in float64. Both build a [B, K, D] tensor: use them to
-check, or on small problems.
+Every backend is tested against this file in float64. The losses build a [B, K, D] tensor and
+compute in their inputs' dtypes: use them to check, or on small problems.
 
 Symbols, here and in every file of `ops`: B activations of width D, a dictionary of F latents, K of
 them kept for each activation. Level j is the reconstruction from an activation's first j latents:
@@ -10,6 +10,7 @@ them kept for each activation. Level j is the reconstruction from an activation'
 """
 
 import torch
+from torch.nn.functional import embedding
 
 from .checks import FLOAT_DTYPES, check_arguments
 
@@ -20,7 +21,7 @@ def levels(
     indices: torch.Tensor, weight: torch.Tensor, vals: torch.Tensor, bias: torch.Tensor
 ) -> torch.Tensor:
     """Return every level's reconstruction, shape [B, K, D]."""
-    return (vals.unsqueeze(-1) * weight[indices]).cumsum(dim=1) + bias
+    return (vals.unsqueeze(-1) * embedding(indices, weight)).cumsum(dim=1) + bias
 
 
 def hierarchical_sae_loss(
@@ -49,6 +50,7 @@ def hierarchical_sae_loss(
 
     Raises:
         TypeError, ValueError: for an argument of the wrong type, dtype, shape or device.
+        IndexError: for a latent outside [0, F), where the device can tell.
     """
     check_arguments(indices, weight, vals, bias, target, level_weights, DTYPES)
     error = (levels(indices, weight, vals, bias) - target.unsqueeze(1)).square().mean(dim=(0, 2))
@@ -67,7 +69,7 @@ def topk_sae_loss(
     Arguments as in `hierarchical_sae_loss`.
     """
     check_arguments(indices, weight, vals, bias, target, float_dtypes=DTYPES)
-    reconstruction = (vals.unsqueeze(-1) * weight[indices]).sum(dim=1) + bias
+    reconstruction = (vals.unsqueeze(-1) * embedding(indices, weight)).sum(dim=1) + bias
     return (reconstruction - target).square().mean()
 
 

@@ -89,7 +89,16 @@ class RuntimeBudget(SAE[Any]):
 
         Returns:
             The activations of the kept latents, descending, and the latents, each [..., budget].
+
+        Raises:
+            ValueError: for an `x` of another width.
         """
+        has_heads = self.cfg.reshape_activations == "hook_z"
+        width = x.shape[-2:].numel() if has_heads else x.shape[-1]
+        if width != self.cfg.d_in:
+            raise ValueError(
+                f"x has shape {list(x.shape)}, expected {self.cfg.d_in} values an activation"
+            )
         acts, latents = self.encode(x).topk(self.budget)
         return acts, latents
 
@@ -110,6 +119,9 @@ class RuntimeBudget(SAE[Any]):
 
         Returns:
             Feature activations, [..., d_sae], without gradients.
+
+        Raises:
+            ValueError: for an `x` of another width, or an impossible tolerance.
         """
         tolerance = check_number("tolerance", tolerance)
         acts, latents = self.encode_levels(x)

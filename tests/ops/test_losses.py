@@ -212,6 +212,15 @@ def test_non_finite_input_makes_the_same_results_non_finite(implementation, name
         assert torch.equal(inputs[argument].grad.cpu().isfinite(), should_be_finite), argument
 
 
+@pytest.mark.parametrize("definition", [hierarchical_sae_loss, topk_sae_loss])
+@pytest.mark.parametrize("latent", [-1, 20])
+def test_definitions_refuse_what_is_no_latent(definition, latent) -> None:
+    indices, inputs = random_inputs((6, 5, 20, 33))
+    indices[2, 3] = latent
+    with pytest.raises(IndexError):
+        definition(indices, **inputs)
+
+
 @pytest.mark.parametrize("name", ["hierarchical_loss", "topk_loss"])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_residual_is_that_of_the_last_level(name, device) -> None:

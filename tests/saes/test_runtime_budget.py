@@ -198,6 +198,13 @@ def test_adaptive_encoding_takes_the_heads_of_hook_z() -> None:
     assert torch.equal(sae.encode_adaptive(x.view(3, 5, 4, 4), 0.4), expected)
 
 
+@pytest.mark.parametrize("options", [{}, {"reshape_activations": "hook_z"}], ids=str)
+def test_adaptive_encoding_refuses_another_width(options) -> None:
+    sae = hierarchical_sae(**options)
+    with pytest.raises(ValueError, match=r"^x has shape \[3, 5\], expected 16 values"):
+        sae.encode_adaptive(torch.zeros(3, 5), 0.4)
+
+
 @pytest.mark.parametrize("tolerance", [-0.1, float("nan"), "0.1", None], ids=repr)
 def test_adaptive_encoding_refuses_an_impossible_tolerance(tolerance) -> None:
     with pytest.raises(ValueError, match="tolerance is"):
