@@ -93,8 +93,7 @@ class RuntimeBudget(SAE[Any]):
         Raises:
             ValueError: for an `x` of another width.
         """
-        has_heads = self.cfg.reshape_activations == "hook_z"
-        width = x.shape[-2:].numel() if has_heads else x.shape[-1]
+        width = x.shape[-2:].numel() if self.hook_z_reshaping_mode else x.shape[-1]
         if width != self.cfg.d_in:
             raise ValueError(
                 f"x has shape {list(x.shape)}, expected {self.cfg.d_in} values an activation"
