@@ -200,43 +200,35 @@ def table_small(losses: dict[str, dict[str, Loss]]) -> list[dict[str, Any]]:
     return rows
 
 
+def measure_ours(
+    losses: dict[str, dict[str, Loss]], size: Size, distribution: str = "uniform", **more: Any
+) -> list[dict[str, Any]]:
+    """Measure our losses alone, in float32."""
+    batch = Batch(size, distribution, torch.float32)
+    cell = {**more, **labels(size, distribution, torch.float32)}
+    return [measure(OURS, loss, kind, batch, **cell) for kind, loss in losses[OURS].items()]
+
+
 def table_sweeps(losses: dict[str, dict[str, Loss]]) -> list[dict[str, Any]]:
     """One of B, K and D varied at a time."""
     start = Size(4096, 64, 65536, 1152)
     sizes = [start._replace(B=b) for b in (1024, 2048, 4096, 8192, 16384)]
     sizes += [start._replace(K=k) for k in (16, 32, 128, 256, 1024)]
     sizes += [start._replace(D=d) for d in (288, 576, 2304, 4608)]
-    rows = []
-    for size in sizes:
-        batch = Batch(size, "uniform", torch.float32)
-        for kind, loss in losses[OURS].items():
-            rows.append(measure(OURS, loss, kind, batch, **labels(size, "uniform", torch.float32)))
-        del batch
-    return rows
+    return [row for size in sizes for row in measure_ours(losses, size)]
 
 
 def table_memory(losses: dict[str, dict[str, Loss]]) -> list[dict[str, Any]]:
     """Many levels."""
-    rows = []
-    for k in (128, 1024):
-        size = GEMMA._replace(K=k)
-        batch = Batch(size, "uniform", torch.float32)
-        for kind, loss in losses[OURS].items():
-            rows.append(measure(OURS, loss, kind, batch, **labels(size, "uniform", torch.float32)))
-        del batch
-    return rows
+    return [row for k in (128, 1024) for row in measure_ours(losses, GEMMA._replace(K=k))]
 
 
 def table_deterministic(losses: dict[str, dict[str, Loss]]) -> list[dict[str, Any]]:
     """With torch.use_deterministic_algorithms(True)."""
-    rows = []
     torch.use_deterministic_algorithms(True)
+    rows = []
     for distribution in ("uniform", "zipf"):
-        batch = Batch(GEMMA, distribution, torch.float32)
-        for kind, loss in losses[OURS].items():
-            cell = labels(GEMMA, distribution, torch.float32)
-            rows.append(measure(OURS, loss, kind, batch, deterministic=True, **cell))
-        del batch
+        rows += measure_ours(losses, GEMMA, distribution, deterministic=True)
     torch.use_deterministic_algorithms(False)
     return rows
 

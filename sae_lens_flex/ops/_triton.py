@@ -113,6 +113,7 @@ def launch(
 __all__ = [
     "INTERPRETED",
     "IS_INSTALLED",
+    "cdiv",
     "is_available",
     "launch",
     "tl",

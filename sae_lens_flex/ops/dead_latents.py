@@ -25,8 +25,8 @@ from .fused_loss import (
     _operators,
     accumulation_dtype,
     check_is_first_derivative,
+    computes_by_triton,
     scaled,
-    uses_triton,
 )
 from .selection import Selection, select
 
@@ -174,9 +174,7 @@ def dead_latents_loss(
     Returns:
         The loss, a scalar, differentiable once in x, the dead latents' weights and b_dec.
     """
-    use_triton = uses_triton(backend, x.device)
-    if backend == "auto" and accumulation_dtype(x, dead.W_dec) == torch.float64:
-        use_triton = False  # the kernels compute in float32
+    use_triton = computes_by_triton(backend, x, dead.W_dec)
     is_enabled = torch.is_grad_enabled()
     return _operators.dead_latents_loss(
         x,

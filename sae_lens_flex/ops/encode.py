@@ -28,9 +28,9 @@ from .fused_loss import (
     _operators,
     accumulation_dtype,
     check_is_first_derivative,
+    computes_by_triton,
     fused_loss,
     is_traced,
-    uses_triton,
 )
 from .inverted_index import InvertedIndex, invert, sum_by_latent
 from .selection import Selection, select
@@ -56,13 +56,7 @@ class Encoded(NamedTuple):
     inverted: InvertedIndex | None
 
 
-def _grad_weight_by_triton(
-    index: InvertedIndex, grad_hidden: torch.Tensor, rows: torch.Tensor, grad_weight: torch.Tensor
-) -> None:
-    sum_by_latent(index, grad_hidden, rows, grad_weight)
-
-
-def _grad_weight_by_torch(
+def _sum_by_latent_by_torch(
     index: InvertedIndex, grad_hidden: torch.Tensor, rows: torch.Tensor, grad_weight: torch.Tensor
 ) -> None:
     n_latents, k = len(grad_weight), grad_hidden.shape[1]
@@ -156,7 +150,7 @@ def _encode_backward(
     with torch.autocast(x.device.type, enabled=False):
         if wants_weight:
             grad_weight = W_enc.new_empty(W_enc.T.shape)
-            by = _grad_weight_by_triton if use_triton else _grad_weight_by_torch
+            by = sum_by_latent if use_triton else _sum_by_latent_by_torch
             by(InvertedIndex(latents, pairs), grad_hidden, _rows_of(x, b_dec, dtype), grad_weight)
         if wants_b_enc or wants_b_dec:
             sums = grad_hidden.new_zeros(n_latents, dtype=accumulation_dtype(x, W_enc))
@@ -286,9 +280,7 @@ def encode(
     Returns:
         The kept latents; `hidden` is differentiable once, in x, W_enc, b_enc and b_dec.
     """
-    use_triton = uses_triton(backend, W_enc.device)
-    if backend == "auto" and accumulation_dtype(x, W_enc) == torch.float64:
-        use_triton = False  # the kernels compute in float32
+    use_triton = computes_by_triton(backend, x, W_enc)
     needs_index = torch.is_grad_enabled() and W_enc.requires_grad
     arguments = (
         *(x, W_enc, b_enc, b_dec, norms),

@@ -291,6 +291,13 @@ def uses_triton(backend: str, device: torch.device) -> bool:
     return backend == "triton"
 
 
+def computes_by_triton(backend: str, *tensors: torch.Tensor) -> bool:
+    """Resolve a backend's name for these tensors; errors as in `uses_triton`."""
+    if backend == "auto" and accumulation_dtype(*tensors) == torch.float64:
+        return False  # the kernels accumulate in float32
+    return uses_triton(backend, tensors[0].device)
+
+
 def is_traced(*tensors: torch.Tensor | None) -> bool:
     """Return whether the tensors stand for others, as in torch.compile: operators are for these."""
     return torch.compiler.is_compiling() or any(
@@ -329,9 +336,7 @@ def fused_loss(
         The loss (scalar) and, detached, the residual of level K ([B, D]; no element where it is
         not needed).
     """
-    use_triton = uses_triton(backend, weight.device)
-    if backend == "auto" and accumulation_dtype(weight, vals, target) == torch.float64:
-        use_triton = False  # the kernels accumulate in float32
+    use_triton = computes_by_triton(backend, weight, vals, target)
     tensors = (weight, vals, bias, target)
     wanted = [needs_residual]
     if torch.is_grad_enabled():
