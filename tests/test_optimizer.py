@@ -52,6 +52,11 @@ def assert_same_weights(
         )
 
 
+def repeat_tolerance(device: str) -> float:
+    """By how much equal runs may differ: on a GPU atomic additions come in any order."""
+    return 1e-5 if device == "cuda" else 0
+
+
 @every_device
 def test_only_trainers_made_within_the_block_are_fused(device) -> None:
     before = new_trainer(device=device)
@@ -62,7 +67,7 @@ def test_only_trainers_made_within_the_block_are_fused(device) -> None:
     assert [is_fused(trainer) for trainer in (before, within, after)] == [False, True, False]
     for trainer in (before, within, after):
         take_steps(trainer, 5)
-    assert_same_weights(after, before, 0)
+    assert_same_weights(after, before, repeat_tolerance(device))
     assert_same_weights(within, before)
 
 
@@ -98,7 +103,9 @@ def test_resumed_run_is_fused_where_the_block_says_so(
     assert is_fused(resumed) == resumed_fused
     for each in (trainer, resumed):
         take_steps(each, 5, seed=1)
-    assert_same_weights(resumed, trainer, 0 if begun_fused == resumed_fused else 1e-5)
+    assert_same_weights(
+        resumed, trainer, repeat_tolerance(device) if begun_fused == resumed_fused else 1e-5
+    )
 
 
 @every_device

@@ -33,7 +33,7 @@ def _level_weight(level_weights, j, K, LAST_ALONE: tl.constexpr, EVEN: tl.conste
 
 
 # Compiling takes some seconds: not again for every divisibility of what no address depends on.
-@triton.jit(do_not_specialize=["first_slice", "B", "K", "F"])
+@triton.jit(do_not_specialize=["first_slice", "bias_rows", "B", "K", "F"])
 def _hierarchical_kernel(  # outputs that are None are not wanted
     indices,
     weight,
@@ -46,12 +46,12 @@ def _hierarchical_kernel(  # outputs that are None are not wanted
     residual,
     grad_weight,  # float32, zeroed
     grad_vals,  # float32, zeroed
-    grad_bias,  # float32, zeroed
+    grad_bias,  # float32, zeroed: [bias_rows, D], to be added up
     grad_target,
-    sums,  # [B, D], float32: of S_1
     suffix_sums,  # [B, K, BLOCK_D], of one slice
     scale,  # factor / (B D), and / K without level_weights
     first_slice,
+    bias_rows,
     B,
     K,
     F,
@@ -167,11 +167,10 @@ def _hierarchical_kernel(  # outputs that are None are not wanted
                 )
         if grad_bias is not None:
             s_of_all = tl.sum(tl.where(bd_mask, s, 0.0), axis=0)[None, :]
-            tl.atomic_add(grad_bias + d, s_of_all, mask=in_slice, sem="relaxed")
+            row = (tl.program_id(0) % bias_rows).to(tl.int64)
+            tl.atomic_add(grad_bias + row * D + d, s_of_all, mask=in_slice, sem="relaxed")
         if grad_target is not None:
             tl.store(grad_target + bd, -s, mask=bd_mask)
-        if sums is not None:
-            tl.store(sums + bd, s, mask=bd_mask)
 
 
 # On an H200 at B=4096, K=128, F=65536, D=2304, loss and gradients take, with float32 and uniform,
@@ -182,9 +181,10 @@ BLOCK_B = 2
 BLOCK_D = 64
 LEVELS = 8
 NUM_WARPS = 1
-# Samples up to which dL/dbias is added up by atomics, which spares a launch. Of more samples, those
-# to the same D floats would queue; S_1 is written and added up in 0.03 ms at B=4096, D=2304.
-MOST_ADDITIONS = 1024
+# Additions to dL/dbias queue, so the programs of a large batch take this many rows in turn; up to
+# SMALL_BATCH samples share one, which spares the launch that adds the rows up.
+BIAS_ROWS = 64
+SMALL_BATCH = 1024
 
 
 def launch(
@@ -218,7 +218,7 @@ def launch(
     def new(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return target.new_empty(shape, dtype=dtype)
 
-    spread_ = grad_weight = grad_bias = sums = None
+    spread_ = grad_weight = None
     if wanted.grad_weight:
         # First, for it keeps the device busy while the host prepares the rest.
         has_copies = not is_deterministic and is_worth_spreading(indices)
@@ -229,17 +229,18 @@ def launch(
     residual = new((n_samples, d_in)) if wanted.residual else None
     grad_target = new((n_samples, d_in), target.dtype) if wanted.grad_target else None
     grad_vals = new((n_samples, k)).zero_() if wanted.grad_vals else None
-    if wanted.grad_bias and (is_deterministic or n_samples > MOST_ADDITIONS):
-        sums = new((n_samples, d_in))
-    elif wanted.grad_bias:
-        grad_bias = new((d_in,)).zero_()
+    n_programs = cdiv(n_samples, BLOCK_B)
+    bias_rows = 1 if n_samples <= SMALL_BATCH else BIAS_ROWS
+    if is_deterministic:
+        bias_rows = n_programs  # nothing to be added twice
+    grad_bias = new((bias_rows, d_in)).zero_() if wanted.grad_bias else None
 
     def walk(first_slice: int, n_slices: int, suffix_sums: torch.Tensor | None = None) -> None:
         # The slices vary slowest, so that the slice at work, of weight and of its gradient, stays
         # in the second-level cache: 2 * 65536 * 64 * 4 bytes = 34 MB.
         _triton.launch(
             _hierarchical_kernel,
-            (cdiv(n_samples, BLOCK_B), n_slices),
+            (n_programs, n_slices),
             (
                 indices,
                 weight,
@@ -254,11 +255,10 @@ def launch(
                 grad_vals,
                 grad_bias,
                 grad_target,
-                sums,
                 suffix_sums,
             ),
             (scale,),
-            (first_slice, n_samples, k, n_latents, d_in, *weight.stride()),
+            (first_slice, bias_rows, n_samples, k, n_latents, d_in, *weight.stride()),
             BLOCK_B=BLOCK_B,
             BLOCK_D=BLOCK_D,
             LEVELS=LEVELS,
@@ -290,8 +290,8 @@ def launch(
                 )
     else:
         walk(0, n_slices)
-    if sums is not None:
-        grad_bias = sums.sum(0)
+    if grad_bias is not None:
+        grad_bias = grad_bias[0] if bias_rows == 1 else grad_bias.sum(0)
     if spread_ is not None and grad_weight is not None:
         fold_copies(spread_, grad_weight, n_latents)
         grad_weight = grad_weight[:n_latents]

@@ -77,7 +77,7 @@ BLOCK_B = 2
 SLICE_BYTES = 256  # of a row of weight
 LEVELS = 8
 NUM_WARPS = 1
-FEWEST_ELEMENTS = 2**27  # B K D, below which one kernel is faster
+FEWEST_ELEMENTS = 2**28  # B K D, below which one kernel is faster
 
 
 def _launch(

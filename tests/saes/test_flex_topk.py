@@ -107,6 +107,14 @@ def silence(sae: Any, n_latents: int) -> None:
         sae.b_enc[:n_latents] = -5.0
 
 
+def has_a_near_tie(hidden_pre: torch.Tensor, dead: torch.Tensor, k: int) -> bool:
+    """Whether rounding decides which k dead latents the auxiliary loss takes of a sample."""
+    if dead.sum() <= k:
+        return False
+    highest = hidden_pre[:, dead].topk(k + 1).values
+    return bool((highest[:, -2] - highest[:, -1] <= 2e-6 * hidden_pre.abs().max()).any())
+
+
 @pytest.mark.parametrize("training", TRAININGS)
 @pytest.mark.parametrize("options", OPTIONS)
 def test_every_step_has_the_losses_and_gradients_of_stock_topk(training, options) -> None:
@@ -114,6 +122,7 @@ def test_every_step_has_the_losses_and_gradients_of_stock_topk(training, options
     optimizer = adam(stock)
     steps_since_fired = torch.zeros(training.d_sae, device=training.device)
     dead_counts = []
+    n_ties = 0
     for step, batch in enumerate(training.batches()):
         if step in (0, training.n_steps // 2):
             silence(stock, training.few_dead if step == 0 else training.many_dead)
@@ -124,14 +133,18 @@ def test_every_step_has_the_losses_and_gradients_of_stock_topk(training, options
         expected = run_step(stock, batch, dead)
         output = run_step(flex, batch, dead)
 
-        assert_same_losses(output, expected)
-        assert_same_gradients(flex, stock)
         assert_close(output.sae_out, expected.sae_out, name="sae_out")
+        if has_a_near_tie(expected.hidden_pre, dead, training.d_in // 2):
+            n_ties += 1
+        else:
+            assert_same_losses(output, expected)
+            assert_same_gradients(flex, stock)
         assert (expected.losses["auxiliary_reconstruction_loss"] > 0) == (dead_counts[-1] > 0)
 
         update(stock, optimizer)
         steps_since_fired += 1
         steps_since_fired[expected.feature_acts.bool().any(0)] = 0
+    assert n_ties <= training.n_steps // 20
     # The auxiliary loss has met no dead latent, fewer than the d_in // 2 it takes, and more.
     assert dead_counts[0] == 0
     assert any(0 < n_dead < training.d_in // 2 for n_dead in dead_counts)
