@@ -42,6 +42,7 @@ def _hierarchical_kernel(  # outputs that are None are not wanted
     target,
     level_weights,  # or None
     rows,  # [B, K]: where in grad_weight each pair adds; None for its latent's row
+    n_copied,  # the number of latents with copies; without any, rows are not read
     loss_parts,  # [slices, B]
     residual,
     grad_weight,  # float32, zeroed
@@ -112,6 +113,8 @@ def _hierarchical_kernel(  # outputs that are None are not wanted
 
     if WALKS_DOWN:
         s = tl.zeros([BLOCK_B, BLOCK_D], tl.float32)
+        if rows is not None:
+            has_copies = tl.load(n_copied + tl.zeros([BLOCK_B], tl.int32)) > 0
         level = tl.arange(0, LEVELS)[None, :]
         for step in range(0, last + LEVELS, LEVELS):
             first = last - step
@@ -134,7 +137,8 @@ def _hierarchical_kernel(  # outputs that are None are not wanted
             if rows is not None:
                 rows_of_f = ()
                 for t in tl.static_range(LEVELS):
-                    row = tl.load(rows + b * K + (first + t), mask=is_latent[t], other=0)
+                    mask = is_latent[t] & has_copies
+                    row = tl.load(rows + b * K + (first + t), mask=mask, other=f[t])
                     rows_of_f += (row,)
             dots = tl.zeros([BLOCK_B, LEVELS], tl.float32)
             for t in tl.static_range(LEVELS - 1, -1, -1):
@@ -249,6 +253,7 @@ def launch(
                 target,
                 level_weights,
                 None if spread_ is None else spread_.rows,
+                None if spread_ is None else spread_.n_copied,
                 loss_parts,
                 residual,
                 None if is_deterministic else grad_weight,

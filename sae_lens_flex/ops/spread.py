@@ -24,10 +24,12 @@ class Spread(NamedTuple):
 
     Attributes:
         rows: [B, K], int32: indices[b, t], or one of the rows F .. F + SLOTS * COPIES.
+        n_copied: [1], int32: the number of latents that have copies, or would with enough slots.
         hot: [SLOTS], int32: 1 + the latent that the rows of a slot belong to, or 0.
     """
 
     rows: torch.Tensor
+    n_copied: torch.Tensor
     hot: torch.Tensor
 
 
@@ -40,11 +42,11 @@ def _count_kernel(indices, counts, n_pairs, F, BLOCK: tl.constexpr):
 
 @triton.jit
 def _take_slots_kernel(
-    counts, n_taken, hot, threshold, F, SLOTS: tl.constexpr, BLOCK: tl.constexpr
+    counts, n_copied, hot, threshold, F, SLOTS: tl.constexpr, BLOCK: tl.constexpr
 ):
     f = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     is_hot = (f < F) & (tl.load(counts + f, mask=f < F, other=0) >= threshold)
-    slot = tl.atomic_add(n_taken + tl.zeros([BLOCK], tl.int32), 1, mask=is_hot, sem="relaxed")
+    slot = tl.atomic_add(n_copied + tl.zeros([BLOCK], tl.int32), 1, mask=is_hot, sem="relaxed")
     has_slot = is_hot & (slot < SLOTS)
     tl.store(hot + slot, f + 1, mask=has_slot)
     tl.store(counts + f, tl.where(has_slot, slot, -1), mask=f < F)
@@ -80,8 +82,8 @@ def is_worth_spreading(indices: torch.Tensor) -> bool:
 def spread(indices: torch.Tensor, n_latents: int) -> Spread:
     """Give copies to the latents that fire most among `indices` ([B, K], contiguous)."""
     n_pairs = indices.numel()
-    state = indices.new_zeros(n_latents + 1 + SLOTS, dtype=torch.int32)
-    counts, n_taken, hot = state.split((n_latents, 1, SLOTS))
+    state = indices.new_zeros(SLOTS + 4 + n_latents, dtype=torch.int32)
+    hot, n_copied, counts = state[:SLOTS], state[SLOTS : SLOTS + 1], state[SLOTS + 4 :]  # aligned
     rows = torch.empty_like(indices, dtype=torch.int32)
     over_pairs = (cdiv(n_pairs, BLOCK),)
     _triton.launch(
@@ -90,7 +92,7 @@ def spread(indices: torch.Tensor, n_latents: int) -> Spread:
     _triton.launch(
         _take_slots_kernel,
         (cdiv(n_latents, BLOCK),),
-        (counts, n_taken, hot),
+        (counts, n_copied, hot),
         (HOT * n_pairs,),
         (n_latents,),
         SLOTS=SLOTS,
@@ -105,7 +107,7 @@ def spread(indices: torch.Tensor, n_latents: int) -> Spread:
         COPIES=COPIES,
         BLOCK=BLOCK,
     )
-    return Spread(rows, hot)
+    return Spread(rows, n_copied, hot)
 
 
 def fold_copies(spread: Spread, grad_weight: torch.Tensor, n_latents: int) -> None:
