@@ -14,6 +14,7 @@ the kept latents, 0 elsewhere, the gradients are
 The target has none. A scalar's gradients can be produced in the forward pass (see `fused_loss`).
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -193,30 +194,76 @@ def dead_latents_loss(
     )[0]
 
 
-class _WithRows(torch.autograd.Function):
+class _Later(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: torch.Tensor, latents: torch.Tensor) -> Any:
-        ctx.save_for_backward(latents)
+    def forward(ctx: Any, weight: torch.Tensor, arrived: list[Any]) -> Any:
         ctx.set_materialize_grads(False)
-        ctx.shape = weight.shape
-        return weight.view_as(weight), weight.index_select(0, latents)
+        ctx.shape, ctx.arrived = weight.shape, arrived
+        return weight.view_as(weight), weight.new_empty(0)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:
-        (latents,) = ctx.saved_tensors
-        grad_weight, grad_rows = gradients
-        if grad_rows is None:
-            return grad_weight, None
-        if grad_weight is None:
-            grad_weight = grad_rows.new_zeros(ctx.shape)
-        return grad_weight.index_add_(0, latents, grad_rows), None
+        grad_weight, _ = gradients
+        for latents, grad_rows in ctx.arrived:
+            if grad_weight is None:
+                grad_weight = grad_rows.new_zeros(ctx.shape)
+            grad_weight.index_add_(0, latents, grad_rows)
+        ctx.arrived.clear()
+        return grad_weight, None
 
 
-def with_rows(weight: torch.Tensor, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return `weight`, [F, D], and a copy of some of its rows, [n, D].
+class _TakeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        token: torch.Tensor,
+        weight: torch.Tensor,
+        latents: torch.Tensor,
+        arrived: list[Any],
+    ) -> torch.Tensor:
+        ctx.save_for_backward(latents)
+        ctx.arrived = arrived
+        return weight.index_select(0, latents)
 
-    As `(weight, weight[latents])`, but that the rows' gradient is added to that of `weight` in
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        (grad_rows,) = gradients
+        ctx.arrived.append((*ctx.saved_tensors, grad_rows))
+        return grad_rows.new_empty(0), None, None, None
+
+
+class RowsLater:
+    """A weight, [F, D], for use at once, and copies of rows of it, [n, D], chosen later.
+
+    As `weight` and `weight[latents]`, but that the rows' gradient is added to that of `weight` in
     place, where autograd would make a second [F, D] tensor of it. That takes a gradient which
     nothing else holds, as the fused operators' are, and latents without repeats.
+
+    Attributes:
+        weight: to be used in place of the weight.
     """
-    return _WithRows.apply(weight, latents)  # pyright: ignore[reportReturnType]
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self._arrived: list[Any] = []
+        # The token makes autograd wait for the rows' gradient before it passes on that of weight.
+        self.weight, self._token = _Later.apply(weight, self._arrived)  # pyright: ignore[reportGeneralTypeIssues]
+
+    def take(self, latents: torch.Tensor) -> torch.Tensor:
+        return _TakeRows.apply(self._token, self.weight.detach(), latents, self._arrived)  # pyright: ignore[reportReturnType]
+
+
+def nonzero_later(mask: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Return a function that returns where `mask`, [F], is set: indices, [n], ascending.
+
+    Only that function waits for the device, and only for what was under way at this call.
+    """
+    if not mask.is_cuda:
+        return lambda: mask.nonzero().squeeze(-1)
+    count = mask.sum().to("cpu", non_blocking=True)
+    copied = torch.cuda.current_stream(mask.device).record_event()
+
+    def wait() -> torch.Tensor:
+        copied.synchronize()
+        return mask.nonzero_static(size=int(count)).squeeze(-1)
+
+    return wait

@@ -113,6 +113,7 @@ def _hierarchical_kernel(  # outputs that are None are not wanted
 
     if WALKS_DOWN:
         s = tl.zeros([BLOCK_B, BLOCK_D], tl.float32)
+        has_copies = tl.full([BLOCK_B], False, tl.int1)
         if rows is not None:
             has_copies = tl.load(n_copied + tl.zeros([BLOCK_B], tl.int32)) > 0
         level = tl.arange(0, LEVELS)[None, :]

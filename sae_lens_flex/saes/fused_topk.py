@@ -2,10 +2,10 @@
 
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, NamedTuple, Self, cast
 
 import torch
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
@@ -14,7 +14,7 @@ from sae_lens.util import dtype_to_str, str_to_dtype
 from transformer_lens.hook_points import HookPoint
 from typing_extensions import override
 
-from ..ops.dead_latents import DeadLatents, dead_latents_loss, with_rows
+from ..ops.dead_latents import DeadLatents, RowsLater, dead_latents_loss, nonzero_later
 from ..ops.encode import Encoded, encode, latent_major
 from ..ops.fused_loss import BACKENDS, accumulation_dtype, fused_loss
 from .normalization import forget_output_map, read_output_map
@@ -177,6 +177,20 @@ class FusedTopKTrainingSAEConfig(TopKTrainingSAEConfig):
         return super().from_dict(config_dict)
 
 
+class _Watched(NamedTuple):
+    """The dead latents, before the host knows whether there are any.
+
+    Attributes:
+        latents: returns their indices, and waits for them.
+        encoder_rows: the transpose of W_enc, [d_sae, d_in].
+        decoder: W_dec.
+    """
+
+    latents: Callable[[], torch.Tensor]
+    encoder_rows: RowsLater
+    decoder: RowsLater
+
+
 class FusedTopKTrainingSAE(TopKTrainingSAE):
     """
     SAELens's TopK training SAE in three fused operators: encoder, decoder loss, auxiliary loss.
@@ -253,10 +267,10 @@ class FusedTopKTrainingSAE(TopKTrainingSAE):
             return self._unfused_training_forward_pass(step_input)
 
         x = step_input.sae_in
+        encoder, decoder, watched = self._watch_dead(step_input.dead_neuron_mask)
         norms = None
         if self.cfg.rescale_acts_by_decoder_norm:
             norms = self.W_dec.detach().norm(dim=-1)
-        encoder, decoder, dead = self._split_off_dead(step_input.dead_neuron_mask, norms)
 
         normalized = self._normalize(x)
         b_dec = self.b_dec if self.cfg.apply_b_dec_to_input else None
@@ -276,9 +290,10 @@ class FusedTopKTrainingSAE(TopKTrainingSAE):
         if step_input.is_logging_step:
             metrics = self._logging_metrics(kept.indices, vals, target, x)
 
-        aux_loss = residual.new_zeros(())
-        if dead is not None:
-            aux_loss = self._dead_latents_loss(normalized, b_dec, dead, -residual)
+        if watched is None:
+            aux_loss = residual.new_zeros(())
+        else:
+            aux_loss = self._dead_latents_loss(normalized, b_dec, norms, watched, residual)
         losses = {"mse_loss": mse_loss, "auxiliary_reconstruction_loss": aux_loss}
         return TrainStepOutput(
             sae_in=x,
@@ -308,40 +323,44 @@ class FusedTopKTrainingSAE(TopKTrainingSAE):
         return self.run_time_activation_norm_fn_in(x)
 
     @torch.compiler.disable()  # the number of dead latents changes from step to step
-    def _split_off_dead(
-        self, mask: torch.Tensor | None, norms: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor, DeadLatents | None]:
-        """Return W_enc and W_dec, and the dead latents' part of them if there are any."""
+    def _watch_dead(
+        self, mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, _Watched | None]:
+        """Return W_enc and W_dec, and what `_dead_latents_loss` takes, if there is to be one.
+
+        The host, which has to know how many latents are dead, does not wait here: it goes on to
+        launch the step.
+        """
         if mask is None or self.cfg.aux_loss_coefficient == 0:
             return self.W_enc, self.W_dec, None
-        latents = mask.nonzero().squeeze(-1)  # waits for the device, as SAELens does
-        if len(latents) == 0:
-            return self.W_enc, self.W_dec, None
-        encoder_rows, dead_encoder_rows = with_rows(self.W_enc.T, latents)
-        decoder, dead_decoder_rows = with_rows(self.W_dec, latents)
-        dead = DeadLatents(
-            dead_encoder_rows,
-            self.b_enc.index_select(0, latents),
-            dead_decoder_rows,
-            None if norms is None else norms[latents],
-        )
-        return encoder_rows.T, decoder, dead
+        watched = _Watched(nonzero_later(mask), RowsLater(self.W_enc.T), RowsLater(self.W_dec))
+        return watched.encoder_rows.weight.T, watched.decoder.weight, watched
 
     @torch.compiler.disable()
     def _dead_latents_loss(
         self,
         normalized: torch.Tensor,
         b_dec: torch.Tensor | None,
-        dead: DeadLatents,
-        target: torch.Tensor,
+        norms: torch.Tensor | None,
+        watched: _Watched,
+        residual: torch.Tensor,
     ) -> torch.Tensor:
         """Return the auxiliary loss, the same as SAELens's `calculate_topk_aux_loss`."""
-        n_dead, half_width = len(dead.b_enc), self.cfg.d_in // 2
+        latents = watched.latents()
+        n_dead, half_width = len(latents), self.cfg.d_in // 2
+        if n_dead == 0:
+            return residual.new_zeros(())
+        dead = DeadLatents(
+            watched.encoder_rows.take(latents),
+            self.b_enc.index_select(0, latents),
+            watched.decoder.take(latents),
+            None if norms is None else norms[latents],
+        )
         return dead_latents_loss(
             normalized,
             dead,
             b_dec,
-            target,
+            -residual,
             min(n_dead, half_width),
             factor=self.cfg.aux_loss_coefficient * min(n_dead / half_width, 1.0),
             backend=self.cfg.backend,
@@ -424,11 +443,41 @@ class FusedTopKTrainingSAE(TopKTrainingSAE):
         return acts.new_zeros(shape).scatter_(-1, indices, acts)
 
 
+class SparseActs(torch.Tensor):
+    """
+    A sparse COO tensor, [batch, d_sae], whose sum over the batch is a dense tensor.
+
+    The trainer counts firing by two such sums a step. For a sparse result PyTorch sorts all
+    coordinates and waits for the device.
+    """
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            if func is torch.Tensor.sum and (*args[1:], *kwargs.values()) in ((0,), (-2,)):
+                values = args[0]._values()
+                if values.is_floating_point():
+                    sums = values.new_zeros(args[0].shape[1])
+                    return sums.index_add_(0, args[0]._indices()[1], values)
+            result = func(*args, **kwargs)
+            if func in (torch.Tensor.bool, torch.Tensor.float):
+                return torch.Tensor._make_subclass(cls, result)
+        return result
+
+    def __reduce_ex__(self, protocol: Any) -> Any:  # copied and saved as an ordinary one
+        return self.detach().__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        return self.detach().clone()
+
+
 @torch.compiler.disable()  # torch.compile has no sparse tensors
 def _sparse_rows(indices: torch.Tensor, acts: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
     rows = torch.arange(shape[0], device=indices.device).unsqueeze(-1).expand_as(indices)
     coordinates = torch.stack((rows, indices)).flatten(1)
-    return torch.sparse_coo_tensor(coordinates, acts.flatten(), shape, check_invariants=False)
+    acts = torch.sparse_coo_tensor(coordinates, acts.flatten(), shape, check_invariants=False)
+    return torch.Tensor._make_subclass(SparseActs, acts)
 
 
 def _has_hooks(point: HookPoint) -> bool:

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sae_lens_flex.ops import encode as encode_module
 from sae_lens_flex.ops import reference
-from sae_lens_flex.ops.dead_latents import DeadLatents, dead_latents_loss, with_rows
+from sae_lens_flex.ops.dead_latents import DeadLatents, RowsLater, dead_latents_loss, nonzero_later
 from sae_lens_flex.ops.encode import encode, latent_major
 from sae_lens_flex.ops.selection import Selection, select
 
@@ -27,6 +27,7 @@ SHAPES = [
 # Of float32 sums over D or B * K; of a gradient or pre-activation rounded to 16 bits.
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 2**-6, torch.float16: 2**-9}
 ARGUMENTS = ("x", "W_enc", "b_enc", "b_dec")
+DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
 N_EXAMPLES = 300 if torch.cuda.is_available() else 12
 
 BACKENDS = [
@@ -406,12 +407,22 @@ def test_loss_on_dead_latents_has_no_second_derivative() -> None:
 def test_gradients_of_rows_and_of_the_whole_add_up(used) -> None:
     weight = torch.randn(9, 4, requires_grad=True)
     latents = torch.tensor([7, 2])
+    later = RowsLater(weight)
     gradients = []
-    for whole, rows in (with_rows(weight, latents), (weight, weight[latents])):
+    for whole, rows in ((later.weight, later.take(latents)), (weight, weight[latents])):
         assert torch.equal(rows, weight[latents])
         loss = used[0] * whole.square().sum() + used[1] * rows.sin().sum()
         gradients.append(torch.autograd.grad(loss, weight)[0])
     assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("n_set", [0, 1, 1000])
+def test_nonzero_later_is_nonzero(device, n_set) -> None:
+    mask = torch.arange(1000, device=device) < n_set
+    mask = mask[torch.randperm(1000, device=device)]
+    wait = nonzero_later(mask)
+    assert torch.equal(wait(), mask.nonzero().squeeze(-1))
 
 
 # --- operators

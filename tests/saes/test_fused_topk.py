@@ -1,6 +1,7 @@
 """What flex_topk and hierarchical_topk share: a training step's paths, hooks, outputs, dtypes."""
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -366,6 +367,46 @@ def test_sparse_feature_acts_work_as_the_trainer_uses_them(architecture) -> None
     assert torch.equal(did_fire.to_dense(), expected_firing.sum(-2).bool())
     assert torch.equal(torch.zeros(D_SAE) + firing.sum(0), expected_firing.sum(0))
     assert torch.equal(firing.sum(-1).to_dense(), expected_firing.sum(-1))
+
+
+@both_architectures
+def test_sparse_feature_acts_are_otherwise_an_ordinary_tensor(architecture) -> None:
+    acts = run_step(trained_sae(architecture), random_activations()).feature_acts
+    dense = acts.to_dense()
+    assert type(dense) is torch.Tensor
+    for dim in (0, 1, -1, -2, (0, 1), None):
+        torch.testing.assert_close(acts.sum(dim).to_dense(), dense.sum(dim))
+    torch.testing.assert_close(acts.sum(dim=0), dense.sum(dim=0))
+    torch.testing.assert_close(acts.sum(0, keepdim=True).to_dense(), dense.sum(0, keepdim=True))
+    assert torch.equal(acts.bool().sum(0).to_dense(), dense.bool().sum(0))
+    assert torch.equal(acts.coalesce().to_dense(), dense)
+    assert torch.equal((acts * 2).to_dense(), dense * 2)
+    for twin in (copy.deepcopy(acts), pickle.loads(pickle.dumps(acts))):
+        assert torch.equal(twin.to_dense(), dense)
+    torch.testing.assert_close(acts @ torch.ones(D_SAE, 2), dense @ torch.ones(D_SAE, 2))
+
+
+@pytest.mark.gpu
+@both_architectures
+def test_a_step_without_dead_latents_waits_for_nothing_it_launched(architecture) -> None:
+    trainer = SAETrainer(
+        SAETrainerConfig(
+            total_training_samples=100 * BATCH,
+            train_batch_size_samples=BATCH,
+            lr_end=3e-5,
+            device="cuda",
+        ),
+        sae=trained_sae(architecture, device="cuda"),
+        data_provider=iter(()),
+    )
+    batch = random_activations().cuda()
+    for _ in range(2):
+        trainer.step(batch)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        trainer.step(batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @both_architectures
