@@ -27,6 +27,7 @@ from .fused_loss import (
     accumulation_dtype,
     check_is_first_derivative,
     computes_by_triton,
+    no_autocast,
     scaled,
 )
 from .selection import Selection, select
@@ -68,7 +69,7 @@ def _compute(
     outputs = [tensor.zero_() for tensor in shapes]
     loss, grad_x, grad_enc, grad_b_enc, grad_dec, grad_b_dec = outputs
     n_rows = chunk_rows(n_samples, n_dead, dtype, x.device)
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x.device):
         rows = (x if b_dec is None else x - b_dec).to(dtype)
         encoder, decoder = W_enc_rows.to(dtype), W_dec.to(dtype)
         for start in range(0, n_samples, n_rows):
@@ -196,20 +197,23 @@ def dead_latents_loss(
 
 class _Later(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: torch.Tensor, arrived: list[Any]) -> Any:
+    def forward(ctx: Any, W_enc: torch.Tensor, W_dec: torch.Tensor, arrived: list[Any]) -> Any:
         ctx.set_materialize_grads(False)
-        ctx.shape, ctx.arrived = weight.shape, arrived
-        return weight.view_as(weight), weight.new_empty(0)
+        ctx.shape, ctx.arrived = W_dec.shape, arrived
+        return W_enc.view_as(W_enc), W_dec.view_as(W_dec), W_dec.new_empty(0)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:
-        grad_weight, _ = gradients
-        for latents, grad_rows in ctx.arrived:
-            if grad_weight is None:
-                grad_weight = grad_rows.new_zeros(ctx.shape)
-            grad_weight.index_add_(0, latents, grad_rows)
+        grad_enc, grad_dec, _ = gradients
+        for latents, grad_enc_rows, grad_dec_rows in ctx.arrived:
+            if grad_enc is None:
+                grad_enc = grad_enc_rows.new_zeros(ctx.shape).T
+            if grad_dec is None:
+                grad_dec = grad_dec_rows.new_zeros(ctx.shape)
+            grad_enc.T.index_add_(0, latents, grad_enc_rows)
+            grad_dec.index_add_(0, latents, grad_dec_rows)
         ctx.arrived.clear()
-        return grad_weight, None
+        return grad_enc, grad_dec, None
 
 
 class _TakeRows(torch.autograd.Function):
@@ -217,39 +221,42 @@ class _TakeRows(torch.autograd.Function):
     def forward(
         ctx: Any,
         token: torch.Tensor,
-        weight: torch.Tensor,
+        W_enc: torch.Tensor,
+        W_dec: torch.Tensor,
         latents: torch.Tensor,
         arrived: list[Any],
-    ) -> torch.Tensor:
+    ) -> Any:
         ctx.save_for_backward(latents)
         ctx.arrived = arrived
-        return weight.index_select(0, latents)
+        return W_enc.T.index_select(0, latents), W_dec.index_select(0, latents)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        (grad_rows,) = gradients
-        ctx.arrived.append((*ctx.saved_tensors, grad_rows))
-        return grad_rows.new_empty(0), None, None, None
+        ctx.arrived.append((*ctx.saved_tensors, *gradients))
+        return gradients[0].new_empty(0), None, None, None, None
 
 
-class RowsLater:
-    """A weight, [F, D], for use at once, and copies of rows of it, [n, D], chosen later.
+class DictionaryLater:
+    """A dictionary for use at once, and copies of some latents' part of it, chosen later.
 
-    As `weight` and `weight[latents]`, but that the rows' gradient is added to that of `weight` in
-    place, where autograd would make a second [F, D] tensor of it. That takes a gradient which
-    nothing else holds, as the fused operators' are, and latents without repeats.
+    As `W_enc`, `W_dec`, `W_enc.T[latents]` and `W_dec[latents]`, but that the gradients of the
+    latter are added to those of the former in place, where autograd would make second [F, D]
+    tensors of them. That takes gradients which nothing else holds, as the fused operators' are, and
+    latents without repeats.
 
     Attributes:
-        weight: to be used in place of the weight.
+        W_enc, W_dec: to be used in place of the dictionary's own.
     """
 
-    def __init__(self, weight: torch.Tensor) -> None:
+    def __init__(self, W_enc: torch.Tensor, W_dec: torch.Tensor) -> None:
         self._arrived: list[Any] = []
-        # The token makes autograd wait for the rows' gradient before it passes on that of weight.
-        self.weight, self._token = _Later.apply(weight, self._arrived)  # pyright: ignore[reportGeneralTypeIssues]
+        # The token makes autograd wait for the later gradients before it passes the others on.
+        self.W_enc, self.W_dec, self._token = _Later.apply(W_enc, W_dec, self._arrived)  # pyright: ignore[reportGeneralTypeIssues]
 
-    def take(self, latents: torch.Tensor) -> torch.Tensor:
-        return _TakeRows.apply(self._token, self.weight.detach(), latents, self._arrived)  # pyright: ignore[reportReturnType]
+    def take(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the latents' columns of W_enc, transposed, and rows of W_dec: [n, D] each."""
+        weights = self.W_enc.detach(), self.W_dec.detach()
+        return _TakeRows.apply(self._token, *weights, latents, self._arrived)  # pyright: ignore[reportReturnType]
 
 
 def nonzero_later(mask: torch.Tensor) -> Callable[[], torch.Tensor]:

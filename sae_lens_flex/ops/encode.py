@@ -18,6 +18,7 @@ W_enc, [D, F], is fastest where a latent's column is contiguous, as its gradient
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +32,7 @@ from .fused_loss import (
     computes_by_triton,
     fused_loss,
     is_traced,
+    no_autocast,
 )
 from .inverted_index import InvertedIndex, invert, sum_by_latent
 from .selection import Selection, select
@@ -86,7 +88,7 @@ def chunk_rows(n_samples: int, n_latents: int, dtype: torch.dtype, device: torch
     return -(-n_samples // n_chunks)
 
 
-def _encode(
+def _encode_and_keep_rows(
     x: torch.Tensor,
     W_enc: torch.Tensor,
     b_enc: torch.Tensor,
@@ -103,20 +105,24 @@ def _encode(
         x.new_empty((n_samples, k), dtype=torch.promote_types(dtype, b_enc.dtype)),
     )
     n_rows = chunk_rows(n_samples, n_latents, dtype, x.device)
-    with torch.autocast(x.device.type, enabled=False):
-        rows, weight = _rows_of(x, b_dec, dtype), W_enc.to(dtype)
-        for start in range(0, n_samples, n_rows):
-            chunk = slice(start, start + n_rows)
-            select(
-                rows[chunk] @ weight,
-                b_enc,
-                norms,
-                Selection(out.indices[chunk], out.hidden[chunk]),
-                use_triton,
-            )
+    # Autocast, where it is on, leaves products of its own dtype and of float64 as they are.
+    rows, weight = _rows_of(x, b_dec, dtype), W_enc.to(dtype)
+    for start in range(0, n_samples, n_rows):
+        chunk = slice(start, start + n_rows)
+        select(
+            rows[chunk] @ weight,
+            b_enc,
+            norms,
+            Selection(out.indices[chunk], out.hidden[chunk]),
+            use_triton,
+        )
     # Without a gradient, the index of nothing.
-    index = invert(out.indices if needs_index else out.indices[:0], n_latents)
-    return out.hidden, out.indices, *index
+    index = invert(out.indices if needs_index else out.indices[:0], None)
+    return out.hidden, out.indices, *index, rows
+
+
+def _encode(*inputs: Any) -> tuple[torch.Tensor, ...]:
+    return _encode_and_keep_rows(*inputs)[:-1]
 
 
 def _encode_shapes(x, W_enc, b_enc, b_dec, norms, k, dtype, use_triton, needs_index):
@@ -130,7 +136,7 @@ def _encode_shapes(x, W_enc, b_enc, b_dec, norms, k, dtype, use_triton, needs_in
     )
 
 
-def _encode_backward(
+def _gradients(
     grad_hidden: torch.Tensor,
     indices: torch.Tensor,
     latents: torch.Tensor,
@@ -142,23 +148,27 @@ def _encode_backward(
     dtype: torch.dtype,
     use_triton: bool,
     wanted: list[bool],
-) -> tuple[torch.Tensor, ...]:
+    rows: torch.Tensor | None = None,
+) -> tuple[torch.Tensor | None, ...]:
     wants_x, wants_weight, wants_b_enc, wants_b_dec = wanted
-    n_latents = W_enc.shape[1]
     grad_hidden = grad_hidden.contiguous()
-    grad_x, grad_weight, grad_b_enc, grad_b_dec = (x.new_empty(0) for _ in wanted)
-    with torch.autocast(x.device.type, enabled=False):
+    grad_x = grad_weight = grad_b_enc = grad_b_dec = None
+    with no_autocast(x.device):
         if wants_weight:
+            if rows is None:
+                rows = _rows_of(x, b_dec, dtype)
             grad_weight = W_enc.new_empty(W_enc.T.shape)
             by = sum_by_latent if use_triton else _sum_by_latent_by_torch
-            by(InvertedIndex(latents, pairs), grad_hidden, _rows_of(x, b_dec, dtype), grad_weight)
+            by(InvertedIndex(latents, pairs), grad_hidden, rows, grad_weight)
         if wants_b_enc or wants_b_dec:
-            sums = grad_hidden.new_zeros(n_latents, dtype=accumulation_dtype(x, W_enc))
+            sums = grad_hidden.new_zeros(W_enc.shape[1], dtype=accumulation_dtype(x, W_enc))
             sums.index_add_(0, indices.flatten(), grad_hidden.flatten().to(sums.dtype))
             if wants_b_enc:
                 grad_b_enc = sums.to(b_enc.dtype)
             if b_dec is not None and wants_b_dec:
-                grad_b_dec = -(W_enc @ sums.to(W_enc.dtype)).to(b_dec.dtype)
+                sums = sums.to(W_enc.dtype)
+                like_b_dec = b_dec.to(W_enc.dtype)  # is not read, with beta=0
+                grad_b_dec = torch.addmv(like_b_dec, W_enc, sums, beta=0, alpha=-1).to(b_dec.dtype)
         if wants_x:
             _, grad_x = fused_loss(
                 "topk_loss",
@@ -172,6 +182,11 @@ def _encode_backward(
             )
             grad_x = grad_x.to(x.dtype)
     return grad_x, grad_weight, grad_b_enc, grad_b_dec
+
+
+def _encode_backward(grad_hidden: torch.Tensor, *others: Any) -> tuple[torch.Tensor, ...]:
+    gradients = _gradients(grad_hidden, *others)
+    return tuple(grad_hidden.new_empty(0) if each is None else each for each in gradients)
 
 
 def _encode_backward_shapes(
@@ -211,13 +226,14 @@ class _Encode(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *inputs):
-        output = _encode(*inputs)
+        *output, rows = _encode_and_keep_rows(*inputs)
         _keep_inputs(ctx, inputs, output)
-        return output
+        ctx.rows = rows if inputs[-1] else None
+        return tuple(output)
 
     @staticmethod
     def backward(ctx, *grad_outputs):
-        return _differentiate(ctx, _encode_backward, grad_outputs[0])
+        return _differentiate(ctx, partial(_gradients, rows=ctx.rows), grad_outputs[0])
 
 
 def _differentiate_operator(ctx, *grad_outputs):

@@ -16,6 +16,7 @@ where a bias, if there is one, is part of every reconstruction: dL/dbias = sum_b
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -215,10 +216,7 @@ def define_loss_operator(name: str, *, triton: Launcher, torch_: Launcher) -> No
             *(indices, weight, vals, bias, target),
             *(level_weights, index, factor, Wanted(*wanted)),
         )
-        device_type = weight.device.type
-        if not torch.is_autocast_enabled(device_type):
-            return launch(*arguments)
-        with torch.autocast(device_type, enabled=False):
+        with no_autocast(weight.device):
             return launch(*arguments)
 
     def operate(*arguments: Any) -> tuple[torch.Tensor, ...]:
@@ -264,6 +262,13 @@ def define_loss_operator(name: str, *, triton: Launcher, torch_: Launcher) -> No
     _library.impl(name, operate, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", shapes_only)
     torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=keep_gradients)
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Return a context without autocast: none where it is off, for entering one takes time."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def accumulation_dtype(*tensors: torch.Tensor) -> torch.dtype:

@@ -27,10 +27,17 @@ class InvertedIndex(NamedTuple):
     pairs: torch.Tensor
 
 
-def invert(indices: torch.Tensor, n_latents: int) -> InvertedIndex:
-    """Group the pairs of `indices` ([B, K]) by latent, with one radix sort."""
-    latents = indices.flatten().clamp(-1, n_latents).to(torch.int32)
-    latents, pairs = latents.sort(stable=True)
+def invert(indices: torch.Tensor, n_latents: int | None) -> InvertedIndex:
+    """Group the pairs of `indices` ([B, K]) by latent, with one radix sort.
+
+    Args:
+        indices: [B, K], int32 or int64.
+        n_latents: F, or None where all indices are known to lie within [0, F).
+    """
+    latents = indices.flatten()
+    if n_latents is not None:
+        latents = latents.clamp(-1, n_latents)
+    latents, pairs = latents.to(torch.int32).sort(stable=True)
     return InvertedIndex(latents, pairs)
 
 

@@ -14,7 +14,7 @@ from sae_lens.util import dtype_to_str, str_to_dtype
 from transformer_lens.hook_points import HookPoint
 from typing_extensions import override
 
-from ..ops.dead_latents import DeadLatents, RowsLater, dead_latents_loss, nonzero_later
+from ..ops.dead_latents import DeadLatents, DictionaryLater, dead_latents_loss, nonzero_later
 from ..ops.encode import Encoded, encode, latent_major
 from ..ops.fused_loss import BACKENDS, accumulation_dtype, fused_loss
 from .normalization import forget_output_map, read_output_map
@@ -182,13 +182,11 @@ class _Watched(NamedTuple):
 
     Attributes:
         latents: returns their indices, and waits for them.
-        encoder_rows: the transpose of W_enc, [d_sae, d_in].
-        decoder: W_dec.
+        dictionary: what their part is to be taken from.
     """
 
     latents: Callable[[], torch.Tensor]
-    encoder_rows: RowsLater
-    decoder: RowsLater
+    dictionary: DictionaryLater
 
 
 class FusedTopKTrainingSAE(TopKTrainingSAE):
@@ -279,7 +277,7 @@ class FusedTopKTrainingSAE(TopKTrainingSAE):
         )
         hidden_pre = kept.hidden.detach()
         if norms is not None:
-            hidden_pre = hidden_pre * norms[kept.indices]
+            hidden_pre = hidden_pre * norms.take(kept.indices)
         feature_acts = self._report_feature_acts(kept.indices, hidden_pre.relu())
 
         vals, target = self._fold_into_target(kept.hidden.relu(), x)
@@ -333,8 +331,8 @@ class FusedTopKTrainingSAE(TopKTrainingSAE):
         """
         if mask is None or self.cfg.aux_loss_coefficient == 0:
             return self.W_enc, self.W_dec, None
-        watched = _Watched(nonzero_later(mask), RowsLater(self.W_enc.T), RowsLater(self.W_dec))
-        return watched.encoder_rows.weight.T, watched.decoder.weight, watched
+        dictionary = DictionaryLater(self.W_enc, self.W_dec)
+        return dictionary.W_enc, dictionary.W_dec, _Watched(nonzero_later(mask), dictionary)
 
     @torch.compiler.disable()
     def _dead_latents_loss(
@@ -350,10 +348,11 @@ class FusedTopKTrainingSAE(TopKTrainingSAE):
         n_dead, half_width = len(latents), self.cfg.d_in // 2
         if n_dead == 0:
             return residual.new_zeros(())
+        encoder_rows, decoder = watched.dictionary.take(latents)
         dead = DeadLatents(
-            watched.encoder_rows.take(latents),
+            encoder_rows,
             self.b_enc.index_select(0, latents),
-            watched.decoder.take(latents),
+            decoder,
             None if norms is None else norms[latents],
         )
         return dead_latents_loss(

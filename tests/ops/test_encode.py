@@ -10,7 +10,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sae_lens_flex.ops import encode as encode_module
 from sae_lens_flex.ops import reference
-from sae_lens_flex.ops.dead_latents import DeadLatents, RowsLater, dead_latents_loss, nonzero_later
+from sae_lens_flex.ops.dead_latents import (
+    DeadLatents,
+    DictionaryLater,
+    dead_latents_loss,
+    nonzero_later,
+)
 from sae_lens_flex.ops.encode import encode, latent_major
 from sae_lens_flex.ops.selection import Selection, select
 
@@ -404,16 +409,20 @@ def test_loss_on_dead_latents_has_no_second_derivative() -> None:
 
 
 @pytest.mark.parametrize("used", [(True, False), (False, True), (True, True)])
-def test_gradients_of_rows_and_of_the_whole_add_up(used) -> None:
-    weight = torch.randn(9, 4, requires_grad=True)
+def test_gradients_of_what_is_taken_later_are_added(used) -> None:
+    weights = [torch.randn(4, 9, requires_grad=True), torch.randn(9, 4, requires_grad=True)]
     latents = torch.tensor([7, 2])
-    later = RowsLater(weight)
+    later = DictionaryLater(*weights)
     gradients = []
-    for whole, rows in ((later.weight, later.take(latents)), (weight, weight[latents])):
-        assert torch.equal(rows, weight[latents])
-        loss = used[0] * whole.square().sum() + used[1] * rows.sin().sum()
-        gradients.append(torch.autograd.grad(loss, weight)[0])
-    assert torch.equal(*gradients)
+    for (encoder, decoder), (encoder_rows, decoder_rows) in (
+        ((later.W_enc, later.W_dec), later.take(latents)),
+        (weights, (weights[0].T[latents], weights[1][latents])),
+    ):
+        loss = used[0] * (encoder.square().sum() + decoder.cos().sum())
+        loss = loss + used[1] * (encoder_rows.sin().sum() + decoder_rows.exp().sum())
+        gradients.append(torch.autograd.grad(loss, weights))
+    for mine, expected in zip(*gradients, strict=True):
+        assert torch.equal(mine, expected)
 
 
 @pytest.mark.parametrize("device", DEVICES)
