@@ -157,8 +157,11 @@ class _FusedLoss(torch.autograd.Function):
     """The operator without PyTorch's dispatcher, which takes most of a small loss's time."""
 
     @staticmethod
-    def forward(ctx, name, *arguments):
-        loss, residual, *gradients = _computations[name](*arguments)
+    def forward(ctx, weight, vals, bias, target, name, indices, others):
+        # What takes no gradient comes as one argument: apply() looks at every one.
+        loss, residual, *gradients = _computations[name](
+            indices, weight, vals, bias, target, *others
+        )
         if residual is not None:
             ctx.mark_non_differentiable(residual)
         ctx.set_materialize_grads(False)  # which would be zeros of the size of weight
@@ -177,7 +180,7 @@ class _FusedLoss(torch.autograd.Function):
         some = [gradient for gradient in gradients if gradient is not None]
         if some:
             _scale(some, grad_outputs[0])
-        return None, None, *gradients, *(None,) * 6
+        return *gradients, None, None, None
 
 
 _computations: dict[str, Callable[..., Outputs]] = globals().get("_computations") or {}
@@ -348,13 +351,9 @@ def fused_loss(
         wanted += [tensor is not None and tensor.requires_grad for tensor in tensors]
     else:
         wanted += [False] * 4
-    arguments = (
-        *(indices, weight, vals, bias, target, level_weights),
-        *(index or (None, None)),
-        *(factor, use_triton, wanted),
-    )
+    others = level_weights, *(index or (None, None)), factor, use_triton, wanted
     if is_traced(indices, *tensors):
-        loss, residual, *_ = getattr(_operators, name)(*arguments)
+        loss, residual, *_ = getattr(_operators, name)(indices, *tensors, *others)
     else:
-        loss, residual = _FusedLoss.apply(name, *arguments)  # pyright: ignore[reportGeneralTypeIssues]
+        loss, residual = _FusedLoss.apply(*tensors, name, indices, others)  # pyright: ignore[reportGeneralTypeIssues]
     return loss, loss.new_empty(0) if residual is None else residual
