@@ -11,8 +11,9 @@ vals, bias, target)`.
 
 Times are medians of forward plus backward (gradients of weight, vals and bias) on random data:
 indices uniform over the latents, or with frequencies that fall with 1 / rank, distinct within a
-row. Peak memory is all that is allocated, inputs and gradients included. Every implementation is
-first compared with the definition in float64 on a part of the batch.
+row. Where they are small, `graph_ms` is the same replayed as a CUDA graph: the device's time, without
+the host's. Peak memory is all that is allocated, inputs and gradients included. Every implementation
+is first compared with the definition in float64 on a part of the batch.
 """
 
 import argparse
@@ -115,6 +116,19 @@ def time_ms(function: Callable[[], Any]) -> float:
     return do_bench(function, warmup=20, rep=100, return_mode="median")
 
 
+def graph_ms(function: Callable[[], Any]) -> float:
+    """Return what a replay as a CUDA graph takes: the device's time, without the host's."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return time_ms(graph.replay)
+
+
 def peak_gib(function: Callable[[], Any]) -> float:
     gc.collect()
     torch.cuda.empty_cache()
@@ -192,21 +206,32 @@ def table_small(losses: dict[str, dict[str, Loss]]) -> list[dict[str, Any]]:
     """Sizes at which launches count."""
     rows = []
     for size in (SMALL, SMALL._replace(B=1024), Size(4096, 64, 24576, 768)):
+        rows += measure_ours(losses, size, as_graph=True)
         batch = Batch(size, "uniform", torch.float32)
-        for name, by_kind in losses.items():
-            for kind, loss in by_kind.items():
+        for name in losses.keys() - {OURS}:
+            for kind, loss in losses[name].items():
                 cell = labels(size, "uniform", torch.float32)
                 rows.append(measure(name, loss, kind, batch, **cell))
     return rows
 
 
 def measure_ours(
-    losses: dict[str, dict[str, Loss]], size: Size, distribution: str = "uniform", **more: Any
+    losses: dict[str, dict[str, Loss]],
+    size: Size,
+    distribution: str = "uniform",
+    *,
+    as_graph: bool = False,
+    **more: Any,
 ) -> list[dict[str, Any]]:
-    """Measure our losses alone, in float32."""
+    """Measure our losses alone, in float32, and where asked also as a CUDA graph."""
     batch = Batch(size, distribution, torch.float32)
     cell = {**more, **labels(size, distribution, torch.float32)}
-    return [measure(OURS, loss, kind, batch, **cell) for kind, loss in losses[OURS].items()]
+    rows = []
+    for kind, loss in losses[OURS].items():
+        if as_graph:
+            cell["graph_ms"] = graph_ms(partial(batch.step, loss))
+        rows.append(measure(OURS, loss, kind, batch, **cell))
+    return rows
 
 
 def table_sweeps(losses: dict[str, dict[str, Loss]]) -> list[dict[str, Any]]:
@@ -215,7 +240,7 @@ def table_sweeps(losses: dict[str, dict[str, Loss]]) -> list[dict[str, Any]]:
     sizes = [start._replace(B=b) for b in (1024, 2048, 4096, 8192, 16384)]
     sizes += [start._replace(K=k) for k in (16, 32, 128, 256, 1024)]
     sizes += [start._replace(D=d) for d in (288, 576, 2304, 4608)]
-    return [row for size in sizes for row in measure_ours(losses, size)]
+    return [row for size in sizes for row in measure_ours(losses, size, as_graph=True)]
 
 
 def table_memory(losses: dict[str, dict[str, Loss]]) -> list[dict[str, Any]]:

@@ -80,8 +80,9 @@ GPU_CASES = [
     Case("gemma_zipf", **GEMMA, firing="zipf", with_fused_adam=True, with_stages=True),
     Case("gemma_fp32", **GEMMA, autocast=False, with_fused_adam=True, with_stages=True),
     Case("gemma_dead", **GEMMA, n_dead=20_000),
-    Case("gpt2", **GPT2, with_fused_adam=True, with_stages=True),
-    Case("gpt2_fp32", **GPT2, autocast=False, with_fused_adam=True),
+    # Steps that wait for the host: more of them, for its time varies.
+    Case("gpt2", **GPT2, with_fused_adam=True, with_stages=True, n_steps=300),
+    Case("gpt2_fp32", **GPT2, autocast=False, with_fused_adam=True, n_steps=100),
     Case("million", d_in=2304, d_sae=2**20, k=64, batch=4096, n_steps=10),
 ]
 CPU_CASES = [
