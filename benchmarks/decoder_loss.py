@@ -11,9 +11,9 @@ vals, bias, target)`.
 
 Times are medians of forward plus backward (gradients of weight, vals and bias) on random data:
 indices uniform over the latents, or with frequencies that fall with 1 / rank, distinct within a
-row. Where they are small, `graph_ms` is the same replayed as a CUDA graph: the device's time, without
-the host's. Peak memory is all that is allocated, inputs and gradients included. Every implementation
-is first compared with the definition in float64 on a part of the batch.
+row. Where they are small, `graph_ms` is the same replayed as a CUDA graph: the device's time,
+without the host's. Peak memory is all that is allocated, inputs and gradients included. Every
+implementation is first compared with the definition in float64 on a part of the batch.
 """
 
 import argparse
