@@ -24,6 +24,7 @@ import json
 import platform
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -378,17 +379,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
-    parser.add_argument("--module", action="append", default=[], metavar="MODULE")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--plot", action="store_true")
+    parser.add_argument(
+        "--tables", nargs="+", choices=TABLES, default=list(TABLES), help="what to measure"
+    )
+    parser.add_argument(
+        "--module", action="append", default=[], metavar="MODULE", help="to be timed beside ours"
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS, help="JSON file to write, or to draw")
+    parser.add_argument(
+        "--plot", action="store_true", help="draw the figure, by kaleido; measures nothing"
+    )
     args = parser.parse_args()
     results = json.loads(args.out.read_text()) if args.out.exists() else {}
     if args.plot:
+        if find_spec("kaleido") is None:
+            parser.error("the figure needs the package kaleido: pip install kaleido")
         plot(results)
         return
     if not torch.cuda.is_available():
-        parser.error("this needs a CUDA device")
+        parser.error("this needs a CUDA device; benchmarks.train_step runs on a CPU, too")
     losses = implementations(args.module)
     for name in args.tables:
         results[name] = {"machine": machine(), "rows": TABLES[name](losses)}

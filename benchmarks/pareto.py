@@ -2,10 +2,12 @@
 
     python benchmarks/pareto.py
 
-runs examples/choose_a_budget.py, keeps what it measured in results/pareto_tiny_lm.json and draws
-figures/pareto_tiny_lm.png, for which plotly needs the package kaleido and a Chrome.
+runs examples/choose_a_budget.py, keeps what it measured in benchmarks/results/pareto_tiny_lm.json
+and draws benchmarks/figures/pareto_tiny_lm.png, for which plotly needs the package kaleido and a
+Chrome.
 """
 
+import argparse
 import datetime
 import json
 import os
@@ -13,6 +15,7 @@ import platform
 import subprocess
 import sys
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -23,6 +26,12 @@ COMMAND = ["examples/choose_a_budget.py", "--n-batches", "32"]
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.parse_args()
+    if find_spec("kaleido") is None:
+        parser.error("the figure needs the package kaleido: pip install kaleido")
     with TemporaryDirectory() as output:
         subprocess.run([sys.executable, *COMMAND, "--output", output], cwd=HERE.parent, check=True)
         sweep = BudgetSweep.from_json(Path(output, "sweep.json").read_text())

@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -447,9 +448,17 @@ def main() -> None:
     is_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="small, on a CPU")
-    parser.add_argument("--cases", nargs="+", metavar="NAME", help="of this device; all by default")
+    parser.add_argument(
+        "--cases",
+        nargs="+",
+        metavar="NAME",
+        help="by default all of this device's: "
+        + ", ".join(case.name for case in (GPU_CASES if is_gpu else CPU_CASES)),
+    )
     parser.add_argument("--results", type=Path, help="JSON file to write, or to draw")
-    parser.add_argument("--plot", action="store_true", help="draw the figure; measures nothing")
+    parser.add_argument(
+        "--plot", action="store_true", help="draw the figure, by kaleido; measures nothing"
+    )
     arguments = parser.parse_args()
     cases = QUICK_CASES if arguments.quick else GPU_CASES if is_gpu else CPU_CASES
     if arguments.cases:
@@ -463,6 +472,8 @@ def main() -> None:
     if arguments.quick:
         run(cases, arguments.results)
     elif arguments.plot:
+        if find_spec("kaleido") is None:
+            parser.error("the figure needs the package kaleido: pip install kaleido")
         plot(path, HERE / "figures" / path.with_suffix(".png").name)
     else:
         run(cases, path)

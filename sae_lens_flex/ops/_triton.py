@@ -45,7 +45,7 @@ def why_unavailable(device: torch.device) -> str | None:
     """Return why Triton kernels cannot run on `device`, or None where they can."""
     if not IS_INSTALLED:
         return "the package triton, which there is for Linux, is not installed"
-    if device.type != "cuda" and not INTERPRETED:
+    if device.type != "cuda" and not (INTERPRETED and device.type == "cpu"):
         return f"they run on CUDA and ROCm devices, and the tensors are on {str(device)!r}"
     return None
 

@@ -30,6 +30,8 @@ def check_arguments(
             raise TypeError(
                 f"{name} has dtype {tensor.dtype}, expected {', '.join(others)} or {last}"
             )
+        if tensor.layout != torch.strided:
+            raise TypeError(f"{name} has layout {tensor.layout}, expected torch.strided")
         if tensor.device != indices.device:
             raise ValueError(
                 f"{name} is on {str(tensor.device)!r}, expected indices' {str(indices.device)!r}"

@@ -149,7 +149,7 @@ def check_is_first_derivative(name: str) -> None:
     if torch.is_grad_enabled():
         raise RuntimeError(
             f"{name} has no second derivative: its backward pass was asked for a graph "
-            "(create_graph=True). Use the plain definitions in sae_lens_flex.ops.reference."
+            "(create_graph=True). The plain definitions, such as hierarchical_sae_loss, have one."
         )
 
 
@@ -174,7 +174,7 @@ class _FusedLoss(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError(
                 f"{ctx.name} has been differentiated already, and its gradients were given away: "
-                "compute the loss once more"
+                "compute the loss once more, or ask for all gradients at once"
             )
         gradients, ctx.gradients = ctx.gradients, None
         some = [gradient for gradient in gradients if gradient is not None]

@@ -336,11 +336,13 @@ def triton_hierarchical_sae_loss(
         level_weights: [K], not differentiated. None weighs each level 1 / K.
 
     Returns:
-        The loss, a float32 scalar, differentiable once in weight, vals, bias and target.
+        The loss, a float32 scalar, differentiable in weight, vals, bias and target by one backward
+        pass, which gives away the gradients that the forward pass computed.
 
     Raises:
         TypeError, ValueError: for an argument of the wrong type, dtype, shape or device.
-        RuntimeError: where Triton or its device is missing, and for a second derivative.
+        RuntimeError: where Triton or its device is missing, for a second backward pass through the
+            same graph, and for a second derivative.
     """
     check_arguments(indices, weight, vals, bias, target, level_weights)
     loss, _ = fused_loss(

@@ -12,16 +12,25 @@ them kept for each activation. Level j is the reconstruction from an activation'
 import torch
 from torch.nn.functional import embedding
 
-from .checks import FLOAT_DTYPES, check_arguments
+from .checks import FLOAT_DTYPES, check_arguments, check_range
 
 DTYPES = (*FLOAT_DTYPES, torch.float64)
+
+
+def rows_of(indices: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Return weight[indices], or raise an IndexError that says what `indices` reaches."""
+    try:
+        return embedding(indices, weight)
+    except IndexError:
+        check_range(indices, weight.shape[0])
+        raise
 
 
 def levels(
     indices: torch.Tensor, weight: torch.Tensor, vals: torch.Tensor, bias: torch.Tensor
 ) -> torch.Tensor:
     """Return every level's reconstruction, shape [B, K, D]."""
-    return (vals.unsqueeze(-1) * embedding(indices, weight)).cumsum(dim=1) + bias
+    return (vals.unsqueeze(-1) * rows_of(indices, weight)).cumsum(dim=1) + bias
 
 
 def hierarchical_sae_loss(
@@ -35,15 +44,20 @@ def hierarchical_sae_loss(
 ) -> torch.Tensor:
     """Return the squared error of every level, averaged over B, K and D.
 
-    The loss of HierarchicalTopK (Balagansky et al. 2025, arXiv 2505.24473).
+    The loss of HierarchicalTopK (Balagansky et al. 2025, arXiv 2505.24473):
+
+        mean over b, j, d of (x_hat_j[b, d] - target[b, d])^2,
+        x_hat_j[b] = bias + sum_{i <= j} vals[b, i] * weight[indices[b, i]].
 
     Args:
-        indices: kept latents, [B, K], integers in [0, F), in the order of the levels.
+        indices: kept latents, [B, K], integers in [0, F), in the order of the levels. One that
+            comes twice in a row counts twice.
         weight: decoder rows, [F, D].
         vals: decode coefficients, [B, K], of any sign and order.
         bias: decoder bias, [D].
         target: activations to reconstruct, [B, D].
-        level_weights: weight of each level's mean squared error, [K]. None weighs each 1 / K.
+        level_weights: weight of each level's mean squared error, [K], not differentiated. None
+            weighs each 1 / K.
 
     Returns:
         The loss, a scalar, differentiable in weight, vals, bias and target.
@@ -54,7 +68,7 @@ def hierarchical_sae_loss(
     """
     check_arguments(indices, weight, vals, bias, target, level_weights, DTYPES)
     error = (levels(indices, weight, vals, bias) - target.unsqueeze(1)).square().mean(dim=(0, 2))
-    return error.mean() if level_weights is None else error @ level_weights
+    return error.mean() if level_weights is None else error @ level_weights.detach().to(error.dtype)
 
 
 def topk_sae_loss(
@@ -66,10 +80,12 @@ def topk_sae_loss(
 ) -> torch.Tensor:
     """Return the squared error of the reconstruction from all K latents, averaged over B and D.
 
+        mean over b, d of (bias + sum_i vals[b, i] * weight[indices[b, i]] - target[b])[d]^2
+
     Arguments as in `hierarchical_sae_loss`.
     """
     check_arguments(indices, weight, vals, bias, target, float_dtypes=DTYPES)
-    reconstruction = (vals.unsqueeze(-1) * embedding(indices, weight)).sum(dim=1) + bias
+    reconstruction = (vals.unsqueeze(-1) * rows_of(indices, weight)).sum(dim=1) + bias
     return (reconstruction - target).square().mean()
 
 

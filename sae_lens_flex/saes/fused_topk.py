@@ -265,6 +265,10 @@ class FusedTopKTrainingSAE(TopKTrainingSAE):
             return self._unfused_training_forward_pass(step_input)
 
         x = step_input.sae_in
+        if x.shape[0] == 0:
+            raise ValueError(
+                f"sae_in has shape {list(x.shape)}, expected [batch, d_in] with an activation"
+            )
         encoder, decoder, watched = self._watch_dead(step_input.dead_neuron_mask)
         norms = None
         if self.cfg.rescale_acts_by_decoder_norm:

@@ -147,12 +147,20 @@ def test_backward_multiplies_by_the_incoming_gradient(implementation, factor) ->
     assert_matches_definition(implementation, indices, inputs, factor)
 
 
-def test_level_weights(implementation) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_level_weights(implementation, dtype) -> None:
     if not implementation.uses_levels():
         pytest.skip("TopK has one level")
     indices, inputs = random_inputs((6, 5, 20, 33), device=implementation.device)
-    level_weights = torch.tensor([0.5, 0.0, 0.25, 0.0, 2.0], device=implementation.device)
+    level_weights = torch.tensor([0.5, 0.0, 0.25, 0.0, 2.0], dtype=dtype)
+    level_weights = level_weights.to(implementation.device).requires_grad_()
     assert_matches_definition(implementation, indices, inputs, level_weights=level_weights)
+    assert level_weights.grad is None
+    inputs = {name: value.detach() for name, value in inputs.items()}
+    assert not implementation.loss(indices, **inputs, level_weights=level_weights).requires_grad
+    assert not hierarchical_sae_loss(
+        indices, **inputs, level_weights=level_weights.double()
+    ).requires_grad
 
 
 @pytest.mark.parametrize("factor", [1, 2])
@@ -217,7 +225,7 @@ def test_non_finite_input_makes_the_same_results_non_finite(implementation, name
 def test_definitions_refuse_what_is_no_latent(definition, latent) -> None:
     indices, inputs = random_inputs((6, 5, 20, 33))
     indices[2, 3] = latent
-    with pytest.raises(IndexError):
+    with pytest.raises(IndexError, match=r"indices reaches .*, expected latents in \[0, 20\)"):
         definition(indices, **inputs)
 
 
@@ -320,6 +328,11 @@ def test_compiles_without_a_graph_break(implementation) -> None:
             {"weight": torch.zeros(20, 33, dtype=torch.int8)},
             TypeError,
             "weight has dtype torch.int8",
+        ),
+        (
+            {"weight": torch.zeros(20, 33).to_sparse()},
+            TypeError,
+            "weight has layout torch.sparse_coo, expected torch.strided",
         ),
         ({"vals": [[1.0]]}, TypeError, "vals is a list, expected a torch.Tensor"),
         (

@@ -370,6 +370,12 @@ def test_sparse_feature_acts_work_as_the_trainer_uses_them(architecture) -> None
 
 
 @both_architectures
+def test_empty_batch_is_an_error_that_says_so(architecture) -> None:
+    with pytest.raises(ValueError, match=r"sae_in has shape \[0, 16\]"):
+        run_step(trained_sae(architecture), random_activations()[:0])
+
+
+@both_architectures
 def test_sparse_feature_acts_are_otherwise_an_ordinary_tensor(architecture) -> None:
     acts = run_step(trained_sae(architecture), random_activations()).feature_acts
     dense = acts.to_dense()
