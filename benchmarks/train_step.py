@@ -265,13 +265,20 @@ def measure_stages(case: Case, gb_per_s: float) -> list[dict[str, Any]]:
         rows.append({"stage": stage, "ms": ms, "floor_ms": floor})
         return ms
 
+    autocast = torch.autocast(case.device, dtype=torch.bfloat16, enabled=case.autocast)
     with torch.no_grad():
-        norms = sae.W_dec.norm(dim=-1)
+        with autocast:
+            norms, low_decoder = sae._norms_and_low_decoder()
         low_x, low_weight = (x - sae.b_dec).to(dtype), sae.W_enc.to(dtype)
         if dtype != sae.W_enc.dtype:
             cast_bytes = n_weight * (4 + dtype.itemsize)
             add("W_enc cast", lambda: sae.W_enc.to(dtype), cast_bytes)
-        add("decoder norms", lambda: sae.W_dec.norm(dim=-1), 4 * n_weight)
+        if low_decoder is None:
+            add("decoder norms", sae._norms_and_low_decoder, 4 * n_weight)
+        else:
+            with autocast:
+                n_bytes = n_weight * (4 + low_decoder.itemsize)
+                add("decoder norms and copy", sae._norms_and_low_decoder, n_bytes)
         n_rows = chunk_rows(case.batch, case.d_sae, dtype, x.device)
 
         def products() -> None:
@@ -297,7 +304,7 @@ def measure_stages(case: Case, gb_per_s: float) -> list[dict[str, Any]]:
         rows[-1]["torch_topk_ms"] = median_ms(lambda: by_topk.topk(case.k), case.device) * (
             case.batch / len(part)
         )
-        with torch.autocast(case.device, dtype=torch.bfloat16, enabled=case.autocast):
+        with autocast:
             kept = encode(x, sae.W_enc, sae.b_enc, sae.b_dec, norms, case.k)
         add("inverted index", lambda: invert(kept.indices, case.d_sae))
         index = invert(kept.indices, case.d_sae)
@@ -307,7 +314,9 @@ def measure_stages(case: Case, gb_per_s: float) -> list[dict[str, Any]]:
 
         def decoder_loss(name: str = name) -> None:
             loss, _ = fused_loss(
-                name, kept.indices, sae.W_dec, vals, None, target, needs_residual=True
+                *(name, kept.indices, sae.W_dec, vals, None, target),
+                low_weight=low_decoder,
+                needs_residual=True,
             )
             loss.backward()
             sae.W_dec.grad = vals.grad = None

@@ -69,6 +69,7 @@ Launcher = Callable[
         torch.Tensor | None,  # bias
         torch.Tensor,  # target
         torch.Tensor | None,  # level_weights
+        torch.Tensor | None,  # low_weight
         InvertedIndex | None,  # of the indices, where it is at hand
         float,  # factor
         Wanted,
@@ -205,6 +206,7 @@ def define_loss_operator(name: str, *, triton: Launcher, torch_: Launcher) -> No
         bias: torch.Tensor | None,
         target: torch.Tensor,
         level_weights: torch.Tensor | None,
+        low_weight: torch.Tensor | None,
         latents: torch.Tensor | None,
         pairs: torch.Tensor | None,
         factor: float,
@@ -217,7 +219,7 @@ def define_loss_operator(name: str, *, triton: Launcher, torch_: Launcher) -> No
         index = None if latents is None or pairs is None else InvertedIndex(latents, pairs)
         arguments = (
             *(indices, weight, vals, bias, target),
-            *(level_weights, index, factor, Wanted(*wanted)),
+            *(level_weights, low_weight, index, factor, Wanted(*wanted)),
         )
         with no_autocast(weight.device):
             return launch(*arguments)
@@ -251,15 +253,15 @@ def define_loss_operator(name: str, *, triton: Launcher, torch_: Launcher) -> No
 
     def backward(ctx, *gradients):
         check_is_first_derivative(name)
-        return None, *scaled(ctx.saved_tensors, gradients[0]), *(None,) * 6
+        return None, *scaled(ctx.saved_tensors, gradients[0]), *(None,) * 7
 
     _computations[name] = compute
     if hasattr(_operators, name):
         return  # the module is imported a second time
     _library.define(
         f"{name}(Tensor indices, Tensor weight, Tensor vals, Tensor? bias, Tensor target, "
-        "Tensor? level_weights, Tensor? latents, Tensor? pairs, float factor, bool use_triton, "
-        "bool[] wanted) "
+        "Tensor? level_weights, Tensor? low_weight, Tensor? latents, Tensor? pairs, float factor, "
+        "bool use_triton, bool[] wanted) "
         "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     )
     _library.impl(name, operate, "CompositeExplicitAutograd")
@@ -322,6 +324,7 @@ def fused_loss(
     target: torch.Tensor,
     *,
     level_weights: torch.Tensor | None = None,
+    low_weight: torch.Tensor | None = None,
     index: InvertedIndex | None = None,
     factor: float = 1.0,
     backend: str = "auto",
@@ -334,6 +337,8 @@ def fused_loss(
         indices, weight, vals, bias, target: as in `reference.hierarchical_sae_loss`; None for no
             bias.
         level_weights: [K] or None, as there.
+        low_weight: a copy of `weight` in a lower precision, [F, D], which is read in its place:
+            reading is most of what a loss does.
         index: the inverted index of `indices`, if it is at hand.
         factor: multiplies the loss. Given here rather than by the caller afterwards, it costs
             nothing in backward.
@@ -351,7 +356,7 @@ def fused_loss(
         wanted += [tensor is not None and tensor.requires_grad for tensor in tensors]
     else:
         wanted += [False] * 4
-    others = level_weights, *(index or (None, None)), factor, use_triton, wanted
+    others = level_weights, low_weight, *(index or (None, None)), factor, use_triton, wanted
     if is_traced(indices, *tensors):
         loss, residual, *_ = getattr(_operators, name)(indices, *tensors, *others)
     else:

@@ -199,6 +199,7 @@ def launch(
     bias: torch.Tensor | None,
     target: torch.Tensor,
     level_weights: torch.Tensor | None,
+    low_weight: torch.Tensor | None,
     index: InvertedIndex | None,
     factor: float,
     wanted: Wanted,
@@ -211,6 +212,7 @@ def launch(
     indices, vals, target = indices.contiguous(), vals.contiguous(), target.contiguous()
     if bias is not None:
         bias = bias.contiguous()
+    read = weight if low_weight is None else low_weight
     scale = factor / target.numel()
     if level_weights is not None:
         level_weights = level_weights.contiguous()
@@ -248,7 +250,7 @@ def launch(
             (n_programs, n_slices),
             (
                 indices,
-                weight,
+                read,
                 vals,
                 bias,
                 target,
@@ -264,7 +266,7 @@ def launch(
                 suffix_sums,
             ),
             (scale,),
-            (first_slice, bias_rows, n_samples, k, n_latents, d_in, *weight.stride()),
+            (first_slice, bias_rows, n_samples, k, n_latents, d_in, *read.stride()),
             BLOCK_B=BLOCK_B,
             BLOCK_D=BLOCK_D,
             LEVELS=LEVELS,

@@ -87,6 +87,7 @@ def _launch(
     bias: torch.Tensor | None,
     target: torch.Tensor,
     level_weights: torch.Tensor | None,
+    low_weight: torch.Tensor | None,
     index: InvertedIndex | None,
     factor: float,
     wanted: Wanted,
@@ -96,15 +97,18 @@ def _launch(
     is_small = indices.numel() * d_in < FEWEST_ELEMENTS
     if is_small and not torch.are_deterministic_algorithms_enabled():
         return hierarchical.launch(
-            indices, weight, vals, bias, target, None, None, factor, wanted, last_alone=True
+            *(indices, weight, vals, bias, target),
+            *(None, low_weight, None, factor, wanted),
+            last_alone=True,
         )
     # The gradients are gathered from the residual or, one [B, D] tensor less where it is not asked
     # for, from a target's gradient of equal precision, -2 scale times the residual.
     gathers = wanted.grad_weight or wanted.grad_vals or wanted.grad_bias
     by_target = wanted.grad_target and not wanted.residual and target.dtype == torch.float32
     indices, vals, target = indices.contiguous(), vals.contiguous(), target.contiguous()
+    read = weight if low_weight is None else low_weight
     scale = factor / target.numel()
-    block = SLICE_BYTES // weight.element_size()
+    block = SLICE_BYTES // read.element_size()
     n_slices = cdiv(d_in, block)
     loss_parts = target.new_empty((n_slices, n_samples), dtype=torch.float32)
     residual = grad_target = None
@@ -117,7 +121,7 @@ def _launch(
         (cdiv(n_samples, BLOCK_B), n_slices),
         (
             indices,
-            weight,
+            read,
             vals,
             None if bias is None else bias.contiguous(),
             target,
@@ -126,7 +130,7 @@ def _launch(
             grad_target,
         ),
         (scale,),
-        (n_samples, k, n_latents, d_in, *weight.stride()),
+        (n_samples, k, n_latents, d_in, *read.stride()),
         BLOCK_B=BLOCK_B,
         BLOCK_D=block,
         LEVELS=LEVELS,
@@ -148,7 +152,7 @@ def _launch(
                 rows,
                 grad_weight,
                 scale=scale_of_rows,
-                weight=weight if wanted.grad_vals else None,
+                weight=read if wanted.grad_vals else None,
             )
         if bias is not None and wanted.grad_bias:
             grad_bias = rows.sum(0).mul_(scale_of_rows).to(bias.dtype)

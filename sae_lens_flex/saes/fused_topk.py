@@ -15,8 +15,9 @@ from transformer_lens.hook_points import HookPoint
 from typing_extensions import override
 
 from ..ops.dead_latents import DeadLatents, DictionaryLater, dead_latents_loss, nonzero_later
-from ..ops.encode import Encoded, encode, latent_major
-from ..ops.fused_loss import BACKENDS, accumulation_dtype, fused_loss
+from ..ops.encode import Encoded, compute_dtype, encode, latent_major
+from ..ops.fused_loss import BACKENDS, accumulation_dtype, computes_by_triton, fused_loss
+from ..ops.norms import norms_and_copy
 from .normalization import forget_output_map, read_output_map
 
 
@@ -270,9 +271,7 @@ class FusedTopKTrainingSAE(TopKTrainingSAE):
                 f"sae_in has shape {list(x.shape)}, expected [batch, d_in] with an activation"
             )
         encoder, decoder, watched = self._watch_dead(step_input.dead_neuron_mask)
-        norms = None
-        if self.cfg.rescale_acts_by_decoder_norm:
-            norms = self.W_dec.detach().norm(dim=-1)
+        norms, low_decoder = self._norms_and_low_decoder()
 
         normalized = self._normalize(x)
         b_dec = self.b_dec if self.cfg.apply_b_dec_to_input else None
@@ -286,7 +285,7 @@ class FusedTopKTrainingSAE(TopKTrainingSAE):
 
         vals, target = self._fold_into_target(kept.hidden.relu(), x)
         forget_output_map(self)
-        mse_loss, residual = self._decoder_loss(kept, decoder, vals, target)
+        mse_loss, residual = self._decoder_loss(kept, decoder, low_decoder, vals, target)
         sae_out = (x.detach() + residual).to(self.dtype)
         metrics = {}
         if step_input.is_logging_step:
@@ -323,6 +322,18 @@ class FusedTopKTrainingSAE(TopKTrainingSAE):
         """Return what `process_sae_in` subtracts the decoder bias from."""
         x = self.hook_sae_input(self.reshape_fn_in(x.to(self.dtype)))
         return self.run_time_activation_norm_fn_in(x)
+
+    def _norms_and_low_decoder(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Return the norms by which latents are compared, and W_dec in autocast's lower precision.
+
+        None where there are none, and where the decoder loss would not gain by reading the copy.
+        """
+        decoder, rescales = self.W_dec.detach(), self.cfg.rescale_acts_by_decoder_norm
+        dtype = compute_dtype(decoder)
+        if dtype.itemsize < decoder.itemsize and computes_by_triton(self.cfg.backend, decoder):
+            norms, low_decoder = norms_and_copy(decoder, dtype)
+            return norms if rescales else None, low_decoder
+        return decoder.norm(dim=-1) if rescales else None, None
 
     @torch.compiler.disable()  # the number of dead latents changes from step to step
     def _watch_dead(
@@ -373,6 +384,7 @@ class FusedTopKTrainingSAE(TopKTrainingSAE):
         self,
         kept: Encoded,
         decoder: torch.Tensor,
+        low_decoder: torch.Tensor | None,
         vals: torch.Tensor,
         target: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -381,6 +393,7 @@ class FusedTopKTrainingSAE(TopKTrainingSAE):
         Args:
             kept: the kept latents.
             decoder: W_dec, [d_sae, d_in].
+            low_decoder: a copy of it in a lower precision, to be read in its place, or None.
             vals: the latents' decode coefficients, [batch, k].
             target: what `vals @ W_dec[indices]` is to reconstruct, [batch, d_in].
         """
@@ -391,6 +404,7 @@ class FusedTopKTrainingSAE(TopKTrainingSAE):
             vals,
             None,
             target,
+            low_weight=low_decoder,
             index=kept.inverted,
             factor=self.cfg.d_in,  # SAELens sums over d_in, where the operator averages
             backend=self.cfg.backend,

@@ -297,11 +297,16 @@ class HierarchicalTopKTrainingSAE(RuntimeBudget, FusedTopKTrainingSAE):
         self,
         kept: Encoded,
         decoder: torch.Tensor,
+        low_decoder: torch.Tensor | None,
         vals: torch.Tensor,
         target: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        level_weights = self._level_weights(target)
-        return self._levels_loss(kept.indices, decoder, vals, target, level_weights, kept.inverted)
+        return self._levels_loss(
+            *(kept.indices, decoder, vals, target),
+            self._level_weights(target),
+            low_decoder,
+            kept.inverted,
+        )
 
     @override
     def _logging_metrics(
@@ -368,6 +373,7 @@ class HierarchicalTopKTrainingSAE(RuntimeBudget, FusedTopKTrainingSAE):
         vals: torch.Tensor,
         target: torch.Tensor,
         level_weights: torch.Tensor | None,
+        low_decoder: torch.Tensor | None = None,
         index: InvertedIndex | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return fused_loss(
@@ -378,6 +384,7 @@ class HierarchicalTopKTrainingSAE(RuntimeBudget, FusedTopKTrainingSAE):
             None,
             target,
             level_weights=level_weights,
+            low_weight=low_decoder,
             index=index,
             factor=self.cfg.d_in,  # SAELens sums over d_in, where the operator averages
             backend=self.cfg.backend,

@@ -24,6 +24,22 @@ ARGUMENTS = ("weight", "vals", "bias", "target")
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 2**-8 + 5e-6, torch.float16: 2**-11 + 5e-6}
 
 
+_NOT_COMPILED = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="kernels are compiled where there is a CUDA device"
+)
+KERNEL_DEVICES = [
+    pytest.param("cpu", marks=_NOT_COMPILED),
+    pytest.param("cuda", marks=pytest.mark.gpu),
+]
+BACKENDS = [
+    pytest.param(("torch", "cpu"), id="torch-cpu"),
+    pytest.param(("triton", "cpu"), id="triton-cpu", marks=_NOT_COMPILED),
+    pytest.param(("torch", "cuda"), id="torch-cuda", marks=pytest.mark.gpu),
+    pytest.param(("triton", "cuda"), id="triton-cuda", marks=pytest.mark.gpu),
+]
+every_backend = pytest.mark.parametrize("on", BACKENDS)
+
+
 @dataclass
 class Implementation:
     definition: Callable[..., torch.Tensor]

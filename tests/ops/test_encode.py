@@ -19,7 +19,7 @@ from sae_lens_flex.ops.dead_latents import (
 from sae_lens_flex.ops.encode import encode, latent_major
 from sae_lens_flex.ops.selection import Selection, select
 
-from .comparison import relative_error
+from .comparison import every_backend, relative_error
 
 # (B, D, F, K): groups that do not divide F, one latent a group, K = F, one of everything.
 SHAPES = [
@@ -34,20 +34,6 @@ TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 2**-6, torch.float16: 2**-9}
 ARGUMENTS = ("x", "W_enc", "b_enc", "b_dec")
 DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
 N_EXAMPLES = 300 if torch.cuda.is_available() else 12
-
-BACKENDS = [
-    pytest.param(("torch", "cpu"), id="torch-cpu"),
-    pytest.param(
-        ("triton", "cpu"),
-        id="triton-cpu",
-        marks=pytest.mark.skipif(
-            torch.cuda.is_available(), reason="kernels are compiled where there is a CUDA device"
-        ),
-    ),
-    pytest.param(("torch", "cuda"), id="torch-cuda", marks=pytest.mark.gpu),
-    pytest.param(("triton", "cuda"), id="triton-cuda", marks=pytest.mark.gpu),
-]
-every_backend = pytest.mark.parametrize("on", BACKENDS)
 
 
 def shape_id(shape: tuple[int, ...]) -> str:

@@ -8,6 +8,7 @@ from sae_lens_flex.ops import (
     hierarchical_sae_loss,
     inverted_index,
     spread,
+    topk,
     topk_sae_loss,
     torch_backend,
     triton_hierarchical_sae_loss,
@@ -15,13 +16,16 @@ from sae_lens_flex.ops import (
 )
 from sae_lens_flex.ops.fused_loss import fused_loss
 from sae_lens_flex.ops.inverted_index import invert
+from sae_lens_flex.ops.norms import norms_and_copy
 
 from .comparison import (
     ARGUMENTS,
+    KERNEL_DEVICES,
     TOLERANCE,
     Implementation,
     assert_matches_definition,
     by_torch,
+    every_backend,
     in_float64,
     random_inputs,
     relative_error,
@@ -244,6 +248,42 @@ def test_residual_is_that_of_the_last_level(name, device) -> None:
 
 
 @pytest.mark.parametrize("name", ["hierarchical_loss", "topk_loss"])
+@pytest.mark.parametrize("is_small", [True, False])
+@every_backend
+def test_low_weight_is_read_in_place_of_weight(name, is_small, on, monkeypatch) -> None:
+    backend, device = on
+    if not is_small:
+        monkeypatch.setattr(topk, "FEWEST_ELEMENTS", 0)
+    indices, inputs = random_inputs((6, 5, 20, 33), device=device)
+    weight, vals, target = inputs["weight"], inputs["vals"], inputs["target"]
+    low_weight = weight.detach().bfloat16()
+    rounded = low_weight.float().requires_grad_()
+    results = []
+    for read, low in ((weight, low_weight), (rounded, None)):
+        loss, _ = fused_loss(
+            name, indices, read, vals, None, target, low_weight=low, backend=backend
+        )
+        results.append((loss, *torch.autograd.grad(loss, (read, vals, target))))
+    for mine, expected in zip(*results, strict=True):
+        assert mine.dtype == expected.dtype
+        assert relative_error(mine, expected.cpu().double()) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (5, 33), (3, 1024), (4, 2500)])
+@pytest.mark.parametrize("device", KERNEL_DEVICES)
+def test_norms_and_copy(device, shape, dtype) -> None:
+    weight = torch.randn(shape, device=device)
+    norms, copy = norms_and_copy(weight, dtype)
+    assert copy.dtype == dtype
+    cut_off = 2**-7 if device == "cpu" else 0  # the interpreter does not round to bfloat16
+    torch.testing.assert_close(copy.float(), weight.to(dtype).float(), rtol=cut_off, atol=0)
+    torch.testing.assert_close(norms, weight.norm(dim=-1))
+    if device == "cuda":
+        torch.library.opcheck(torch.ops.sae_lens_flex.norms_and_copy.default, (weight, dtype))
+
+
+@pytest.mark.parametrize("name", ["hierarchical_loss", "topk_loss"])
 def test_torch_backend_never_builds_all_levels(name, monkeypatch) -> None:
     monkeypatch.setattr(torch_backend, "CPU_CHUNK_ELEMENTS", 4 * 16 * 32)
     indices, inputs = random_inputs((64, 16, 24, 32))
@@ -275,7 +315,7 @@ def test_backward_makes_nothing_of_the_size_of_weight(implementation) -> None:
 def test_operator_passes_opcheck(name, device, use_triton) -> None:
     indices, inputs = random_inputs((6, 5, 20, 33), device=device)
     tensors = (indices, inputs["weight"], inputs["vals"], inputs["bias"], inputs["target"])
-    arguments = (*tensors, None, *invert(indices, 20), 3.0, use_triton)
+    arguments = (*tensors, None, None, *invert(indices, 20), 3.0, use_triton)
     operator = getattr(torch.ops.sae_lens_flex, name).default
     torch.library.opcheck(operator, (*arguments, 5 * [True]))
     with torch.no_grad():
