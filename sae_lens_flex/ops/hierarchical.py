@@ -180,8 +180,9 @@ def _hierarchical_kernel(  # outputs that are None are not wanted
 
 # In one run on an H200 at B=4096, K=128, F=65536, D=2304, loss and gradients took, with float32 and
 # uniform, float32 and Zipf, bfloat16 and uniform indices, 2.68, 2.22 and 2.44 ms. One sample a
-# program: 2.64, 2.24, 2.55; four: 3.11, 2.64, 2.88. Slices 32 wide: 2.57, 2.32, 2.72; 128 wide, by 4
-# levels: 3.63, 2.50, 3.20. 16 levels take half a minute to compile. benchmarks/README.md says why.
+# program: 2.64, 2.24, 2.55; four: 3.11, 2.64, 2.88. Slices 32 wide: 2.57, 2.32, 2.72; 128 wide,
+# by 4 levels: 3.63, 2.50, 3.20. 16 levels take half a minute to compile. benchmarks/README.md has
+# the reasons.
 BLOCK_B = 2
 BLOCK_D = 64
 LEVELS = 8
