@@ -190,6 +190,24 @@ class _Watched(NamedTuple):
     dictionary: DictionaryLater
 
 
+class Decoding(NamedTuple):
+    """What the decoder is to do: bias + sum_i vals[:, i] * W_dec[indices[:, i]] = target.
+
+    Attributes:
+        vals: the kept latents' decode coefficients, [batch, k].
+        bias: [d_in], or None where it is part of the target.
+        target: [batch, d_in].
+    """
+
+    vals: torch.Tensor
+    bias: torch.Tensor | None
+    target: torch.Tensor
+
+    def without_bias(self) -> torch.Tensor:
+        """Return what the kept latents alone are to reconstruct, [batch, d_in]."""
+        return self.target if self.bias is None else self.target - self.bias
+
+
 class FusedTopKTrainingSAE(TopKTrainingSAE):
     """
     SAELens's TopK training SAE in three fused operators: encoder, decoder loss, auxiliary loss.
@@ -283,13 +301,13 @@ class FusedTopKTrainingSAE(TopKTrainingSAE):
             hidden_pre = hidden_pre * norms.take(kept.indices)
         feature_acts = self._report_feature_acts(kept.indices, hidden_pre.relu())
 
-        vals, target = self._fold_into_target(kept.hidden.relu(), x)
+        decoding = self._decoding(kept.hidden.relu(), x)
         forget_output_map(self)
-        mse_loss, residual = self._decoder_loss(kept, decoder, low_decoder, vals, target)
+        mse_loss, residual = self._decoder_loss(kept, decoder, low_decoder, decoding)
         sae_out = (x.detach() + residual).to(self.dtype)
         metrics = {}
         if step_input.is_logging_step:
-            metrics = self._logging_metrics(kept.indices, vals, target, x)
+            metrics = self._logging_metrics(kept.indices, decoding, x)
 
         if watched is None:
             aux_loss = residual.new_zeros(())
@@ -385,8 +403,7 @@ class FusedTopKTrainingSAE(TopKTrainingSAE):
         kept: Encoded,
         decoder: torch.Tensor,
         low_decoder: torch.Tensor | None,
-        vals: torch.Tensor,
-        target: torch.Tensor,
+        decoding: Decoding,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return `mse_loss` and the residual of level k.
 
@@ -394,16 +411,13 @@ class FusedTopKTrainingSAE(TopKTrainingSAE):
             kept: the kept latents.
             decoder: W_dec, [d_sae, d_in].
             low_decoder: a copy of it in a lower precision, to be read in its place, or None.
-            vals: the latents' decode coefficients, [batch, k].
-            target: what `vals @ W_dec[indices]` is to reconstruct, [batch, d_in].
+            decoding: what it is to do.
         """
         return fused_loss(
             "topk_loss",
             kept.indices,
             decoder,
-            vals,
-            None,
-            target,
+            *decoding,
             low_weight=low_decoder,
             index=kept.inverted,
             factor=self.cfg.d_in,  # SAELens sums over d_in, where the operator averages
@@ -414,15 +428,14 @@ class FusedTopKTrainingSAE(TopKTrainingSAE):
     def _logging_metrics(
         self,
         indices: torch.Tensor,
-        vals: torch.Tensor,
-        target: torch.Tensor,
+        decoding: Decoding,
         x: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
         """Return the metrics of a logging step.
 
         Args:
             indices: kept latents, [batch, k], in the order of the levels.
-            vals, target: as in `_decoder_loss`.
+            decoding: as in `_decoder_loss`.
             x: activations, [batch, d_in].
         """
         return {}
@@ -438,18 +451,19 @@ class FusedTopKTrainingSAE(TopKTrainingSAE):
             or any(_has_hooks(point) for point in skipped)
         )
 
-    def _fold_into_target(
-        self, vals: torch.Tensor, x: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Move decoder bias and output normalization to the target's side.
+    def _decoding(self, vals: torch.Tensor, x: torch.Tensor) -> Decoding:
+        """Return what the decoder is to do with the activations `vals` of the kept latents.
 
-        Returns scale * vals and x - shift - scale * b_dec, what `vals @ W_dec` is to reconstruct.
+        Output normalization, of every sample by itself, moves to the target's side with the bias:
+        `scale * vals` are to reconstruct `x - shift - scale * b_dec`.
         """
         output_map = read_output_map(self)
         dtype = accumulation_dtype(self.W_dec, x)
+        if output_map.scale is None:
+            return Decoding(vals, self.b_dec, x.to(dtype))
         offset = output_map.apply(self.b_dec.to(dtype))
-        vals = vals if output_map.scale is None else vals * output_map.scale
-        return vals, x.to(dtype) + -offset  # whose gradient is summed before it is negated
+        # whose gradient is summed before it is negated
+        return Decoding(vals * output_map.scale, None, x.to(dtype) + -offset)
 
     def _report_feature_acts(self, indices: torch.Tensor, acts: torch.Tensor) -> torch.Tensor:
         """Return the activations [batch, k] of `indices` as a [batch, d_sae] tensor."""

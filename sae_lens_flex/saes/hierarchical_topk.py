@@ -21,6 +21,7 @@ from ..ops.inverted_index import InvertedIndex
 from ..ops.prefixes import prefix_residuals
 from .fused_topk import (
     CheckedTopKSAEConfig,
+    Decoding,
     FusedTopKTrainingSAE,
     FusedTopKTrainingSAEConfig,
     check_integer,
@@ -298,30 +299,29 @@ class HierarchicalTopKTrainingSAE(RuntimeBudget, FusedTopKTrainingSAE):
         kept: Encoded,
         decoder: torch.Tensor,
         low_decoder: torch.Tensor | None,
-        vals: torch.Tensor,
-        target: torch.Tensor,
+        decoding: Decoding,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        level_weights = self._level_weights(decoding.target)
         return self._levels_loss(
-            *(kept.indices, decoder, vals, target),
-            self._level_weights(target),
-            low_decoder,
-            kept.inverted,
+            kept.indices, decoder, decoding, level_weights, low_decoder, kept.inverted
         )
 
     @override
     def _logging_metrics(
         self,
         indices: torch.Tensor,
-        vals: torch.Tensor,
-        target: torch.Tensor,
+        decoding: Decoding,
         x: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
         """Return explained variance and MSE at budgets 1, 2, 4, ... k, as SAELens defines them."""
+        target = decoding.without_bias()
         x = x.to(target.dtype)
         variance = (x - x.mean(0)).square().sum(-1).mean()
         metrics = {}
         for budget, residual in prefix_residuals(
-            indices, self.W_dec, vals, target, doubling_budgets(self.cfg.k), self.cfg.backend
+            *(indices, self.W_dec, decoding.vals, target),
+            doubling_budgets(self.cfg.k),
+            self.cfg.backend,
         ):
             mse = residual.square().sum(-1).mean()
             metrics[f"explained_variance_at_{budget}"] = 1 - mse / variance
@@ -338,19 +338,19 @@ class HierarchicalTopKTrainingSAE(RuntimeBudget, FusedTopKTrainingSAE):
             feature_acts, hidden_pre = self.encode_with_hidden_pre(x)
         vals, indices = feature_acts.flatten(0, -2).topk(k)
         vals = self._decode_coefficients(vals, indices)
-        vals, target = self._fold_into_target(vals.view(*x.shape[:-1], k), x)
+        vals, bias, target = self._decoding(vals.view(*x.shape[:-1], k), x)
+        decoding = Decoding(vals.flatten(0, -2), bias, target.flatten(0, -2))
         sae_out = self.decode(feature_acts)
 
-        vals, target = vals.flatten(0, -2), target.flatten(0, -2)
         metrics = {}
         if step_input.is_logging_step:
-            metrics = self._logging_metrics(indices, vals, target, x.flatten(0, -2))
+            metrics = self._logging_metrics(indices, decoding, x.flatten(0, -2))
 
         level_weights = self._level_weights(target)
         if level_weights is None:
             level_weights = target.new_full((k,), 1 / k)
         below_k = torch.cat((level_weights[:-1], level_weights.new_zeros(1)))
-        loss_below_k, _ = self._levels_loss(indices, self.W_dec, vals, target, below_k)
+        loss_below_k, _ = self._levels_loss(indices, self.W_dec, decoding, below_k)
         loss_at_k = self.mse_loss_fn(sae_out, x).sum(dim=-1).mean()
         losses = {
             "mse_loss": loss_below_k + level_weights[-1] * loss_at_k,
@@ -370,8 +370,7 @@ class HierarchicalTopKTrainingSAE(RuntimeBudget, FusedTopKTrainingSAE):
         self,
         indices: torch.Tensor,
         decoder: torch.Tensor,
-        vals: torch.Tensor,
-        target: torch.Tensor,
+        decoding: Decoding,
         level_weights: torch.Tensor | None,
         low_decoder: torch.Tensor | None = None,
         index: InvertedIndex | None = None,
@@ -380,9 +379,7 @@ class HierarchicalTopKTrainingSAE(RuntimeBudget, FusedTopKTrainingSAE):
             "hierarchical_loss",
             indices,
             decoder,
-            vals,
-            None,
-            target,
+            *decoding,
             level_weights=level_weights,
             low_weight=low_decoder,
             index=index,

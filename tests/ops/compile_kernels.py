@@ -45,6 +45,7 @@ JITFunction.run = compile_only
 from sae_lens_flex import ops  # noqa: E402
 from sae_lens_flex.ops import _triton, spread, topk  # noqa: E402
 from sae_lens_flex.ops.encode import encode  # noqa: E402
+from sae_lens_flex.ops.norms import norms_and_copy  # noqa: E402
 
 _triton.why_unavailable = lambda device: None
 _triton.is_available = lambda device: True
@@ -73,6 +74,7 @@ for dtype in (torch.float32, torch.bfloat16):
                 }.items()
             }
             encode(**inputs, norms=norms, k=K, backend="triton").hidden.sum().backward()
+norms_and_copy(torch.zeros(F, D), torch.bfloat16)
 
 kernels = {
     name
