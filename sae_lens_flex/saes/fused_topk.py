@@ -491,10 +491,18 @@ class SparseActs(torch.Tensor):
                 if values.is_floating_point():
                     sums = values.new_zeros(args[0].shape[1])
                     return sums.index_add_(0, args[0]._indices()[1], values)
-            result = func(*args, **kwargs)
-            if func in (torch.Tensor.bool, torch.Tensor.float):
-                return torch.Tensor._make_subclass(cls, result)
-        return result
+            if func in (torch.Tensor.bool, torch.Tensor.float) and len(args) == 1 and not kwargs:
+                acts = args[0]  # whose indices the result shares
+                return cls.of(acts._indices(), func(acts._values()), acts.shape)
+            return func(*args, **kwargs)
+
+    @classmethod
+    def of(
+        cls, indices: torch.Tensor, values: torch.Tensor, shape: tuple[int, int]
+    ) -> torch.Tensor:
+        """Return the tensor of `shape` with `values` at `indices`, [2, n]."""
+        acts = torch.sparse_coo_tensor(indices, values, shape, check_invariants=False)
+        return torch.Tensor._make_subclass(cls, acts)
 
     def __reduce_ex__(self, protocol: Any) -> Any:  # copied and saved as an ordinary one
         return self.detach().__reduce_ex__(protocol)
@@ -507,8 +515,7 @@ class SparseActs(torch.Tensor):
 def _sparse_rows(indices: torch.Tensor, acts: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
     rows = torch.arange(shape[0], device=indices.device).unsqueeze(-1).expand_as(indices)
     coordinates = torch.stack((rows, indices)).flatten(1)
-    acts = torch.sparse_coo_tensor(coordinates, acts.flatten(), shape, check_invariants=False)
-    return torch.Tensor._make_subclass(SparseActs, acts)
+    return SparseActs.of(coordinates, acts.flatten(), shape)
 
 
 def _has_hooks(point: HookPoint) -> bool:
