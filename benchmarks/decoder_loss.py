@@ -168,19 +168,38 @@ def labels(size: Size, distribution: str, dtype: torch.dtype) -> dict[str, Any]:
     return {**size._asdict(), "indices": distribution, "weight": str(dtype).split(".")[1]}
 
 
+def measure_all(
+    losses: dict[str, dict[str, Loss]],
+    size: Size,
+    distribution: str = "uniform",
+    dtype: torch.dtype = torch.float32,
+    *,
+    as_graph: bool = False,
+    **more: Any,
+) -> list[dict[str, Any]]:
+    """Measure every loss of every implementation, and where asked ours also as CUDA graphs."""
+    batch = Batch(size, distribution, dtype)
+    rows = []
+    for name, by_kind in losses.items():
+        for kind, loss in by_kind.items():
+            cell = {**more, **labels(size, distribution, dtype)}
+            if as_graph and name == OURS:
+                cell["graph_ms"] = graph_ms(partial(batch.step, loss))
+            rows.append(measure(name, loss, kind, batch, **cell))
+    return rows
+
+
+def ours(losses: dict[str, dict[str, Loss]]) -> dict[str, dict[str, Loss]]:
+    return {OURS: losses[OURS]}
+
+
 def table_main(losses: dict[str, dict[str, Loss]]) -> list[dict[str, Any]]:
     """The 12 cells of each loss."""
     rows = []
     for distribution in ("uniform", "zipf"):
         for dtype in (torch.float32, torch.bfloat16):
             for k in (32, 64, 128):
-                size = GEMMA._replace(K=k)
-                batch = Batch(size, distribution, dtype)
-                for name, by_kind in losses.items():
-                    for kind, loss in by_kind.items():
-                        cell = labels(size, distribution, dtype)
-                        rows.append(measure(name, loss, kind, batch, **cell))
-                del batch
+                rows += measure_all(losses, GEMMA._replace(K=k), distribution, dtype)
     return rows
 
 
@@ -205,34 +224,8 @@ def table_compiled(losses: dict[str, dict[str, Loss]]) -> list[dict[str, Any]]:
 
 def table_small(losses: dict[str, dict[str, Loss]]) -> list[dict[str, Any]]:
     """Sizes at which launches count."""
-    rows = []
-    for size in (SMALL, SMALL._replace(B=1024), Size(4096, 64, 24576, 768)):
-        rows += measure_ours(losses, size, as_graph=True)
-        batch = Batch(size, "uniform", torch.float32)
-        for name in losses.keys() - {OURS}:
-            for kind, loss in losses[name].items():
-                cell = labels(size, "uniform", torch.float32)
-                rows.append(measure(name, loss, kind, batch, **cell))
-    return rows
-
-
-def measure_ours(
-    losses: dict[str, dict[str, Loss]],
-    size: Size,
-    distribution: str = "uniform",
-    *,
-    as_graph: bool = False,
-    **more: Any,
-) -> list[dict[str, Any]]:
-    """Measure our losses alone, in float32, and where asked also as a CUDA graph."""
-    batch = Batch(size, distribution, torch.float32)
-    cell = {**more, **labels(size, distribution, torch.float32)}
-    rows = []
-    for kind, loss in losses[OURS].items():
-        if as_graph:
-            cell["graph_ms"] = graph_ms(partial(batch.step, loss))
-        rows.append(measure(OURS, loss, kind, batch, **cell))
-    return rows
+    sizes = (SMALL, SMALL._replace(B=1024), Size(4096, 64, 24576, 768))
+    return [row for size in sizes for row in measure_all(losses, size, as_graph=True)]
 
 
 def table_sweeps(losses: dict[str, dict[str, Loss]]) -> list[dict[str, Any]]:
@@ -241,12 +234,13 @@ def table_sweeps(losses: dict[str, dict[str, Loss]]) -> list[dict[str, Any]]:
     sizes = [start._replace(B=b) for b in (1024, 2048, 4096, 8192, 16384)]
     sizes += [start._replace(K=k) for k in (16, 32, 128, 256, 1024)]
     sizes += [start._replace(D=d) for d in (288, 576, 2304, 4608)]
-    return [row for size in sizes for row in measure_ours(losses, size, as_graph=True)]
+    return [row for size in sizes for row in measure_all(ours(losses), size, as_graph=True)]
 
 
 def table_memory(losses: dict[str, dict[str, Loss]]) -> list[dict[str, Any]]:
     """Many levels."""
-    return [row for k in (128, 1024) for row in measure_ours(losses, GEMMA._replace(K=k))]
+    sizes = [GEMMA._replace(K=k) for k in (128, 1024)]
+    return [row for size in sizes for row in measure_all(ours(losses), size)]
 
 
 def table_deterministic(losses: dict[str, dict[str, Loss]]) -> list[dict[str, Any]]:
@@ -254,7 +248,7 @@ def table_deterministic(losses: dict[str, dict[str, Loss]]) -> list[dict[str, An
     torch.use_deterministic_algorithms(True)
     rows = []
     for distribution in ("uniform", "zipf"):
-        rows += measure_ours(losses, GEMMA, distribution, deterministic=True)
+        rows += measure_all(ours(losses), GEMMA, distribution, deterministic=True)
     torch.use_deterministic_algorithms(False)
     return rows
 

@@ -273,10 +273,10 @@ def measure_stages(case: Case, gb_per_s: float) -> list[dict[str, Any]]:
         if dtype != sae.W_enc.dtype:
             cast_bytes = n_weight * (4 + dtype.itemsize)
             add("W_enc cast", lambda: sae.W_enc.to(dtype), cast_bytes)
-        if low_decoder is None:
-            add("decoder norms", sae._norms_and_low_decoder, 4 * n_weight)
-        else:
-            with autocast:
+        with autocast:
+            if low_decoder is None:
+                add("decoder norms", sae._norms_and_low_decoder, 4 * n_weight)
+            else:
                 n_bytes = n_weight * (4 + low_decoder.itemsize)
                 add("decoder norms and copy", sae._norms_and_low_decoder, n_bytes)
         n_rows = chunk_rows(case.batch, case.d_sae, dtype, x.device)

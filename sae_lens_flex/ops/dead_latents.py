@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .encode import chunk_rows, compute_dtype
+from .encode import centered, chunk_rows, compute_dtype
 from .fused_loss import (
     NAMESPACE,
     _library,
@@ -70,7 +70,7 @@ def _compute(
     loss, grad_x, grad_enc, grad_b_enc, grad_dec, grad_b_dec = outputs
     n_rows = chunk_rows(n_samples, n_dead, dtype, x.device)
     with no_autocast(x.device):
-        rows = (x if b_dec is None else x - b_dec).to(dtype)
+        rows = centered(x, b_dec, dtype)
         encoder, decoder = W_enc_rows.to(dtype), W_dec.to(dtype)
         for start in range(0, n_samples, n_rows):
             chunk = slice(start, start + n_rows)

@@ -74,7 +74,8 @@ def _sum_by_latent_by_torch(
     grad_weight.copy_(sums)
 
 
-def _rows_of(x: torch.Tensor, b_dec: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+def centered(x: torch.Tensor, b_dec: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """Return what is multiplied with W_enc: x - b_dec in `dtype`, contiguous, [B, D]."""
     return (x if b_dec is None else x - b_dec).to(dtype).contiguous()
 
 
@@ -106,7 +107,7 @@ def _encode_and_keep_rows(
     )
     n_rows = chunk_rows(n_samples, n_latents, dtype, x.device)
     # Autocast, where it is on, leaves products of its own dtype and of float64 as they are.
-    rows, weight = _rows_of(x, b_dec, dtype), W_enc.to(dtype)
+    rows, weight = centered(x, b_dec, dtype), W_enc.to(dtype)
     for start in range(0, n_samples, n_rows):
         chunk = slice(start, start + n_rows)
         select(
@@ -156,7 +157,7 @@ def _gradients(
     with no_autocast(x.device):
         if wants_weight:
             if rows is None:
-                rows = _rows_of(x, b_dec, dtype)
+                rows = centered(x, b_dec, dtype)
             grad_weight = W_enc.new_empty(W_enc.T.shape)
             by = sum_by_latent if use_triton else _sum_by_latent_by_torch
             by(InvertedIndex(latents, pairs), grad_hidden, rows, grad_weight)

@@ -309,10 +309,7 @@ class FusedTopKTrainingSAE(TopKTrainingSAE):
         if step_input.is_logging_step:
             metrics = self._logging_metrics(kept.indices, decoding, x)
 
-        if watched is None:
-            aux_loss = residual.new_zeros(())
-        else:
-            aux_loss = self._dead_latents_loss(normalized, b_dec, norms, watched, residual)
+        aux_loss = self._dead_latents_loss(normalized, b_dec, norms, watched, residual)
         losses = {"mse_loss": mse_loss, "auxiliary_reconstruction_loss": aux_loss}
         return TrainStepOutput(
             sae_in=x,
@@ -373,14 +370,13 @@ class FusedTopKTrainingSAE(TopKTrainingSAE):
         normalized: torch.Tensor,
         b_dec: torch.Tensor | None,
         norms: torch.Tensor | None,
-        watched: _Watched,
+        watched: _Watched | None,
         residual: torch.Tensor,
     ) -> torch.Tensor:
         """Return the auxiliary loss, the same as SAELens's `calculate_topk_aux_loss`."""
-        latents = watched.latents()
-        n_dead, half_width = len(latents), self.cfg.d_in // 2
-        if n_dead == 0:
+        if watched is None or len(latents := watched.latents()) == 0:
             return residual.new_zeros(())
+        n_dead, half_width = len(latents), self.cfg.d_in // 2
         encoder_rows, decoder = watched.dictionary.take(latents)
         dead = DeadLatents(
             encoder_rows,

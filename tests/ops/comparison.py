@@ -27,10 +27,9 @@ TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 2**-8 + 5e-6, torch.float16: 2
 _NOT_COMPILED = pytest.mark.skipif(
     torch.cuda.is_available(), reason="kernels are compiled where there is a CUDA device"
 )
-KERNEL_DEVICES = [
-    pytest.param("cpu", marks=_NOT_COMPILED),
-    pytest.param("cuda", marks=pytest.mark.gpu),
-]
+_ON_GPU = pytest.param("cuda", marks=pytest.mark.gpu)
+DEVICES = ["cpu", _ON_GPU]
+KERNEL_DEVICES = [pytest.param("cpu", marks=_NOT_COMPILED), _ON_GPU]
 BACKENDS = [
     pytest.param(("torch", "cpu"), id="torch-cpu"),
     pytest.param(("triton", "cpu"), id="triton-cpu", marks=_NOT_COMPILED),

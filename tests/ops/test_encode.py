@@ -19,7 +19,7 @@ from sae_lens_flex.ops.dead_latents import (
 from sae_lens_flex.ops.encode import encode, latent_major
 from sae_lens_flex.ops.selection import Selection, select
 
-from .comparison import every_backend, relative_error
+from .comparison import DEVICES, every_backend, relative_error
 
 # (B, D, F, K): groups that do not divide F, one latent a group, K = F, one of everything.
 SHAPES = [
@@ -32,7 +32,6 @@ SHAPES = [
 # Of float32 sums over D or B * K; of a gradient or pre-activation rounded to 16 bits.
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 2**-6, torch.float16: 2**-9}
 ARGUMENTS = ("x", "W_enc", "b_enc", "b_dec")
-DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
 N_EXAMPLES = 300 if torch.cuda.is_available() else 12
 
 

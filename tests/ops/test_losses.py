@@ -20,6 +20,7 @@ from sae_lens_flex.ops.norms import norms_and_copy
 
 from .comparison import (
     ARGUMENTS,
+    DEVICES,
     KERNEL_DEVICES,
     TOLERANCE,
     Implementation,
@@ -234,7 +235,7 @@ def test_definitions_refuse_what_is_no_latent(definition, latent) -> None:
 
 
 @pytest.mark.parametrize("name", ["hierarchical_loss", "topk_loss"])
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("device", DEVICES)
 def test_residual_is_that_of_the_last_level(name, device) -> None:
     indices, inputs = random_inputs((6, 5, 20, 33), device=device)
     weight, vals, target = inputs["weight"], inputs["vals"], inputs["target"]
@@ -395,6 +396,14 @@ def test_wrong_arguments_are_named(loss, change, error, message) -> None:
     indices, inputs = random_inputs((6, 5, 20, 33))
     with pytest.raises(error, match=message):
         loss(**{"indices": indices, **inputs, **change})
+
+
+@pytest.mark.parametrize("loss", [triton_hierarchical_sae_loss, triton_topk_sae_loss])
+def test_a_device_without_kernels_is_named(loss) -> None:
+    indices, inputs = random_inputs((6, 5, 20, 33))
+    inputs = {name: value.to("meta") for name, value in inputs.items()}
+    with pytest.raises(RuntimeError, match=r"cannot run here.*'meta'"):
+        loss(indices.to("meta"), **inputs)
 
 
 def test_deterministic_algorithms_give_equal_results(implementation) -> None:

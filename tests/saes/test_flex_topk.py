@@ -34,7 +34,7 @@ class Training:
     k: int = 4
     batch: int = 32
     dead_window: int = 3
-    tolerance: float = 1e-4  # relative, of the weights after all steps
+    most_ties: float = 1 / 20  # share of the steps that may have one among the dead latents
 
     @property
     def few_dead(self) -> int:
@@ -66,9 +66,8 @@ TRAININGS = [
         ),
     ),
     pytest.param(
-        # In 25,600 selections rounding decides some, and then other latents are trained.
         Training(
-            "cuda", "triton", n_steps=200, d_in=64, d_sae=512, k=16, batch=128, tolerance=1e-3
+            "cuda", "triton", n_steps=200, d_in=64, d_sae=512, k=16, batch=128, most_ties=3 / 20
         ),
         id="triton-cuda",
         marks=pytest.mark.gpu,
@@ -111,11 +110,11 @@ def silence(sae: Any, n_latents: int) -> None:
         sae.b_enc[:n_latents] = -5.0
 
 
-def has_a_near_tie(hidden_pre: torch.Tensor, dead: torch.Tensor, k: int) -> bool:
-    """Whether rounding decides which k dead latents the auxiliary loss takes of a sample."""
-    if dead.sum() <= k:
+def has_a_near_tie(hidden_pre: torch.Tensor, k: int) -> bool:
+    """Whether rounding decides which k latents of a sample are the largest."""
+    if hidden_pre.shape[1] <= k:
         return False
-    highest = hidden_pre[:, dead].topk(k + 1).values
+    highest = hidden_pre.topk(k + 1).values
     return bool((highest[:, -2] - highest[:, -1] <= 2e-6 * hidden_pre.abs().max()).any())
 
 
@@ -138,7 +137,7 @@ def test_every_step_has_the_losses_and_gradients_of_stock_topk(training, options
         output = run_step(flex, batch, dead)
 
         assert_close(output.sae_out, expected.sae_out, name="sae_out")
-        if has_a_near_tie(expected.hidden_pre, dead, training.d_in // 2):
+        if has_a_near_tie(expected.hidden_pre[:, dead], training.d_in // 2):
             n_ties += 1
         else:
             assert_same_losses(output, expected)
@@ -148,7 +147,7 @@ def test_every_step_has_the_losses_and_gradients_of_stock_topk(training, options
         update(stock, optimizer)
         steps_since_fired += 1
         steps_since_fired[expected.feature_acts.bool().any(0)] = 0
-    assert n_ties <= training.n_steps // 5
+    assert n_ties <= training.most_ties * training.n_steps
     # The auxiliary loss has met no dead latent, fewer than the d_in // 2 it takes, and more.
     assert dead_counts[0] == 0
     assert any(0 < n_dead < training.d_in // 2 for n_dead in dead_counts)
@@ -161,14 +160,19 @@ def test_training_without_dead_latents_stays_with_stock_topk(training, options) 
     stock, flex = new_pair(training, options)
     initial = {name: value.clone() for name, value in stock.state_dict().items()}
     optimizers = adam(stock), adam(flex)
-    for batch in training.batches():
+    for step, batch in enumerate(training.batches()):
         expected, output = run_step(stock, batch), run_step(flex, batch)
-        assert_close(output.loss, expected.loss, training.tolerance, "loss")
+        if not torch.equal(output.feature_acts.to_dense() > 0, expected.feature_acts > 0):
+            # From here on the two train different latents.
+            assert has_a_near_tie(expected.hidden_pre, training.k)
+            assert step >= training.n_steps // 10
+            break
+        assert_close(output.loss, expected.loss, 1e-4, "loss")
         update(stock, optimizers[0])
         update(flex, optimizers[1])
     for name, parameter in stock.named_parameters():
         assert not torch.equal(parameter, initial[name])
-        assert_close(flex.get_parameter(name), parameter, training.tolerance, name)
+        assert_close(flex.get_parameter(name), parameter, 1e-4, name)
 
 
 @pytest.mark.parametrize("normalization", ["layer_norm", "constant_norm_rescale"])
