@@ -69,7 +69,7 @@ Launcher = Callable[
         torch.Tensor | None,  # bias
         torch.Tensor,  # target
         torch.Tensor | None,  # level_weights
-        torch.Tensor | None,  # low_weight
+        torch.Tensor,  # read: what is read of the weight, itself or a copy in a lower precision
         InvertedIndex | None,  # of the indices, where it is at hand
         float,  # factor
         Wanted,
@@ -219,7 +219,8 @@ def define_loss_operator(name: str, *, triton: Launcher, torch_: Launcher) -> No
         index = None if latents is None or pairs is None else InvertedIndex(latents, pairs)
         arguments = (
             *(indices, weight, vals, bias, target),
-            *(level_weights, low_weight, index, factor, Wanted(*wanted)),
+            *(level_weights, weight if low_weight is None else low_weight),
+            *(index, factor, Wanted(*wanted)),
         )
         with no_autocast(weight.device):
             return launch(*arguments)

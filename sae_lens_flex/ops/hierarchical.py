@@ -200,7 +200,7 @@ def launch(
     bias: torch.Tensor | None,
     target: torch.Tensor,
     level_weights: torch.Tensor | None,
-    low_weight: torch.Tensor | None,
+    read: torch.Tensor,
     index: InvertedIndex | None,
     factor: float,
     wanted: Wanted,
@@ -213,7 +213,6 @@ def launch(
     indices, vals, target = indices.contiguous(), vals.contiguous(), target.contiguous()
     if bias is not None:
         bias = bias.contiguous()
-    read = weight if low_weight is None else low_weight
     scale = factor / target.numel()
     if level_weights is not None:
         level_weights = level_weights.contiguous()

@@ -87,7 +87,7 @@ def _launch(
     bias: torch.Tensor | None,
     target: torch.Tensor,
     level_weights: torch.Tensor | None,
-    low_weight: torch.Tensor | None,
+    read: torch.Tensor,
     index: InvertedIndex | None,
     factor: float,
     wanted: Wanted,
@@ -98,7 +98,7 @@ def _launch(
     if is_small and not torch.are_deterministic_algorithms_enabled():
         return hierarchical.launch(
             *(indices, weight, vals, bias, target),
-            *(None, low_weight, None, factor, wanted),
+            *(None, read, None, factor, wanted),
             last_alone=True,
         )
     # The gradients are gathered from the residual or, one [B, D] tensor less where it is not asked
@@ -106,7 +106,6 @@ def _launch(
     gathers = wanted.grad_weight or wanted.grad_vals or wanted.grad_bias
     by_target = wanted.grad_target and not wanted.residual and target.dtype == torch.float32
     indices, vals, target = indices.contiguous(), vals.contiguous(), target.contiguous()
-    read = weight if low_weight is None else low_weight
     scale = factor / target.numel()
     block = SLICE_BYTES // read.element_size()
     n_slices = cdiv(d_in, block)

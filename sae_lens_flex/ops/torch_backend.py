@@ -22,7 +22,7 @@ def hierarchical(
     bias: torch.Tensor | None,
     target: torch.Tensor,
     level_weights: torch.Tensor | None,
-    low_weight: torch.Tensor | None,
+    read: torch.Tensor,
     index: InvertedIndex | None,
     factor: float,
     wanted: Wanted,
@@ -32,9 +32,7 @@ def hierarchical(
     if level_weights is None:
         dtype = accumulation_dtype(weight, vals, target)
         level_weights = weight.new_full((k,), 1 / k, dtype=dtype)
-    return _walk_batch(
-        indices, weight, vals, bias, target, level_weights, low_weight, factor, wanted
-    )
+    return _walk_batch(indices, weight, vals, bias, target, level_weights, read, factor, wanted)
 
 
 def topk(
@@ -44,13 +42,13 @@ def topk(
     bias: torch.Tensor | None,
     target: torch.Tensor,
     level_weights: torch.Tensor | None,
-    low_weight: torch.Tensor | None,
+    read: torch.Tensor,
     index: InvertedIndex | None,
     factor: float,
     wanted: Wanted,
 ) -> Outputs:
     """Compute the loss of level K; arguments and result as in `fused_loss`."""
-    return _walk_batch(indices, weight, vals, bias, target, None, low_weight, factor, wanted)
+    return _walk_batch(indices, weight, vals, bias, target, None, read, factor, wanted)
 
 
 def _walk_batch(
@@ -60,13 +58,12 @@ def _walk_batch(
     bias: torch.Tensor | None,
     target: torch.Tensor,
     level_weights: torch.Tensor | None,
-    low_weight: torch.Tensor | None,
+    read: torch.Tensor,
     factor: float,
     wanted: Wanted,
 ) -> Outputs:
     """Level weights [K], or None for level K alone."""
     check_range(indices, weight.shape[0])
-    read = weight if low_weight is None else low_weight
     dtype = accumulation_dtype(weight, vals, target)
 
     def new(like: torch.Tensor | None, is_wanted: bool) -> torch.Tensor | None:
