@@ -91,22 +91,21 @@ def launch(
         with torch.cuda.device(device):
             launch(kernel, grid, tensors, floats, ints, num_warps=num_warps, **constants)
         return
-    addresses = 0
-    dtypes = []
-    for tensor in tensors:
-        if tensor is not None:
-            addresses |= tensor.data_ptr()
-            dtypes.append(tensor.dtype)
-        else:
-            dtypes.append(None)
-    key = (kernel.fn, device, num_warps, *ints, *dtypes, *constants.values())
+    # Addresses in place of tensors, which Triton would ask for theirs, and the driver about each.
+    addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    any_address = 0
+    for address in addresses:
+        any_address |= address or 0
     # One entry for the addresses that Triton can tell to be aligned, which are nearly all.
-    compiled = _compiled.get(key) if addresses % 16 == 0 else None
+    is_aligned = any_address % 16 == 0
+    dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
+    key = (kernel.fn, device, num_warps, *ints, *dtypes, *constants.values())
+    compiled = _compiled.get(key) if is_aligned else None
     if compiled is not None:
-        compiled[(*grid, 1, 1)[:3]](*arguments, *constants.values())
+        compiled[(*grid, 1, 1)[:3]](*addresses, *floats, *ints, *constants.values())
         return
     compiled = kernel[grid](*arguments, **constants, num_warps=num_warps)
-    if addresses % 16 == 0 and len(_compiled) < MOST_COMPILED:
+    if is_aligned and len(_compiled) < MOST_COMPILED:
         _compiled[key] = compiled
 
 

@@ -154,20 +154,15 @@ def check_is_first_derivative(name: str) -> None:
         )
 
 
-class _FusedLoss(torch.autograd.Function):
-    """The operator without PyTorch's dispatcher, which takes most of a small loss's time."""
+class _GivenGradients(torch.autograd.Function):
+    """A scalar whose gradients are at hand. No operator, whose dispatch takes as long as a loss."""
 
     @staticmethod
-    def forward(ctx, weight, vals, bias, target, name, indices, others):
-        # What takes no gradient comes as one argument: apply() looks at every one.
-        loss, residual, *gradients = _computations[name](
-            indices, weight, vals, bias, target, *others
-        )
-        if residual is not None:
-            ctx.mark_non_differentiable(residual)
+    def forward(ctx, name, loss_and_gradients, *inputs):
+        loss, ctx.gradients = loss_and_gradients
         ctx.set_materialize_grads(False)  # which would be zeros of the size of weight
-        ctx.name, ctx.gradients = name, gradients
-        return loss, residual
+        ctx.name = name
+        return loss
 
     @staticmethod
     def backward(ctx, *grad_outputs):
@@ -181,7 +176,20 @@ class _FusedLoss(torch.autograd.Function):
         some = [gradient for gradient in gradients if gradient is not None]
         if some:
             _scale(some, grad_outputs[0])
-        return *gradients, None, None, None
+        return None, None, *gradients
+
+
+def with_gradients(
+    name: str,
+    loss: torch.Tensor,
+    inputs: Sequence[torch.Tensor | None],
+    gradients: Sequence[torch.Tensor | None],
+) -> torch.Tensor:
+    """Return a scalar that hands `gradients`, one an input, to `inputs` in its backward pass.
+
+    That pass scales them in place: nothing else may hold them. It names the loss in its errors.
+    """
+    return _GivenGradients.apply(name, (loss, gradients), *inputs)  # pyright: ignore[reportReturnType]
 
 
 _computations: dict[str, Callable[..., Outputs]] = globals().get("_computations") or {}
@@ -361,5 +369,8 @@ def fused_loss(
     if is_traced(indices, *tensors):
         loss, residual, *_ = getattr(_operators, name)(indices, *tensors, *others)
     else:
-        loss, residual = _FusedLoss.apply(*tensors, name, indices, others)  # pyright: ignore[reportGeneralTypeIssues]
+        with torch.no_grad():
+            loss, residual, *gradients = _computations[name](indices, *tensors, *others)
+        if any(wanted[1:]):
+            loss = with_gradients(name, loss, tensors, gradients)
     return loss, loss.new_empty(0) if residual is None else residual

@@ -32,6 +32,18 @@ def _level_weight(level_weights, j, K, LAST_ALONE: tl.constexpr, EVEN: tl.conste
         return tl.where(j < K, 1.0, 0.0)
 
 
+@triton.jit
+def _add_to_loss(loss, loss_sums, part, SUMS: tl.constexpr):
+    # Several sums, for one of thousands of parts would lose digits. The program that is done last
+    # adds them up; it reads them by additions too, which see what the others have added.
+    program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    tl.atomic_add(loss_sums + program % SUMS, part, sem="relaxed")
+    n_done = tl.atomic_add(loss_sums + SUMS, 1.0, sem="acq_rel")
+    if n_done == tl.num_programs(0) * tl.num_programs(1) - 1:
+        sums = tl.atomic_add(loss_sums + tl.arange(0, SUMS), tl.zeros([SUMS], tl.float32))
+        tl.store(loss, tl.sum(sums))
+
+
 # Compiling takes some seconds: not again for every divisibility of what no address depends on.
 @triton.jit(do_not_specialize=["first_slice", "bias_rows", "B", "K", "F"])
 def _hierarchical_kernel(  # outputs that are None are not wanted
@@ -43,7 +55,8 @@ def _hierarchical_kernel(  # outputs that are None are not wanted
     level_weights,  # or None
     rows,  # [B, K]: where in grad_weight each pair adds; None for its latent's row
     n_copied,  # the number of latents with copies; without any, rows are not read
-    loss_parts,  # [slices, B]
+    loss,  # [slices, B] parts to be added up, or with loss_sums a scalar
+    loss_sums,  # [SUMS + 1], zeroed: the last counts the programs that are done
     residual,
     grad_weight,  # float32, zeroed
     grad_vals,  # float32, zeroed
@@ -65,6 +78,7 @@ def _hierarchical_kernel(  # outputs that are None are not wanted
     EVEN: tl.constexpr,  # whether the blocks divide B, K and D
     LAST_ALONE: tl.constexpr,
     WALKS_DOWN: tl.constexpr,
+    SUMS: tl.constexpr,
 ):
     b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     in_batch = b < B
@@ -80,7 +94,7 @@ def _hierarchical_kernel(  # outputs that are None are not wanted
     r = -tl.load(target + bd, mask=bd_mask, other=0.0).to(tl.float32)
     if bias is not None:
         r += tl.load(bias + d, mask=in_slice, other=0.0).to(tl.float32)
-    loss = tl.zeros([BLOCK_B, BLOCK_D], tl.float32)
+    error = tl.zeros([BLOCK_B, BLOCK_D], tl.float32)
     last = (tl.cdiv(K, LEVELS) - 1) * LEVELS
     for first in range(0, last, LEVELS):
         f, is_latent, v, w = gather_levels(
@@ -99,15 +113,18 @@ def _hierarchical_kernel(  # outputs that are None are not wanted
         )
         for t in tl.static_range(LEVELS):
             r += v[t][:, None] * w[t]
-            loss += _level_weight(level_weights, first + t, K, LAST_ALONE, EVEN) * r * r
+            error += _level_weight(level_weights, first + t, K, LAST_ALONE, EVEN) * r * r
     f, is_latent, v, w = gather_levels(
         last, indices, vals, weight_slice, b, in_slice, B, K, F, stride_wf, LEVELS, EVEN
     )
     for t in tl.static_range(LEVELS):
         r += v[t][:, None] * w[t]
-        loss += _level_weight(level_weights, last + t, K, LAST_ALONE, EVEN) * r * r
-    loss = tl.where(bd_mask, loss, 0.0)  # where there is no target, a bias is no error
-    tl.store(loss_parts + slice_ * B + b, scale * tl.sum(loss, axis=1), mask=in_batch)
+        error += _level_weight(level_weights, last + t, K, LAST_ALONE, EVEN) * r * r
+    error = tl.where(bd_mask, error, 0.0)  # where there is no target, a bias is no error
+    if loss_sums is None:
+        tl.store(loss + slice_ * B + b, scale * tl.sum(error, axis=1), mask=in_batch)
+    else:
+        _add_to_loss(loss, loss_sums, scale * tl.sum(error), SUMS)
     if residual is not None:
         tl.store(residual + bd, r, mask=bd_mask)
 
@@ -187,10 +204,12 @@ BLOCK_B = 2
 BLOCK_D = 64
 LEVELS = 8
 NUM_WARPS = 1
-# Additions to dL/dbias queue, so the programs of a large batch take this many rows in turn; up to
-# SMALL_BATCH samples share one, which spares the launch that adds the rows up.
+# Additions to dL/dbias queue, so the programs of a large batch take this many rows in turn. Up to
+# SMALL_BATCH samples share one, and the loss's parts are added up by the kernel, which spares two
+# launches: a small batch waits for the host.
 BIAS_ROWS = 64
 SMALL_BATCH = 1024
+LOSS_SUMS = 32
 
 
 def launch(
@@ -232,15 +251,21 @@ def launch(
         n_copies = SLOTS * COPIES if has_copies else 0
         grad_weight = new((n_latents + n_copies, d_in)).zero_()
         spread_ = spread(indices, n_latents) if has_copies else None
-    loss_parts = new((n_slices, n_samples))
     residual = new((n_samples, d_in)) if wanted.residual else None
     grad_target = new((n_samples, d_in), target.dtype) if wanted.grad_target else None
-    grad_vals = new((n_samples, k)).zero_() if wanted.grad_vals else None
     n_programs = cdiv(n_samples, BLOCK_B)
+    is_small = n_samples <= SMALL_BATCH and not is_deterministic
     bias_rows = 1 if n_samples <= SMALL_BATCH else BIAS_ROWS
     if is_deterministic:
         bias_rows = n_programs  # nothing to be added twice
-    grad_bias = new((bias_rows, d_in)).zero_() if wanted.grad_bias else None
+    loss = new(() if is_small else (n_slices, n_samples))
+    # What else is added to, zeroed at once.
+    sizes = [
+        LOSS_SUMS + 4 if is_small else 0,  # with room for the count, and aligned
+        bias_rows * d_in if wanted.grad_bias else 0,
+        n_samples * k if wanted.grad_vals else 0,
+    ]
+    loss_sums, grad_bias, grad_vals = new((sum(sizes),)).zero_().split(sizes)
 
     def walk(first_slice: int, n_slices: int, suffix_sums: torch.Tensor | None = None) -> None:
         # The slices vary slowest, so that the slice at work, of weight and of its gradient, stays
@@ -257,11 +282,12 @@ def launch(
                 level_weights,
                 None if spread_ is None else spread_.rows,
                 None if spread_ is None else spread_.n_copied,
-                loss_parts,
+                loss,
+                loss_sums if is_small else None,
                 residual,
                 None if is_deterministic else grad_weight,
-                grad_vals,
-                grad_bias,
+                grad_vals if wanted.grad_vals else None,
+                grad_bias if wanted.grad_bias else None,
                 grad_target,
                 suffix_sums,
             ),
@@ -273,6 +299,7 @@ def launch(
             EVEN=is_even,
             LAST_ALONE=last_alone,
             WALKS_DOWN=any(wanted[1:]),
+            SUMS=LOSS_SUMS,
             num_warps=NUM_WARPS,
         )
 
@@ -298,17 +325,17 @@ def launch(
                 )
     else:
         walk(0, n_slices)
-    if grad_bias is not None:
-        grad_bias = grad_bias[0] if bias_rows == 1 else grad_bias.sum(0)
     if spread_ is not None and grad_weight is not None:
         fold_copies(spread_, grad_weight, n_latents)
         grad_weight = grad_weight[:n_latents]
+    if wanted.grad_bias and bias_rows > 1:
+        grad_bias = grad_bias.view(bias_rows, d_in).sum(0)
     return Outputs(
-        loss=loss_parts.sum(),
+        loss=loss if is_small else loss.sum(),
         residual=residual,
         grad_weight=None if grad_weight is None else grad_weight.to(weight.dtype),
-        grad_vals=None if grad_vals is None else grad_vals.to(vals.dtype),
-        grad_bias=None if bias is None or grad_bias is None else grad_bias.to(bias.dtype),
+        grad_vals=grad_vals.view(n_samples, k).to(vals.dtype) if wanted.grad_vals else None,
+        grad_bias=grad_bias.to(bias.dtype) if bias is not None and wanted.grad_bias else None,
         grad_target=grad_target,
     )
 
