@@ -15,6 +15,7 @@ The target has none. A scalar's gradients can be produced in the forward pass (s
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -265,10 +266,11 @@ def nonzero_later(mask: torch.Tensor) -> Callable[[], torch.Tensor]:
     Only that function waits for the device, and only for what was under way at this call.
     """
     if not mask.is_cuda:
-        return lambda: mask.nonzero().squeeze(-1)
+        return cache(lambda: mask.nonzero().squeeze(-1))
     count = mask.sum().to("cpu", non_blocking=True)
     copied = torch.cuda.current_stream(mask.device).record_event()
 
+    @cache
     def wait() -> torch.Tensor:
         copied.synchronize()
         return mask.nonzero_static(size=int(count)).squeeze(-1)

@@ -2,6 +2,7 @@
 
 import math
 import operator
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Real
@@ -16,9 +17,23 @@ from typing_extensions import override
 
 from ..ops.dead_latents import DeadLatents, DictionaryLater, dead_latents_loss, nonzero_later
 from ..ops.encode import Encoded, compute_dtype, encode, latent_major
-from ..ops.fused_loss import BACKENDS, accumulation_dtype, computes_by_triton, fused_loss
+from ..ops.fused_loss import (
+    BACKENDS,
+    CHECK_INDICES,
+    accumulation_dtype,
+    computes_by_triton,
+    fused_loss,
+    is_traced,
+    with_gradients,
+)
 from ..ops.norms import norms_and_copy
-from .normalization import forget_output_map, read_output_map
+from .normalization import OutputMap, forget_output_map, read_output_map
+from .step_graph import StepGraph
+
+# Up to these sizes of the dictionary, d_sae * d_in, and of its product with a batch, launching a
+# step takes the host longer than computing it takes an H200; benchmarks/README.md has the times.
+MOST_RECORDED_WEIGHTS = 2**25
+MOST_RECORDED_PRODUCTS = 2**37
 
 
 def check_integer(name: str, value: Any, highest: int | None = None, highest_name: str = "") -> int:
@@ -178,16 +193,32 @@ class FusedTopKTrainingSAEConfig(TopKTrainingSAEConfig):
         return super().from_dict(config_dict)
 
 
-class _Watched(NamedTuple):
-    """The dead latents, before the host knows whether there are any.
+class Weights(NamedTuple):
+    """An SAE's parameters, or what stands for them in a step."""
+
+    W_enc: torch.Tensor
+    b_enc: torch.Tensor
+    W_dec: torch.Tensor
+    b_dec: torch.Tensor
+
+
+class Decoded(NamedTuple):
+    """What a fused step computes before it looks at the dead latents.
 
     Attributes:
-        latents: returns their indices, and waits for them.
-        dictionary: what their part is to be taken from.
+        mse_loss: scalar.
+        residual: reconstruction minus target at level k, [batch, d_in].
+        indices: the kept latents in the order of the levels, [batch, k].
+        hidden: their pre-activations, [batch, k], and hidden_pre: the same with the norms.
+        norms: by which latents are compared, [d_sae], or None for 1.
     """
 
-    latents: Callable[[], torch.Tensor]
-    dictionary: DictionaryLater
+    mse_loss: torch.Tensor
+    residual: torch.Tensor
+    indices: torch.Tensor
+    hidden: torch.Tensor
+    hidden_pre: torch.Tensor
+    norms: torch.Tensor | None
 
 
 class Decoding(NamedTuple):
@@ -235,6 +266,9 @@ class FusedTopKTrainingSAE(TopKTrainingSAE):
     cfg: FusedTopKTrainingSAEConfig  # type: ignore[assignment]
 
     use_fused_path: bool = True
+    use_cuda_graph: bool = True
+
+    _step_graph: StepGraph | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -288,38 +322,126 @@ class FusedTopKTrainingSAE(TopKTrainingSAE):
             raise ValueError(
                 f"sae_in has shape {list(x.shape)}, expected [batch, d_in] with an activation"
             )
-        encoder, decoder, watched = self._watch_dead(step_input.dead_neuron_mask)
-        norms, low_decoder = self._norms_and_low_decoder()
-
+        find_dead = self._watch_dead(step_input.dead_neuron_mask)
         normalized = self._normalize(x)
-        b_dec = self.b_dec if self.cfg.apply_b_dec_to_input else None
-        kept = encode(
-            normalized, encoder, self.b_enc, b_dec, norms, self.cfg.k, backend=self.cfg.backend
-        )
-        hidden_pre = kept.hidden.detach()
-        if norms is not None:
-            hidden_pre = hidden_pre * norms.take(kept.indices)
-        feature_acts = self._report_feature_acts(kept.indices, hidden_pre.relu())
-
-        decoding = self._decoding(kept.hidden.relu(), x)
+        output_map = read_output_map(self)
         forget_output_map(self)
-        mse_loss, residual = self._decoder_loss(kept, decoder, low_decoder, decoding)
-        sae_out = (x.detach() + residual).to(self.dtype)
+
+        weights, dictionary, gradients = self._weights(), None, None
+        if self._is_recorded(x, normalized):
+            decoded, gradients = self._replay(x)
+        else:
+            if find_dead is not None:
+                weights, dictionary = self._add_later(weights)
+            decoded = self._encode_and_decode(weights, normalized, x, output_map)
+        feature_acts = self._report_feature_acts(decoded.indices, decoded.hidden_pre.relu())
+        sae_out = (x.detach() + decoded.residual).to(self.dtype)
         metrics = {}
         if step_input.is_logging_step:
-            metrics = self._logging_metrics(kept.indices, decoding, x)
+            decoding = self._decoding(decoded.hidden.relu(), x, self.b_dec, output_map)
+            metrics = self._logging_metrics(decoded.indices, decoding, x)
 
-        aux_loss = self._dead_latents_loss(normalized, b_dec, norms, watched, residual)
-        losses = {"mse_loss": mse_loss, "auxiliary_reconstruction_loss": aux_loss}
+        mse_loss = decoded.mse_loss
+        if gradients is not None:
+            if find_dead is not None and len(find_dead()) > 0:
+                weights, dictionary = self._add_later(weights)
+            mse_loss = with_gradients("training_forward_pass", mse_loss, weights, gradients)
+        aux_loss = None
+        if find_dead is not None and dictionary is not None:
+            aux_loss = self._dead_latents_loss(normalized, decoded, find_dead, dictionary)
+        losses = {
+            "mse_loss": mse_loss,
+            "auxiliary_reconstruction_loss": (
+                mse_loss.new_zeros(()) if aux_loss is None else aux_loss
+            ),
+        }
         return TrainStepOutput(
             sae_in=x,
             sae_out=sae_out,
             feature_acts=feature_acts,
-            hidden_pre=hidden_pre,
-            loss=sum_of(losses),
+            hidden_pre=decoded.hidden_pre,
+            loss=mse_loss if aux_loss is None else sum_of(losses),
             losses=losses,
             metrics={**metrics},
         )
+
+    def _weights(self) -> Weights:
+        return Weights(self.W_enc, self.b_enc, self.W_dec, self.b_dec)
+
+    def _b_dec_of_input(self, weights: Weights) -> torch.Tensor | None:
+        """Return what is subtracted from the input, or None."""
+        return weights.b_dec if self.cfg.apply_b_dec_to_input else None
+
+    def _encode_and_decode(
+        self, weights: Weights, normalized: torch.Tensor, x: torch.Tensor, output_map: OutputMap
+    ) -> Decoded:
+        norms, low_decoder = self._norms_and_low_decoder()
+        kept = encode(
+            normalized,
+            weights.W_enc,
+            weights.b_enc,
+            self._b_dec_of_input(weights),
+            norms,
+            self.cfg.k,
+            backend=self.cfg.backend,
+        )
+        decoding = self._decoding(kept.hidden.relu(), x, weights.b_dec, output_map)
+        mse_loss, residual = self._decoder_loss(kept, weights.W_dec, low_decoder, decoding)
+        hidden = kept.hidden.detach()
+        hidden_pre = hidden if norms is None else hidden * norms.take(kept.indices)
+        return Decoded(mse_loss, residual, kept.indices, hidden, hidden_pre, norms)
+
+    def _is_recorded(self, x: torch.Tensor, normalized: torch.Tensor) -> bool:
+        """Return whether a step is to be recorded as a CUDA graph, and replayed."""
+        return (
+            self.use_cuda_graph
+            and normalized is x
+            and x.is_cuda
+            and not is_traced(x)
+            and x.is_contiguous()
+            and not x.requires_grad
+            and torch.is_grad_enabled()
+            and all(weight.requires_grad for weight in self._weights())
+            and self.W_dec.numel() <= MOST_RECORDED_WEIGHTS
+            and self.W_dec.numel() * x.shape[0] <= MOST_RECORDED_PRODUCTS
+            and self.cfg.normalize_activations not in ("layer_norm", "constant_norm_rescale")
+            and computes_by_triton(self.cfg.backend, self.W_dec, x)
+            and os.environ.get(CHECK_INDICES) != "1"
+            and not torch.cuda.is_current_stream_capturing()
+        )
+
+    def _replay(self, x: torch.Tensor) -> tuple[Decoded, list[torch.Tensor]]:
+        """Return what `_encode_and_decode` does, without autograd, and the weights' gradients.
+
+        Of the former `residual`, `hidden` and `norms` last until the next step.
+        """
+        weights = self._weights()
+        if self._step_graph is None:
+            self._step_graph = StepGraph()
+        decoded, gradients = self._step_graph(
+            self._differentiate,
+            x,
+            *((weight.data_ptr(), weight.dtype, weight.stride()) for weight in weights),
+            compute_dtype(self.W_dec),
+            torch.are_deterministic_algorithms_enabled(),
+            torch.get_float32_matmul_precision(),
+            (self.cfg.k, self.cfg.backend),
+            (self.cfg.rescale_acts_by_decoder_norm, self.cfg.apply_b_dec_to_input),
+        )
+        lasting = decoded._replace(
+            mse_loss=decoded.mse_loss.clone(),
+            indices=decoded.indices.clone(),
+            hidden_pre=decoded.hidden_pre.clone(),
+        )
+        return lasting, [gradient.clone() for gradient in gradients]
+
+    @torch.enable_grad()
+    def _differentiate(self, x: torch.Tensor) -> tuple[Decoded, tuple[torch.Tensor, ...]]:
+        # Without the hooks that the parameters may have: they get the gradients later on.
+        weights = Weights(*(weight.detach().requires_grad_() for weight in self._weights()))
+        decoded = self._encode_and_decode(weights, x, x, OutputMap(None, None))
+        gradients = torch.autograd.grad(decoded.mse_loss, weights)
+        return decoded._replace(mse_loss=decoded.mse_loss.detach()), gradients
 
     @override
     def calculate_aux_loss(
@@ -351,44 +473,50 @@ class FusedTopKTrainingSAE(TopKTrainingSAE):
         return decoder.norm(dim=-1) if rescales else None, None
 
     @torch.compiler.disable()  # the number of dead latents changes from step to step
-    def _watch_dead(
-        self, mask: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor, _Watched | None]:
-        """Return W_enc and W_dec, and what `_dead_latents_loss` takes, if there is to be one.
+    def _watch_dead(self, mask: torch.Tensor | None) -> Callable[[], torch.Tensor] | None:
+        """Return a function that returns the dead latents, or None if there is no loss on them.
 
-        The host, which has to know how many latents are dead, does not wait here: it goes on to
-        launch the step.
+        The host, which has to know how many there are, waits only in that function: until then it
+        goes on to launch the step.
         """
         if mask is None or self.cfg.aux_loss_coefficient == 0:
-            return self.W_enc, self.W_dec, None
-        dictionary = DictionaryLater(self.W_enc, self.W_dec)
-        return dictionary.W_enc, dictionary.W_dec, _Watched(nonzero_later(mask), dictionary)
+            return None
+        return nonzero_later(mask)
+
+    @torch.compiler.disable()
+    def _add_later(self, weights: Weights) -> tuple[Weights, DictionaryLater]:
+        """Return weights that take the gradients of `_dead_latents_loss` too."""
+        dictionary = DictionaryLater(weights.W_enc, weights.W_dec)
+        return weights._replace(W_enc=dictionary.W_enc, W_dec=dictionary.W_dec), dictionary
 
     @torch.compiler.disable()
     def _dead_latents_loss(
         self,
         normalized: torch.Tensor,
-        b_dec: torch.Tensor | None,
-        norms: torch.Tensor | None,
-        watched: _Watched | None,
-        residual: torch.Tensor,
-    ) -> torch.Tensor:
-        """Return the auxiliary loss, the same as SAELens's `calculate_topk_aux_loss`."""
-        if watched is None or len(latents := watched.latents()) == 0:
-            return residual.new_zeros(())
+        decoded: Decoded,
+        find_dead: Callable[[], torch.Tensor],
+        dictionary: DictionaryLater,
+    ) -> torch.Tensor | None:
+        """Return the auxiliary loss, the same as SAELens's `calculate_topk_aux_loss`.
+
+        None where no latent is dead.
+        """
+        latents = find_dead()
+        if len(latents) == 0:
+            return None
         n_dead, half_width = len(latents), self.cfg.d_in // 2
-        encoder_rows, decoder = watched.dictionary.take(latents)
+        encoder_rows, decoder = dictionary.take(latents)
         dead = DeadLatents(
             encoder_rows,
             self.b_enc.index_select(0, latents),
             decoder,
-            None if norms is None else norms[latents],
+            None if decoded.norms is None else decoded.norms[latents],
         )
         return dead_latents_loss(
             normalized,
             dead,
-            b_dec,
-            -residual,
+            self._b_dec_of_input(self._weights()),
+            -decoded.residual,
             min(n_dead, half_width),
             factor=self.cfg.aux_loss_coefficient * min(n_dead / half_width, 1.0),
             backend=self.cfg.backend,
@@ -447,17 +575,18 @@ class FusedTopKTrainingSAE(TopKTrainingSAE):
             or any(_has_hooks(point) for point in skipped)
         )
 
-    def _decoding(self, vals: torch.Tensor, x: torch.Tensor) -> Decoding:
+    def _decoding(
+        self, vals: torch.Tensor, x: torch.Tensor, b_dec: torch.Tensor, output_map: OutputMap
+    ) -> Decoding:
         """Return what the decoder is to do with the activations `vals` of the kept latents.
 
         Output normalization, of every sample by itself, moves to the target's side with the bias:
         `scale * vals` are to reconstruct `x - shift - scale * b_dec`.
         """
-        output_map = read_output_map(self)
         dtype = accumulation_dtype(self.W_dec, x)
         if output_map.scale is None:
-            return Decoding(vals, self.b_dec, x.to(dtype))
-        offset = output_map.apply(self.b_dec.to(dtype))
+            return Decoding(vals, b_dec, x.to(dtype))
+        offset = output_map.apply(b_dec.to(dtype))
         # whose gradient is summed before it is negated
         return Decoding(vals * output_map.scale, None, x.to(dtype) + -offset)
 

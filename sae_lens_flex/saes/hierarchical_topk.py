@@ -338,7 +338,9 @@ class HierarchicalTopKTrainingSAE(RuntimeBudget, FusedTopKTrainingSAE):
             feature_acts, hidden_pre = self.encode_with_hidden_pre(x)
         vals, indices = feature_acts.flatten(0, -2).topk(k)
         vals = self._decode_coefficients(vals, indices)
-        vals, bias, target = self._decoding(vals.view(*x.shape[:-1], k), x)
+        vals, bias, target = self._decoding(
+            vals.view(*x.shape[:-1], k), x, self.b_dec, read_output_map(self)
+        )
         decoding = Decoding(vals.flatten(0, -2), bias, target.flatten(0, -2))
         sae_out = self.decode(feature_acts)
 

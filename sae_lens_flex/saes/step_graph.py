@@ -1,0 +1,77 @@
+"""A function's launches as one CUDA graph, for steps so small that they wait for the host."""
+
+import warnings
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
+
+import torch
+
+ORDINARY_CALLS = 3  # in which kernels are compiled and libraries take their workspaces
+
+
+class _Recording(NamedTuple):
+    graph: torch.cuda.CUDAGraph
+    x: torch.Tensor
+    result: Any
+
+
+class StepGraph:
+    """
+    Calls a function of one tensor, and once it has been called under the same conditions a few
+    times, records what it launches and replays that, in one launch.
+
+    A copy of it, as an SAE's copy has one, has recorded nothing.
+    """
+
+    def __init__(self) -> None:
+        self._conditions: Hashable = None
+        self._calls_to_come = ORDINARY_CALLS
+        self._patience = ORDINARY_CALLS
+        self._recording: _Recording | None = None
+
+    def __reduce__(self) -> Any:
+        return StepGraph, ()
+
+    def __call__(self, function: Callable[[torch.Tensor], Any], x: torch.Tensor, *on: Hashable):
+        """Return function(x), by a replay where it has been recorded.
+
+        Args:
+            function: launches kernels on the current stream, waits for none and returns tensors,
+                in whatever containers.
+            x: on a CUDA device, contiguous.
+            on: all else that the result depends on, but for the contents of memory.
+
+        Returns:
+            What `function` returned; the next call may overwrite its tensors.
+        """
+        conditions = (x.shape, x.dtype, torch.cuda.current_stream(x.device).cuda_stream, *on)
+        if conditions != self._conditions:
+            self._conditions, self._recording = conditions, None
+            self._calls_to_come = self._patience
+        if self._recording is None and self._calls_to_come == 0:
+            self._patience *= 2  # where conditions change all the time, it is not worth it
+            self._recording = _record(function, x)
+        self._calls_to_come -= 1
+        if self._recording is None:
+            return function(x)
+        self._recording.x.copy_(x)
+        self._recording.graph.replay()
+        return self._recording.result
+
+
+def _record(function: Callable[[torch.Tensor], Any], x: torch.Tensor) -> _Recording | None:
+    graph, static = torch.cuda.CUDAGraph(), torch.empty_like(x)
+    try:
+        with (
+            torch.cuda.device(x.device),
+            torch.cuda.stream(torch.cuda.current_stream(x.device)),
+            torch.cuda.graph(graph, capture_error_mode="thread_local"),  # others may go on
+        ):
+            return _Recording(graph, static, function(static))
+    except torch.OutOfMemoryError:
+        warnings.warn(
+            "too little memory to record training steps as CUDA graphs: they go on without, which "
+            "takes the host longer",
+            stacklevel=2,
+        )
+        return None
