@@ -92,13 +92,17 @@ def launch(
             launch(kernel, grid, tensors, floats, ints, num_warps=num_warps, **constants)
         return
     # Addresses in place of tensors, which Triton would ask for theirs, and the driver about each.
-    addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-    any_address = 0
-    for address in addresses:
-        any_address |= address or 0
+    addresses, dtypes, any_address = [], [], 0
+    for tensor in tensors:
+        if tensor is None:
+            addresses.append(None)
+            dtypes.append(None)
+        else:
+            addresses.append(address := tensor.data_ptr())
+            dtypes.append(tensor.dtype)
+            any_address |= address
     # One entry for the addresses that Triton can tell to be aligned, which are nearly all.
     is_aligned = any_address % 16 == 0
-    dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
     key = (kernel.fn, device, num_warps, *ints, *dtypes, *constants.values())
     compiled = _compiled.get(key) if is_aligned else None
     if compiled is not None:

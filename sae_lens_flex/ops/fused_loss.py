@@ -15,7 +15,7 @@ where a bias, if there is one, is part of every reconstruction: dL/dbias = sum_b
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -154,15 +154,17 @@ def check_is_first_derivative(name: str) -> None:
         )
 
 
-class _GivenGradients(torch.autograd.Function):
-    """A scalar whose gradients are at hand. No operator, whose dispatch takes as long as a loss."""
+class _Given(torch.autograd.Function):
+    """A loss whose gradients come with it. No operator, whose dispatch takes as long as a loss."""
 
     @staticmethod
-    def forward(ctx, name, loss_and_gradients, *inputs):
-        loss, ctx.gradients = loss_and_gradients
+    def forward(ctx, name, compute, *inputs):
+        loss, residual, *ctx.gradients = compute()
+        if residual is not None:
+            ctx.mark_non_differentiable(residual)
         ctx.set_materialize_grads(False)  # which would be zeros of the size of weight
         ctx.name = name
-        return loss
+        return loss, residual
 
     @staticmethod
     def backward(ctx, *grad_outputs):
@@ -181,15 +183,20 @@ class _GivenGradients(torch.autograd.Function):
 
 def with_gradients(
     name: str,
-    loss: torch.Tensor,
+    compute: Callable[[], Iterable[torch.Tensor | None]],
     inputs: Sequence[torch.Tensor | None],
-    gradients: Sequence[torch.Tensor | None],
-) -> torch.Tensor:
-    """Return a scalar that hands `gradients`, one an input, to `inputs` in its backward pass.
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return a loss that hands its gradients to `inputs` in its backward pass, and a residual.
 
-    That pass scales them in place: nothing else may hold them. It names the loss in its errors.
+    That pass scales them in place: nothing else may hold them.
+
+    Args:
+        name: of the loss, in errors.
+        compute: returns the loss, a scalar, the residual or None, and a gradient of each input or
+            None. It is called without autograd.
+        inputs: tensors, or None.
     """
-    return _GivenGradients.apply(name, (loss, gradients), *inputs)  # pyright: ignore[reportReturnType]
+    return _Given.apply(name, compute, *inputs)  # pyright: ignore[reportReturnType]
 
 
 _computations: dict[str, Callable[..., Outputs]] = globals().get("_computations") or {}
@@ -369,8 +376,6 @@ def fused_loss(
     if is_traced(indices, *tensors):
         loss, residual, *_ = getattr(_operators, name)(indices, *tensors, *others)
     else:
-        with torch.no_grad():
-            loss, residual, *gradients = _computations[name](indices, *tensors, *others)
-        if any(wanted[1:]):
-            loss = with_gradients(name, loss, tensors, gradients)
+        compute = _computations[name]
+        loss, residual = with_gradients(name, lambda: compute(indices, *tensors, *others), tensors)
     return loss, loss.new_empty(0) if residual is None else residual

@@ -265,7 +265,7 @@ def launch(
         bias_rows * d_in if wanted.grad_bias else 0,
         n_samples * k if wanted.grad_vals else 0,
     ]
-    loss_sums, grad_bias, grad_vals = new((sum(sizes),)).zero_().split(sizes)
+    loss_sums, grad_bias, grad_vals = new((sum(sizes),)).zero_().split_with_sizes(sizes)
 
     def walk(first_slice: int, n_slices: int, suffix_sums: torch.Tensor | None = None) -> None:
         # The slices vary slowest, so that the slice at work, of weight and of its gradient, stays

@@ -345,7 +345,8 @@ class FusedTopKTrainingSAE(TopKTrainingSAE):
         if gradients is not None:
             if find_dead is not None and len(find_dead()) > 0:
                 weights, dictionary = self._add_later(weights)
-            mse_loss = with_gradients("training_forward_pass", mse_loss, weights, gradients)
+            outputs = mse_loss, None, *gradients
+            mse_loss, _ = with_gradients("training_forward_pass", lambda: outputs, weights)
         aux_loss = None
         if find_dead is not None and dictionary is not None:
             aux_loss = self._dead_latents_loss(normalized, decoded, find_dead, dictionary)
