@@ -42,6 +42,7 @@ from sae_lens_flex.ops.encode import chunk_rows, encode
 from sae_lens_flex.ops.fused_loss import fused_loss
 from sae_lens_flex.ops.inverted_index import invert
 from sae_lens_flex.ops.selection import Selection, select
+from sae_lens_flex.saes.step_graph import ORDINARY_CALLS
 
 HERE = Path(__file__).parent
 N_BATCHES = 4
@@ -218,23 +219,37 @@ def steps(case: Case, trainer: SAETrainer[Any, Any]) -> Callable[[], None]:
 
 
 @contextmanager
-def peak_memory(device: str) -> Iterator[Callable[[], float | None]]:
-    """Yield a function that returns the peak of the memory allocated within, in GiB."""
+def peak_memory(device: str) -> Iterator[Callable[[], dict[str, float | None]]]:
+    """Yield a function that returns the peaks of the memory allocated and reserved, in GiB.
+
+    What a CUDA graph keeps for its replays is reserved, and allocated while it is recorded.
+    """
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    yield lambda: torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None
+
+    def peaks() -> dict[str, float | None]:
+        if device != "cuda":
+            return {"peak_gib": None}
+        return {
+            "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+            "peak_reserved_gib": torch.cuda.max_memory_reserved() / 2**30,
+        }
+
+    yield peaks
 
 
 def measure(case: Case, architecture: str, with_fused_adam: bool) -> dict[str, Any]:
     """Train, and return the step's time and memory; None for them where memory does not suffice."""
     result: dict[str, Any] = {"architecture": architecture, "fused_adam": with_fused_adam}
-    with peak_memory(case.device) as peak:
+    with peak_memory(case.device) as peaks:
         try:
             trainer = new_trainer(case, new_sae(case, architecture), with_fused_adam)
-            result["ms"] = median_ms(steps(case, trainer), case.device, n=case.n_steps)
-            result["peak_gib"] = peak()
+            result["ms"] = median_ms(
+                steps(case, trainer), case.device, ORDINARY_CALLS + 2, case.n_steps
+            )
+            result |= peaks()
             firing = trainer.act_freq_scores.sort(descending=True).values
             result["share_of_top_percent"] = float(firing[: case.d_sae // 100].sum() / firing.sum())
         except torch.OutOfMemoryError:

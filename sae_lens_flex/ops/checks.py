@@ -16,15 +16,16 @@ def check_arguments(
     float_dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES,
 ) -> None:
     """Raise a ValueError or TypeError that names the first argument that does not fit."""
-    floats = {"weight": weight, "vals": vals, "bias": bias, "target": target}
+    floats = [("weight", weight), ("vals", vals), ("bias", bias), ("target", target)]
     if level_weights is not None:
-        floats["level_weights"] = level_weights
-    for name, tensor in {"indices": indices, **floats}.items():
+        floats.append(("level_weights", level_weights))
+    for name, tensor in (("indices", indices), *floats):
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name} is a {type(tensor).__name__}, expected a torch.Tensor")
     if indices.dtype not in INDEX_DTYPES:
         raise TypeError(f"indices has dtype {indices.dtype}, expected torch.int32 or torch.int64")
-    for name, tensor in floats.items():
+    device = indices.device
+    for name, tensor in floats:
         if tensor.dtype not in float_dtypes:
             *others, last = map(str, float_dtypes)
             raise TypeError(
@@ -32,9 +33,9 @@ def check_arguments(
             )
         if tensor.layout != torch.strided:
             raise TypeError(f"{name} has layout {tensor.layout}, expected torch.strided")
-        if tensor.device != indices.device:
+        if tensor.device != device:
             raise ValueError(
-                f"{name} is on {str(tensor.device)!r}, expected indices' {str(indices.device)!r}"
+                f"{name} is on {str(tensor.device)!r}, expected indices' {str(device)!r}"
             )
     for name, tensor, shape in (
         ("indices", indices, "[B, K]"),
@@ -54,16 +55,16 @@ def check_arguments(
             f"weight has shape {list(weight.shape)}, expected [F, {len(bias)}], as wide as bias "
             "and target"
         )
-    expected = {
-        "vals": (vals, [n_samples, k], "indices'"),
-        "bias": (bias, [d_in], "weight's last dimension"),
-        "target": (target, [n_samples, d_in], "indices' and weight's"),
-    }
-    if level_weights is not None:
-        expected["level_weights"] = (level_weights, [k], "indices' last dimension")
-    for name, (tensor, shape, source) in expected.items():
-        if list(tensor.shape) != shape:
-            raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {source} {shape}")
+    for name, tensor, shape, source in (
+        ("vals", vals, (n_samples, k), "indices'"),
+        ("bias", bias, (d_in,), "weight's last dimension"),
+        ("target", target, (n_samples, d_in), "indices' and weight's"),
+        ("level_weights", level_weights, (k,), "indices' last dimension"),
+    ):
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(
+                f"{name} has shape {list(tensor.shape)}, expected {source} {list(shape)}"
+            )
 
 
 def check_range(indices: torch.Tensor, n_latents: int) -> None:

@@ -28,9 +28,9 @@ from .inverted_index import InvertedIndex
 
 BACKENDS = ("auto", "triton", "torch")
 
-CHECK_INDICES = "SAE_LENS_FLEX_CHECK_INDICES"
-"""Environment variable: with "1" the Triton kernels, too, raise for a latent outside [0, F), at the
-cost of waiting for the device at every call."""
+CHECKS_INDICES = os.environ.get("SAE_LENS_FLEX_CHECK_INDICES") == "1"
+"""Whether the Triton kernels, too, raise for a latent outside [0, F), at the cost of waiting for
+the device at every call."""
 
 
 class Wanted(NamedTuple):
@@ -228,17 +228,18 @@ def define_loss_operator(name: str, *, triton: Launcher, torch_: Launcher) -> No
         use_triton: bool,
         wanted: Sequence[bool],
     ) -> Outputs:
-        if use_triton and os.environ.get(CHECK_INDICES) == "1":
-            check_range(indices, weight.shape[0])
-        launch = triton if use_triton else torch_
         index = None if latents is None or pairs is None else InvertedIndex(latents, pairs)
         arguments = (
             *(indices, weight, vals, bias, target),
             *(level_weights, weight if low_weight is None else low_weight),
             *(index, factor, Wanted(*wanted)),
         )
-        with no_autocast(weight.device):
-            return launch(*arguments)
+        if not use_triton:
+            with no_autocast(weight.device):
+                return torch_(*arguments)
+        if CHECKS_INDICES:
+            check_range(indices, weight.shape[0])
+        return triton(*arguments)
 
     def operate(*arguments: Any) -> tuple[torch.Tensor, ...]:
         loss, *others = compute(*arguments)
@@ -294,7 +295,7 @@ def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
 
 def accumulation_dtype(*tensors: torch.Tensor) -> torch.dtype:
     """Return float64 where an input is float64, else float32."""
-    is_double = any(tensor.dtype == torch.float64 for tensor in tensors)
+    is_double = torch.float64 in [tensor.dtype for tensor in tensors]
     return torch.float64 if is_double else torch.float32
 
 
@@ -324,11 +325,12 @@ def computes_by_triton(backend: str, *tensors: torch.Tensor) -> bool:
     return uses_triton(backend, tensors[0].device)
 
 
+_UNTRACED_TYPES = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
+
+
 def is_traced(*tensors: torch.Tensor | None) -> bool:
     """Return whether the tensors stand for others, as in torch.compile: operators are for these."""
-    return torch.compiler.is_compiling() or any(
-        type(tensor) not in (torch.Tensor, torch.nn.Parameter, type(None)) for tensor in tensors
-    )
+    return torch.compiler.is_compiling() or not _UNTRACED_TYPES.issuperset(map(type, tensors))
 
 
 def fused_loss(
@@ -345,7 +347,7 @@ def fused_loss(
     factor: float = 1.0,
     backend: str = "auto",
     needs_residual: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, Any]:
     """Call a fused loss; gradients are computed for the inputs that ask for them.
 
     Args:
@@ -362,8 +364,8 @@ def fused_loss(
         needs_residual: whether to return the residual.
 
     Returns:
-        The loss (scalar) and, detached, the residual of level K ([B, D]; no element where it is
-        not needed).
+        The loss (scalar) and, detached, the residual of level K ([B, D]), or None where it is not
+        needed.
     """
     use_triton = computes_by_triton(backend, weight, vals, target)
     tensors = (weight, vals, bias, target)
@@ -375,7 +377,6 @@ def fused_loss(
     others = level_weights, low_weight, *(index or (None, None)), factor, use_triton, wanted
     if is_traced(indices, *tensors):
         loss, residual, *_ = getattr(_operators, name)(indices, *tensors, *others)
-    else:
-        compute = _computations[name]
-        loss, residual = with_gradients(name, lambda: compute(indices, *tensors, *others), tensors)
-    return loss, loss.new_empty(0) if residual is None else residual
+        return loss, residual if needs_residual else None
+    compute = _computations[name]
+    return with_gradients(name, lambda: compute(indices, *tensors, *others), tensors)

@@ -360,7 +360,7 @@ def triton_hierarchical_sae_loss(
 
     Args:
         indices: [B, K], int32 or int64. A latent outside [0, F) is ignored; with the environment
-            variable SAE_LENS_FLEX_CHECK_INDICES=1 it is an IndexError.
+            variable SAE_LENS_FLEX_CHECK_INDICES=1, set before the import, it is an IndexError.
         weight: [F, D], vals: [B, K], bias: [D], target: [B, D]: float32, bfloat16 or float16.
         level_weights: [K], not differentiated. None weighs each level 1 / K.
 

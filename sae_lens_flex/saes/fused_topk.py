@@ -2,7 +2,6 @@
 
 import math
 import operator
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Real
@@ -19,7 +18,7 @@ from ..ops.dead_latents import DeadLatents, DictionaryLater, dead_latents_loss, 
 from ..ops.encode import Encoded, compute_dtype, encode, latent_major
 from ..ops.fused_loss import (
     BACKENDS,
-    CHECK_INDICES,
+    CHECKS_INDICES,
     accumulation_dtype,
     computes_by_triton,
     fused_loss,
@@ -259,6 +258,12 @@ class FusedTopKTrainingSAE(TopKTrainingSAE):
     the points that the fused path skips (`hook_sae_acts_pre`, `hook_sae_acts_post`,
     `hook_sae_recons`) take it by themselves.
 
+    On a GPU steps of small SAEs (up to 2^25 weights in W_dec, as 768 x 24,576) are recorded as CUDA
+    graphs, each replayed in one launch, for launching them would take longer than computing them.
+    Nothing else changes: a step under other conditions (another batch size or dtype, other hooks)
+    is an ordinary one. A recording keeps the memory of a step's intermediates until `eval()`;
+    `use_cuda_graph = False` does without.
+
     `W_enc` is [d_in, d_sae], as everywhere in SAELens, but stored latent by latent (it is not
     contiguous, its transpose is), which is how its gradient comes. Saved files are ordinary.
     """
@@ -306,6 +311,12 @@ class FusedTopKTrainingSAE(TopKTrainingSAE):
 
     def _store_latent_major(self) -> None:
         self.W_enc.data = latent_major(self.W_enc.data)
+
+    @override
+    def train(self, mode: bool = True) -> Self:
+        if not mode:
+            self._step_graph = None
+        return super().train(mode)
 
     @override
     def get_activation_fn(self) -> TopK:
@@ -407,7 +418,7 @@ class FusedTopKTrainingSAE(TopKTrainingSAE):
             and self.W_dec.numel() * x.shape[0] <= MOST_RECORDED_PRODUCTS
             and self.cfg.normalize_activations not in ("layer_norm", "constant_norm_rescale")
             and computes_by_triton(self.cfg.backend, self.W_dec, x)
-            and os.environ.get(CHECK_INDICES) != "1"
+            and not CHECKS_INDICES
             and not torch.cuda.is_current_stream_capturing()
         )
 

@@ -20,7 +20,8 @@ class StepGraph:
     Calls a function of one tensor, and once it has been called under the same conditions a few
     times, records what it launches and replays that, in one launch.
 
-    A copy of it, as an SAE's copy has one, has recorded nothing.
+    A recording keeps what the function allocates. A copy of it, as an SAE's copy has one, has
+    recorded nothing.
     """
 
     def __init__(self) -> None:
@@ -32,7 +33,9 @@ class StepGraph:
     def __reduce__(self) -> Any:
         return StepGraph, ()
 
-    def __call__(self, function: Callable[[torch.Tensor], Any], x: torch.Tensor, *on: Hashable):
+    def __call__(
+        self, function: Callable[[torch.Tensor], Any], x: torch.Tensor, *on: Hashable
+    ) -> Any:
         """Return function(x), by a replay where it has been recorded.
 
         Args:
@@ -61,11 +64,12 @@ class StepGraph:
 
 def _record(function: Callable[[torch.Tensor], Any], x: torch.Tensor) -> _Recording | None:
     graph, static = torch.cuda.CUDAGraph(), torch.empty_like(x)
+    with torch.cuda.device(x.device):
+        stream = torch.cuda.Stream()  # by default it is one of whichever device recorded first
     try:
         with (
-            torch.cuda.device(x.device),
-            torch.cuda.stream(torch.cuda.current_stream(x.device)),
-            torch.cuda.graph(graph, capture_error_mode="thread_local"),  # others may go on
+            torch.cuda.stream(torch.cuda.current_stream(x.device)),  # to come back to it
+            torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
         ):
             return _Recording(graph, static, function(static))
     except torch.OutOfMemoryError:

@@ -1,5 +1,9 @@
 """Every implementation of the losses against the definitions in float64."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -423,9 +427,21 @@ def test_deterministic_algorithms_give_equal_results(implementation) -> None:
 
 
 def test_debug_switch_makes_the_kernels_check_indices(implementation, monkeypatch) -> None:
-    monkeypatch.setenv("SAE_LENS_FLEX_CHECK_INDICES", "1")
+    monkeypatch.setattr("sae_lens_flex.ops.fused_loss.CHECKS_INDICES", True)
     indices, inputs = random_inputs((6, 5, 20, 33), device=implementation.device)
     assert_matches_definition(implementation, indices, inputs)
     indices[2, 3] = 20
     with pytest.raises(IndexError, match=r"reaches from \d+ to 20, expected latents in \[0, 20\)"):
         implementation.loss(indices, **inputs)
+
+
+def test_debug_switch_is_read_at_import() -> None:
+    script = """
+import torch
+from sae_lens_flex.ops import triton_topk_sae_loss
+indices = torch.tensor([[0, 7]])
+triton_topk_sae_loss(indices, *(torch.ones(s) for s in ((7, 4), (1, 2), (4,), (1, 4))))
+"""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "SAE_LENS_FLEX_CHECK_INDICES": "1"}
+    run = subprocess.run([sys.executable, "-c", script], env=environment, stderr=subprocess.PIPE)
+    assert b"IndexError: indices reaches from 0 to 7" in run.stderr

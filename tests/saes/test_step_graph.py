@@ -209,6 +209,19 @@ def test_copies_record_for_themselves(replays, architecture) -> None:
         assert_same_losses(run_step(twin, replays.batch(9)), expected)
 
 
+@both_architectures
+def test_eval_gives_the_memory_back(replays, architecture) -> None:
+    sae, ordinary = (make(architecture) for make in (replays.sae, replays.ordinary_sae))
+    for _ in range(2):
+        sae.train()
+        for seed in range(N_STEPS):
+            output = run_step(sae, replays.batch(seed))
+            assert_same_losses(output, run_step(ordinary, replays.batch(seed)))
+        assert replays.has_recorded(sae)
+        sae.eval()
+        assert sae._step_graph is None
+
+
 @pytest.mark.gpu
 @both_architectures
 def test_only_small_steps_are_recorded(architecture, monkeypatch) -> None:
