@@ -117,8 +117,10 @@ def _encode_and_keep_rows(
             Selection(out.indices[chunk], out.hidden[chunk]),
             use_triton,
         )
-    # Without a gradient, the index of nothing.
-    index = invert(out.indices if needs_index else out.indices[:0], None)
+    if needs_index:
+        index = invert(out.indices, n_latents, use_triton)
+    else:
+        index = InvertedIndex(*(x.new_empty(0, dtype=t) for t in (torch.int32, torch.int64)))
     return out.hidden, out.indices, *index, rows
 
 

@@ -308,7 +308,7 @@ def launch(
         # launched one after another; and their S are stored and then added up latent by latent.
         suffix_sums = None
         if wanted.grad_weight:
-            index = index or invert(indices, n_latents)
+            index = index or invert(indices, n_latents, use_triton=True)
             suffix_sums = new((n_samples * k, BLOCK_D))
         for slice_ in range(n_slices):
             walk(slice_, 1, suffix_sums)

@@ -3,7 +3,10 @@
 Sums over the pairs of each latent are what the gradients of decoder and encoder weights are. In a
 real dictionary a few latents fire on most samples, so the work is dealt out in runs of equally many
 pairs rather than by latent: a program adds up a run, and a second kernel joins the parts of the
-latents that span runs. Without atomics, the sums are the same from run to run.
+latents that span runs.
+
+With `torch.use_deterministic_algorithms(True)` and on other backends than Triton's, the pairs of a
+latent are in ascending order, and so the sums are the same from run to run.
 """
 
 from typing import NamedTuple
@@ -20,24 +23,61 @@ class InvertedIndex(NamedTuple):
     Attributes:
         latents: indices[b, t] of each pair, ascending, [B * K], int32. What lies outside [0, F) is
             -1 or F.
-        pairs: b * K + t of each pair, [B * K], int64, ascending among those of one latent.
+        pairs: b * K + t of each pair, [B * K], int64.
     """
 
     latents: torch.Tensor
     pairs: torch.Tensor
 
 
-def invert(indices: torch.Tensor, n_latents: int | None) -> InvertedIndex:
-    """Group the pairs of `indices` ([B, K]) by latent, with one radix sort.
+@triton.jit
+def bin_of(f, F):
+    """Return the bin in which a latent is counted: 1 + f, or 0 or F + 1 for what is no latent."""
+    return tl.minimum(tl.maximum(f.to(tl.int64), -1), F) + 1
 
-    Args:
-        indices: [B, K], int32 or int64.
-        n_latents: F, or None where all indices are known to lie within [0, F).
+
+@triton.jit(do_not_specialize=["N", "F"])
+def count_kernel(indices, counts, N, F, BLOCK: tl.constexpr):
+    """Count the pairs of every latent in its bin of `counts`, [F + 2], zeroed."""
+    n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    f = tl.load(indices + n, mask=n < N, other=0)
+    tl.atomic_add(counts + bin_of(f, F), 1, mask=n < N, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["N", "F"])
+def _place_kernel(indices, ends, latents, pairs, N, F, BLOCK: tl.constexpr):
+    # Every bin is filled from its end down.
+    n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = n < N
+    in_bin = bin_of(tl.load(indices + n, mask=mask, other=0), F)
+    place = tl.atomic_add(ends + in_bin, -1, mask=mask, sem="relaxed") - 1
+    tl.store(latents + place, (in_bin - 1).to(tl.int32), mask=mask)
+    tl.store(pairs + place, n, mask=mask)
+
+
+COUNT_BLOCK = 1024
+
+
+def invert(indices: torch.Tensor, n_latents: int, use_triton: bool) -> InvertedIndex:
+    """Group the pairs of `indices` ([B, K], int32 or int64) by latent, of which there are F.
+
+    By counting, which takes a third of a radix sort's launches and time, or in a fixed order by the
+    sort.
     """
-    latents = indices.flatten()
-    if n_latents is not None:
-        latents = latents.clamp(-1, n_latents)
-    latents, pairs = latents.to(torch.int32).sort(stable=True)
+    if not use_triton or torch.are_deterministic_algorithms_enabled():
+        latents = indices.flatten().clamp(-1, n_latents).to(torch.int32)
+        return InvertedIndex(*latents.sort(stable=True))
+    indices = indices.contiguous()
+    n_pairs = indices.numel()
+    latents = indices.new_empty(n_pairs, dtype=torch.int32)
+    pairs = indices.new_empty(n_pairs, dtype=torch.int64)
+    counts = indices.new_zeros(n_latents + 2, dtype=torch.int32)
+    grid, sizes = (cdiv(n_pairs, COUNT_BLOCK),), (n_pairs, n_latents)
+    _triton.launch(count_kernel, grid, (indices, counts), (), sizes, BLOCK=COUNT_BLOCK)
+    ends = counts.cumsum(0, dtype=torch.int32)
+    _triton.launch(
+        _place_kernel, grid, (indices, ends, latents, pairs), (), sizes, BLOCK=COUNT_BLOCK
+    )
     return InvertedIndex(latents, pairs)
 
 

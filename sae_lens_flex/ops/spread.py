@@ -11,6 +11,7 @@ import torch
 
 from . import _triton
 from ._triton import cdiv, tl, triton
+from .inverted_index import count_kernel
 
 FEWEST_PAIRS = 2**16  # below, the queues are short
 HOT = 1 / 1024  # share of the batch's pairs from which a latent gets copies
@@ -34,17 +35,11 @@ class Spread(NamedTuple):
 
 
 @triton.jit
-def _count_kernel(indices, counts, n_pairs, F, BLOCK: tl.constexpr):
-    n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    f = tl.load(indices + n, mask=n < n_pairs, other=-1)
-    tl.atomic_add(counts + f, 1, mask=(f >= 0) & (f < F), sem="relaxed")
-
-
-@triton.jit
 def _take_slots_kernel(
     counts, n_copied, hot, threshold, F, SLOTS: tl.constexpr, BLOCK: tl.constexpr
 ):
     f = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    counts += 1  # the bin of latent 0
     is_hot = (f < F) & (tl.load(counts + f, mask=f < F, other=0) >= threshold)
     slot = tl.atomic_add(n_copied + tl.zeros([BLOCK], tl.int32), 1, mask=is_hot, sem="relaxed")
     has_slot = is_hot & (slot < SLOTS)
@@ -56,7 +51,7 @@ def _take_slots_kernel(
 def _rows_kernel(indices, slots, rows, n_pairs, K, F, COPIES: tl.constexpr, BLOCK: tl.constexpr):
     n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     f = tl.load(indices + n, mask=n < n_pairs, other=-1)
-    slot = tl.load(slots + f, mask=(f >= 0) & (f < F), other=-1)
+    slot = tl.load(slots + 1 + f, mask=(f >= 0) & (f < F), other=-1)
     row = tl.where(slot >= 0, F + slot * COPIES + (n // K) % COPIES, f)
     tl.store(rows + n, row.to(tl.int32), mask=n < n_pairs)
 
@@ -82,12 +77,12 @@ def is_worth_spreading(indices: torch.Tensor) -> bool:
 def spread(indices: torch.Tensor, n_latents: int) -> Spread:
     """Give copies to the latents that fire most among `indices` ([B, K], contiguous)."""
     n_pairs = indices.numel()
-    state = indices.new_zeros(SLOTS + 4 + n_latents, dtype=torch.int32)
+    state = indices.new_zeros(SLOTS + 4 + n_latents + 2, dtype=torch.int32)
     hot, n_copied, counts = state[:SLOTS], state[SLOTS : SLOTS + 1], state[SLOTS + 4 :]  # aligned
     rows = torch.empty_like(indices, dtype=torch.int32)
     over_pairs = (cdiv(n_pairs, BLOCK),)
     _triton.launch(
-        _count_kernel, over_pairs, (indices, counts), (), (n_pairs, n_latents), BLOCK=BLOCK
+        count_kernel, over_pairs, (indices, counts), (), (n_pairs, n_latents), BLOCK=BLOCK
     )
     _triton.launch(
         _take_slots_kernel,

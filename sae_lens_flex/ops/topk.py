@@ -146,7 +146,7 @@ def _launch(
             grad_weight = weight.new_empty(weight.shape)
         if wanted.grad_weight or wanted.grad_vals:
             grad_vals = sum_by_latent(
-                index or invert(indices, n_latents),
+                index or invert(indices, n_latents, use_triton=True),
                 vals,
                 rows,
                 grad_weight,

@@ -320,7 +320,7 @@ def test_backward_makes_nothing_of_the_size_of_weight(implementation) -> None:
 def test_operator_passes_opcheck(name, device, use_triton) -> None:
     indices, inputs = random_inputs((6, 5, 20, 33), device=device)
     tensors = (indices, inputs["weight"], inputs["vals"], inputs["bias"], inputs["target"])
-    arguments = (*tensors, None, None, *invert(indices, 20), 3.0, use_triton)
+    arguments = (*tensors, None, None, *invert(indices, 20, use_triton), 3.0, use_triton)
     operator = getattr(torch.ops.sae_lens_flex, name).default
     torch.library.opcheck(operator, (*arguments, 5 * [True]))
     with torch.no_grad():
