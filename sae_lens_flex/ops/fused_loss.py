@@ -242,7 +242,10 @@ def define_loss_operator(name: str, *, triton: Launcher, torch_: Launcher) -> No
         return triton(*arguments)
 
     def operate(*arguments: Any) -> tuple[torch.Tensor, ...]:
-        loss, *others = compute(*arguments)
+        outputs = compute(*arguments)
+        if outputs.grad_bias is not None:  # which may share memory with grad_vals
+            outputs = outputs._replace(grad_bias=outputs.grad_bias.clone())
+        loss, *others = outputs
         return loss, *(loss.new_empty(0) if output is None else output for output in others)
 
     def shapes_only(

@@ -32,7 +32,7 @@ from .step_graph import StepGraph
 # Up to these sizes of the dictionary, d_sae * d_in, and of its product with a batch, launching a
 # step takes the host longer than computing it takes an H200; benchmarks/README.md has the times.
 MOST_RECORDED_WEIGHTS = 2**25
-MOST_RECORDED_PRODUCTS = 2**37
+MOST_RECORDED_PRODUCTS = 2**38
 
 
 def check_integer(name: str, value: Any, highest: int | None = None, highest_name: str = "") -> int:
@@ -258,11 +258,12 @@ class FusedTopKTrainingSAE(TopKTrainingSAE):
     the points that the fused path skips (`hook_sae_acts_pre`, `hook_sae_acts_post`,
     `hook_sae_recons`) take it by themselves.
 
-    On a GPU steps of small SAEs (up to 2^25 weights in W_dec, as 768 x 24,576) are recorded as CUDA
-    graphs, each replayed in one launch, for launching them would take longer than computing them.
-    Nothing else changes: a step under other conditions (another batch size or dtype, other hooks)
-    is an ordinary one. A recording keeps the memory of a step's intermediates until `eval()`;
-    `use_cuda_graph = False` does without.
+    On a GPU steps of small SAEs (d_in * d_sae up to 2^25, as 768 x 24,576, and with the batch up to
+    2^38) are recorded as a CUDA graph and replayed in one launch, for launching them one by one
+    takes longer than computing them. Nothing else changes: a step that does not fit the recording,
+    of another batch size or dtype, with frozen weights or a gradient of the input, is an ordinary
+    one. A recording keeps the memory of a step's intermediates until `eval()`; `use_cuda_graph =
+    False` does without.
 
     `W_enc` is [d_in, d_sae], as everywhere in SAELens, but stored latent by latent (it is not
     contiguous, its transpose is), which is how its gradient comes. Saved files are ordinary.
@@ -427,13 +428,12 @@ class FusedTopKTrainingSAE(TopKTrainingSAE):
 
         Of the former `residual`, `hidden` and `norms` last until the next step.
         """
-        weights = self._weights()
         if self._step_graph is None:
             self._step_graph = StepGraph()
         decoded, gradients = self._step_graph(
             self._differentiate,
             x,
-            *((weight.data_ptr(), weight.dtype, weight.stride()) for weight in weights),
+            *((w.data_ptr(), w.dtype, w.shape, w.stride()) for w in self._weights()),
             compute_dtype(self.W_dec),
             torch.are_deterministic_algorithms_enabled(),
             torch.get_float32_matmul_precision(),
@@ -493,6 +493,11 @@ class FusedTopKTrainingSAE(TopKTrainingSAE):
         """
         if mask is None or self.cfg.aux_loss_coefficient == 0:
             return None
+        if mask.shape != (self.cfg.d_sae,):
+            raise ValueError(
+                f"dead_neuron_mask has shape {list(mask.shape)}, expected [{self.cfg.d_sae}], one "
+                "element a latent"
+            )
         return nonzero_later(mask)
 
     @torch.compiler.disable()

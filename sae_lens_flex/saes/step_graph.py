@@ -56,7 +56,8 @@ class StepGraph:
             self._recording = _record(function, x)
         self._calls_to_come -= 1
         if self._recording is None:
-            return function(x)
+            # Aligned, as what is recorded: kernels are compiled for it, and must be by then.
+            return function(x if x.data_ptr() % 16 == 0 else x.clone())
         self._recording.x.copy_(x)
         self._recording.graph.replay()
         return self._recording.result

@@ -327,6 +327,16 @@ def test_operator_passes_opcheck(name, device, use_triton) -> None:
         torch.library.opcheck(operator, (*arguments, 5 * [False]))
 
 
+@pytest.mark.parametrize("name", ["hierarchical_loss", "topk_loss"])
+@pytest.mark.parametrize("device", KERNEL_DEVICES)
+def test_outputs_of_the_operator_share_no_memory(name, device) -> None:
+    indices, inputs = random_inputs((6, 5, 20, 33), device=device)
+    outputs = getattr(torch.ops.sae_lens_flex, name)(
+        *(indices, *inputs.values()), None, None, None, None, 1.0, True, 5 * [True]
+    )
+    assert len({output.untyped_storage().data_ptr() for output in outputs}) == 6
+
+
 def test_compiles_without_a_graph_break(implementation) -> None:
     if implementation.device == "cpu" and "triton" in implementation.loss.__name__:
         pytest.skip("torch.compile does not call the interpreter")

@@ -376,6 +376,14 @@ def test_empty_batch_is_an_error_that_says_so(architecture) -> None:
 
 
 @both_architectures
+@pytest.mark.parametrize("n", [D_SAE - 1, D_SAE + 1])
+def test_dead_neuron_mask_of_another_length_is_an_error_that_says_so(architecture, n) -> None:
+    step = step_input(random_activations(), torch.ones(n, dtype=torch.bool))
+    with pytest.raises(ValueError, match=rf"dead_neuron_mask has shape \[{n}\], expected \[48\]"):
+        trained_sae(architecture).training_forward_pass(step)
+
+
+@both_architectures
 def test_sparse_feature_acts_are_otherwise_an_ordinary_tensor(architecture) -> None:
     acts = run_step(trained_sae(architecture), random_activations()).feature_acts
     dense = acts.to_dense()

@@ -222,6 +222,18 @@ def test_eval_gives_the_memory_back(replays, architecture) -> None:
         assert sae._step_graph is None
 
 
+@both_architectures
+def test_batches_that_are_not_aligned(replays, architecture) -> None:
+    fields = {"d_in": 18}
+    sae, ordinary = (make(architecture, **fields) for make in (replays.sae, replays.ordinary_sae))
+    for seed in range(N_STEPS):
+        batch = replays.batch(seed, BATCH + 1, 18)[1:]
+        assert batch.data_ptr() % 16 == 8
+        assert_same_losses(run_step(sae, batch), run_step(ordinary, batch))
+        assert_same_gradients(sae, ordinary)
+    assert replays.has_recorded(sae)
+
+
 @pytest.mark.gpu
 @both_architectures
 def test_only_small_steps_are_recorded(architecture, monkeypatch) -> None:
