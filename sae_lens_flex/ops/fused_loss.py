@@ -242,11 +242,14 @@ def define_loss_operator(name: str, *, triton: Launcher, torch_: Launcher) -> No
         return triton(*arguments)
 
     def operate(*arguments: Any) -> tuple[torch.Tensor, ...]:
-        outputs = compute(*arguments)
-        if outputs.grad_bias is not None:  # which may share memory with grad_vals
-            outputs = outputs._replace(grad_bias=outputs.grad_bias.clone())
-        loss, *others = outputs
-        return loss, *(loss.new_empty(0) if output is None else output for output in others)
+        outputs = []
+        for output in compute(*arguments):
+            if output is None:
+                output = arguments[0].new_empty(0, dtype=outputs[0].dtype)
+            elif output.storage_offset():  # part of what other outputs are part of
+                output = output.clone()
+            outputs.append(output)
+        return tuple(outputs)
 
     def shapes_only(
         indices: torch.Tensor,

@@ -422,10 +422,10 @@ def test_nonzero_later_is_nonzero(device, n_set) -> None:
 # --- operators
 
 
-@pytest.mark.parametrize(
-    ("device", "use_triton"), [("cpu", False), pytest.param("cuda", True, marks=pytest.mark.gpu)]
-)
-def test_operators_pass_opcheck(device, use_triton) -> None:
+@every_backend
+def test_operators_pass_opcheck(on) -> None:
+    backend, device = on
+    use_triton = backend == "triton"
     operators = torch.ops.sae_lens_flex
     inputs = dead_inputs((5, 7, 30, 5), device=device)
     x, weight, b_enc, b_dec, norms = (inputs[name] for name in (*ARGUMENTS, "norms"))
