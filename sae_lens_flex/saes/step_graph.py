@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Hashable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -63,14 +64,19 @@ class StepGraph:
         return self._recording.result
 
 
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    # For all recordings on a device, for cuBLAS keeps a workspace for every stream that it was used
+    # on. PyTorch's own default is one for all devices.
+    return torch.cuda.Stream(device)
+
+
 def _record(function: Callable[[torch.Tensor], Any], x: torch.Tensor) -> _Recording | None:
     graph, static = torch.cuda.CUDAGraph(), torch.empty_like(x)
-    with torch.cuda.device(x.device):
-        stream = torch.cuda.Stream()  # by default it is one of whichever device recorded first
     try:
         with (
             torch.cuda.stream(torch.cuda.current_stream(x.device)),  # to come back to it
-            torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
+            torch.cuda.graph(graph, stream=_stream(x.device), capture_error_mode="thread_local"),
         ):
             return _Recording(graph, static, function(static))
     except torch.OutOfMemoryError:
