@@ -199,7 +199,8 @@ def table_main(losses: dict[str, dict[str, Loss]]) -> list[dict[str, Any]]:
     for distribution in ("uniform", "zipf"):
         for dtype in (torch.float32, torch.bfloat16):
             for k in (32, 64, 128):
-                rows += measure_all(losses, GEMMA._replace(K=k), distribution, dtype)
+                size = GEMMA._replace(K=k)
+                rows += measure_all(losses, size, distribution, dtype, as_graph=True)
     return rows
 
 
