@@ -61,8 +61,8 @@ COUNT_BLOCK = 1024
 def invert(indices: torch.Tensor, n_latents: int, use_triton: bool) -> InvertedIndex:
     """Group the pairs of `indices` ([B, K], int32 or int64) by latent, of which there are F.
 
-    By counting, which takes a third of a radix sort's launches and time, or in a fixed order by the
-    sort.
+    By counting, or, for a fixed order, by a radix sort, which takes twice as long: 0.15 ms for
+    B=4096, K=128 on an H200, where counting takes 0.08.
     """
     if not use_triton or torch.are_deterministic_algorithms_enabled():
         latents = indices.flatten().clamp(-1, n_latents).to(torch.int32)
