@@ -66,13 +66,16 @@ class StepGraph:
 
 @cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    # For all recordings on a device, for cuBLAS keeps a workspace for every stream that it was used
-    # on. PyTorch's own default is one for all devices.
+    # For all recordings on a device, for PyTorch keeps a workspace of cuBLAS for every stream that
+    # used it. Its own default is one for all devices.
     return torch.cuda.Stream(device)
 
 
 def _record(function: Callable[[torch.Tensor], Any], x: torch.Tensor) -> _Recording | None:
     graph, static = torch.cuda.CUDAGraph(), torch.empty_like(x)
+    # So that the recording gets a workspace in its own memory. That of an earlier recording may be
+    # freed with it, and would be written to by the replays.
+    torch._C._cuda_clearCublasWorkspaces()
     try:
         with (
             torch.cuda.stream(torch.cuda.current_stream(x.device)),  # to come back to it
