@@ -408,7 +408,7 @@ class FusedTopKTrainingSAE(TopKTrainingSAE):
         """Return whether a step is to be recorded as a CUDA graph, and replayed."""
         return (
             self.use_cuda_graph
-            and normalized is x
+            and normalized is x  # no hook edited it, no normalization is to be undone
             and x.is_cuda
             and not is_traced(x)
             and x.is_contiguous()
@@ -417,7 +417,6 @@ class FusedTopKTrainingSAE(TopKTrainingSAE):
             and all(weight.requires_grad for weight in self._weights())
             and self.W_dec.numel() <= MOST_RECORDED_WEIGHTS
             and self.W_dec.numel() * x.shape[0] <= MOST_RECORDED_PRODUCTS
-            and self.cfg.normalize_activations not in ("layer_norm", "constant_norm_rescale")
             and computes_by_triton(self.cfg.backend, self.W_dec, x)
             and not CHECKS_INDICES
             and not torch.cuda.is_current_stream_capturing()

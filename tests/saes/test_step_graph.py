@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,8 +23,9 @@ from comparison import (
     step_input,
     trained_sae,
 )
+from sae_lens.saes.sae import TrainStepOutput
 
-from sae_lens_flex.saes import fused_topk
+from sae_lens_flex.saes import fused_topk, step_graph
 from sae_lens_flex.saes.step_graph import ORDINARY_CALLS, StepGraph
 
 both_architectures = pytest.mark.parametrize("architecture", FUSED_ARCHITECTURES)
@@ -57,7 +59,8 @@ class Replays:
         return dead_mask(n_dead).to(self.device)
 
     def has_recorded(self, sae: Any) -> bool:
-        return self.device == "cpu" or sae._step_graph._recording is not None
+        graph = sae._step_graph
+        return graph is not None and (self.device == "cpu" or graph._recording is not None)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -66,6 +69,14 @@ def replays(request, monkeypatch) -> Replays:
 
 
 N_STEPS = ORDINARY_CALLS + 4
+
+
+def assert_same_outputs(output: TrainStepOutput, expected: TrainStepOutput) -> None:
+    assert_same_losses(output, expected)
+    assert_close(output.sae_out, expected.sae_out, name="sae_out")
+    assert_close(output.hidden_pre, expected.hidden_pre, name="hidden_pre")
+    acts, expected_acts = (each.feature_acts.to_dense() for each in (output, expected))
+    assert_close(acts, expected_acts, name="feature_acts")
 
 
 @both_architectures
@@ -90,12 +101,8 @@ def test_every_step_is_the_ordinary_one(replays, architecture, autocast, fields)
         with torch.autocast(replays.device, torch.bfloat16, enabled=autocast):
             output = run_step(sae, replays.batch(step), dead)
             expected = run_step(ordinary, replays.batch(step), dead)
-        assert_same_losses(output, expected)
+        assert_same_outputs(output, expected)
         assert_same_gradients(sae, ordinary)
-        assert_close(output.sae_out, expected.sae_out, name="sae_out")
-        assert_close(output.hidden_pre, expected.hidden_pre, name="hidden_pre")
-        acts, expected_acts = (acts.feature_acts.to_dense() for acts in (output, expected))
-        assert_close(acts, expected_acts, name="feature_acts")
         optimizer.step()
     assert replays.has_recorded(sae)
 
@@ -134,11 +141,7 @@ def test_outputs_and_gradients_outlast_the_next_step(replays, architecture) -> N
             kept.append(output)
     assert_same_gradients(sae, ordinary)
     for output, expected in zip(outputs, expected_outputs, strict=True):
-        assert_same_losses(output, expected)
-        assert_close(output.sae_out, expected.sae_out, name="sae_out")
-        assert_close(output.hidden_pre, expected.hidden_pre, name="hidden_pre")
-        acts, expected_acts = (acts.feature_acts.to_dense() for acts in (output, expected))
-        assert_close(acts, expected_acts, name="feature_acts")
+        assert_same_outputs(output, expected)
 
 
 @both_architectures
@@ -259,3 +262,24 @@ def test_without_memory_steps_go_on_as_they_were(monkeypatch) -> None:
     with pytest.warns(UserWarning, match="too little memory"):
         assert_same_losses(run_step(sae, batch), expected)
     assert_same_losses(run_step(sae, batch), expected)
+
+
+def test_recording_waits_longer_every_time_that_conditions_change(monkeypatch) -> None:
+    recorded, called = [], []
+
+    def record(function, x):
+        recorded.append(len(called))
+        replay = SimpleNamespace(replay=lambda: None)
+        return SimpleNamespace(graph=replay, x=torch.empty_like(x), result="replayed")
+
+    def function(x):
+        called.append(x)
+        return "called"
+
+    monkeypatch.setattr(step_graph, "_record", record)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    graph, x = StepGraph(), torch.ones(4)
+    for conditions, n_called in (("a", 3), ("b", 6), ("a", 12)):
+        results = [graph(function, x, conditions) for _ in range(20)]
+        assert results == ["called"] * n_called + ["replayed"] * (20 - n_called)
+    assert recorded == [3, 9, 21]
