@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from . import inverted_index
 from .fused_loss import (
     NAMESPACE,
     _library,
@@ -61,15 +62,14 @@ class Encoded(NamedTuple):
 def _sum_by_latent_by_torch(
     index: InvertedIndex, grad_hidden: torch.Tensor, rows: torch.Tensor, grad_weight: torch.Tensor
 ) -> None:
-    n_latents, k = len(grad_weight), grad_hidden.shape[1]
-    latents = torch.arange(n_latents, device=rows.device, dtype=index.latents.dtype)
     dtype = accumulation_dtype(rows)
     sums = torch.nn.functional.embedding_bag(
-        index.pairs // k,
+        index.samples.to(index.starts.dtype),
         rows.to(dtype),
-        torch.searchsorted(index.latents, latents),
+        index.starts[1:],
         mode="sum",
         per_sample_weights=grad_hidden.flatten()[index.pairs].to(dtype),
+        include_last_offset=True,
     )
     grad_weight.copy_(sums)
 
@@ -120,34 +120,35 @@ def _encode_and_keep_rows(
     if needs_index:
         index = invert(out.indices, n_latents, use_triton)
     else:
-        index = InvertedIndex(*(x.new_empty(0, dtype=t) for t in (torch.int32, torch.int64)))
-    return out.hidden, out.indices, *index, rows
+        index = (out.indices.new_empty(0) for _ in InvertedIndex._fields)
+    return rows, out.hidden, out.indices, *index
 
 
 def _encode(*inputs: Any) -> tuple[torch.Tensor, ...]:
-    return _encode_and_keep_rows(*inputs)[:-1]
+    return _encode_and_keep_rows(*inputs)[1:]
 
 
 def _encode_shapes(x, W_enc, b_enc, b_dec, norms, k, dtype, use_triton, needs_index):
     n_samples = x.shape[0]
-    n_pairs = n_samples * k if needs_index else 0
+    if needs_index:
+        index = inverted_index.shapes_only(x, n_samples * k, W_enc.shape[1])
+    else:
+        index = (x.new_empty(0, dtype=torch.int64) for _ in InvertedIndex._fields)
     return (
         x.new_empty((n_samples, k), dtype=torch.promote_types(dtype, b_enc.dtype)),
         x.new_empty((n_samples, k), dtype=torch.int64),
-        x.new_empty(n_pairs, dtype=torch.int32),
-        x.new_empty(n_pairs, dtype=torch.int64),
+        *index,
     )
 
 
 def _gradients(
     grad_hidden: torch.Tensor,
     indices: torch.Tensor,
-    latents: torch.Tensor,
-    pairs: torch.Tensor,
     x: torch.Tensor,
     W_enc: torch.Tensor,
     b_enc: torch.Tensor,
     b_dec: torch.Tensor | None,
+    index: Sequence[torch.Tensor],
     dtype: torch.dtype,
     use_triton: bool,
     wanted: list[bool],
@@ -162,7 +163,7 @@ def _gradients(
                 rows = centered(x, b_dec, dtype)
             grad_weight = W_enc.new_empty(W_enc.T.shape)
             by = sum_by_latent if use_triton else _sum_by_latent_by_torch
-            by(InvertedIndex(latents, pairs), grad_hidden, rows, grad_weight)
+            by(InvertedIndex(*index), grad_hidden, rows, grad_weight)
         if wants_b_enc or wants_b_dec:
             sums = grad_hidden.new_zeros(W_enc.shape[1], dtype=accumulation_dtype(x, W_enc))
             sums.index_add_(0, indices.flatten(), grad_hidden.flatten().to(sums.dtype))
@@ -193,7 +194,7 @@ def _encode_backward(grad_hidden: torch.Tensor, *others: Any) -> tuple[torch.Ten
 
 
 def _encode_backward_shapes(
-    grad_hidden, indices, latents, pairs, x, W_enc, b_enc, b_dec, dtype, use_triton, wanted
+    grad_hidden, indices, x, W_enc, b_enc, b_dec, index, dtype, use_triton, wanted
 ):
     tensors = x, W_enc.T, b_enc, b_dec
     return tuple(
@@ -204,17 +205,18 @@ def _encode_backward_shapes(
 
 def _keep_inputs(ctx, inputs: Sequence[Any], output: Sequence[torch.Tensor]) -> None:
     x, W_enc, b_enc, b_dec, _, _, dtype, use_triton, _ = inputs
-    _, indices, latents, pairs = output
-    ctx.mark_non_differentiable(indices, latents, pairs)
+    _, indices, *index = output
+    ctx.mark_non_differentiable(indices, *index)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(indices, latents, pairs, x, W_enc, b_enc, b_dec)
+    ctx.save_for_backward(indices, x, W_enc, b_enc, b_dec, *index)
     ctx.settings = dtype, use_triton
 
 
 def _differentiate(ctx, by: Callable[..., Any], grad_hidden: torch.Tensor) -> tuple[Any, ...]:
     check_is_first_derivative("encode")
     wanted = list(ctx.needs_input_grad[:4])
-    gradients = by(grad_hidden, *ctx.saved_tensors, *ctx.settings, wanted)
+    tensors, index = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+    gradients = by(grad_hidden, *tensors, index, *ctx.settings, wanted)
     grad_x, grad_weight, grad_b_enc, grad_b_dec = (
         gradient if is_wanted else None
         for gradient, is_wanted in zip(gradients, wanted, strict=True)
@@ -229,7 +231,7 @@ class _Encode(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *inputs):
-        *output, rows = _encode_and_keep_rows(*inputs)
+        rows, *output = _encode_and_keep_rows(*inputs)
         _keep_inputs(ctx, inputs, output)
         ctx.rows = rows if inputs[-1] else None
         return tuple(output)
@@ -246,12 +248,13 @@ def _differentiate_operator(ctx, *grad_outputs):
 if not hasattr(_operators, "encode"):
     _library.define(
         "encode(Tensor x, Tensor W_enc, Tensor b_enc, Tensor? b_dec, Tensor? norms, int k, "
-        "ScalarType dtype, bool use_triton, bool needs_index) -> (Tensor, Tensor, Tensor, Tensor)"
+        "ScalarType dtype, bool use_triton, bool needs_index) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     )
     _library.define(
-        "encode_backward(Tensor grad_hidden, Tensor indices, Tensor latents, Tensor pairs, "
-        "Tensor x, Tensor W_enc, Tensor b_enc, Tensor? b_dec, ScalarType dtype, bool use_triton, "
-        "bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)"
+        "encode_backward(Tensor grad_hidden, Tensor indices, Tensor x, Tensor W_enc, Tensor b_enc, "
+        "Tensor? b_dec, Tensor[] index, ScalarType dtype, bool use_triton, bool[] wanted) "
+        "-> (Tensor, Tensor, Tensor, Tensor)"
     )
     _library.impl("encode", _encode, "CompositeExplicitAutograd")
     _library.impl("encode_backward", _encode_backward, "CompositeExplicitAutograd")
@@ -306,5 +309,5 @@ def encode(
         *(k, compute_dtype(W_enc), use_triton, needs_index),
     )
     by = _operators.encode if is_traced(x, W_enc, b_enc, b_dec, norms) else _Encode.apply
-    hidden, indices, latents, pairs = by(*arguments)  # pyright: ignore[reportGeneralTypeIssues]
-    return Encoded(indices, hidden, InvertedIndex(latents, pairs) if needs_index else None)
+    hidden, indices, *index = by(*arguments)  # pyright: ignore[reportGeneralTypeIssues]
+    return Encoded(indices, hidden, InvertedIndex(*index) if needs_index else None)

@@ -222,17 +222,15 @@ def define_loss_operator(name: str, *, triton: Launcher, torch_: Launcher) -> No
         target: torch.Tensor,
         level_weights: torch.Tensor | None,
         low_weight: torch.Tensor | None,
-        latents: torch.Tensor | None,
-        pairs: torch.Tensor | None,
+        index: Sequence[torch.Tensor] | None,
         factor: float,
         use_triton: bool,
         wanted: Sequence[bool],
     ) -> Outputs:
-        index = None if latents is None or pairs is None else InvertedIndex(latents, pairs)
         arguments = (
             *(indices, weight, vals, bias, target),
             *(level_weights, weight if low_weight is None else low_weight),
-            *(index, factor, Wanted(*wanted)),
+            *(None if index is None else InvertedIndex(*index), factor, Wanted(*wanted)),
         )
         if not use_triton:
             with no_autocast(weight.device):
@@ -270,20 +268,23 @@ def define_loss_operator(name: str, *, triton: Launcher, torch_: Launcher) -> No
         return target.new_empty((), dtype=dtype), *outputs
 
     def keep_gradients(ctx, inputs, output) -> None:
+        index = inputs[7]
+        ctx.grad_index = None if index is None else [None] * len(index)
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*output[2:])
 
     def backward(ctx, *gradients):
         check_is_first_derivative(name)
-        return None, *scaled(ctx.saved_tensors, gradients[0]), *(None,) * 7
+        gradients = scaled(ctx.saved_tensors, gradients[0])
+        return None, *gradients, None, None, ctx.grad_index, None, None, None
 
     _computations[name] = compute
     if hasattr(_operators, name):
         return  # the module is imported a second time
     _library.define(
         f"{name}(Tensor indices, Tensor weight, Tensor vals, Tensor? bias, Tensor target, "
-        "Tensor? level_weights, Tensor? low_weight, Tensor? latents, Tensor? pairs, float factor, "
+        "Tensor? level_weights, Tensor? low_weight, Tensor[]? index, float factor, "
         "bool use_triton, bool[] wanted) "
         "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     )
@@ -380,7 +381,7 @@ def fused_loss(
         wanted += [tensor is not None and tensor.requires_grad for tensor in tensors]
     else:
         wanted += [False] * 4
-    others = level_weights, low_weight, *(index or (None, None)), factor, use_triton, wanted
+    others = level_weights, low_weight, index, factor, use_triton, wanted
     if is_traced(indices, *tensors):
         loss, residual, *_ = getattr(_operators, name)(indices, *tensors, *others)
         return loss, residual if needs_residual else None

@@ -24,10 +24,15 @@ class InvertedIndex(NamedTuple):
         latents: indices[b, t] of each pair, ascending, [B * K], int32. What lies outside [0, F) is
             -1 or F.
         pairs: b * K + t of each pair, [B * K], int64.
+        samples: b of each pair, [B * K], int32.
+        starts: the pairs of latent f are those from starts[f + 1] to starts[f + 2], [F + 2], int32,
+            or int64 from 2^31 pairs on.
     """
 
     latents: torch.Tensor
     pairs: torch.Tensor
+    samples: torch.Tensor
+    starts: torch.Tensor
 
 
 @triton.jit
@@ -44,18 +49,35 @@ def count_kernel(indices, counts, N, F, BLOCK: tl.constexpr):
     tl.atomic_add(counts + bin_of(f, F), 1, mask=n < N, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["N", "F"])
-def _place_kernel(indices, ends, latents, pairs, N, F, BLOCK: tl.constexpr):
-    # Every bin is filled from its end down.
+@triton.jit(do_not_specialize=["N", "K", "F"])
+def _place_kernel(indices, ends, latents, pairs, samples, N, K, F, BLOCK: tl.constexpr):
+    # Every bin is filled from its end down, which makes starts of the ends.
     n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = n < N
     in_bin = bin_of(tl.load(indices + n, mask=mask, other=0), F)
     place = tl.atomic_add(ends + in_bin, -1, mask=mask, sem="relaxed") - 1
     tl.store(latents + place, (in_bin - 1).to(tl.int32), mask=mask)
     tl.store(pairs + place, n, mask=mask)
+    tl.store(samples + place, (n // K).to(tl.int32), mask=mask)
 
 
 COUNT_BLOCK = 1024
+
+
+def _is_countable(n_pairs: int) -> bool:
+    return n_pairs < 2**31  # in 32 bits
+
+
+def shapes_only(like: torch.Tensor, n_pairs: int, n_latents: int) -> InvertedIndex:
+    """Return an index without values."""
+    return InvertedIndex(
+        latents=like.new_empty(n_pairs, dtype=torch.int32),
+        pairs=like.new_empty(n_pairs, dtype=torch.int64),
+        samples=like.new_empty(n_pairs, dtype=torch.int32),
+        starts=like.new_empty(
+            n_latents + 2, dtype=torch.int32 if _is_countable(n_pairs) else torch.int64
+        ),
+    )
 
 
 def invert(indices: torch.Tensor, n_latents: int, use_triton: bool) -> InvertedIndex:
@@ -64,45 +86,32 @@ def invert(indices: torch.Tensor, n_latents: int, use_triton: bool) -> InvertedI
     By counting, or, for a fixed order, by a radix sort, which takes twice as long: 0.15 ms for
     B=4096, K=128 on an H200, where counting takes 0.08.
     """
-    is_countable = indices.numel() < 2**31  # in 32 bits
+    n_pairs, k = indices.numel(), indices.shape[1]
+    is_countable = _is_countable(n_pairs)
     if not (use_triton and is_countable) or torch.are_deterministic_algorithms_enabled():
         latents = indices.flatten().clamp(-1, n_latents).to(torch.int32)
-        return InvertedIndex(*latents.sort(stable=True))
+        latents, pairs = latents.sort(stable=True)
+        bins = torch.arange(-1, n_latents + 1, dtype=torch.int32, device=indices.device)
+        starts = torch.searchsorted(latents, bins, out_int32=is_countable)
+        return InvertedIndex(latents, pairs, (pairs // k).to(torch.int32), starts)
     indices = indices.contiguous()
-    n_pairs = indices.numel()
-    latents = indices.new_empty(n_pairs, dtype=torch.int32)
+    latents, samples = (indices.new_empty(n_pairs, dtype=torch.int32) for _ in range(2))
     pairs = indices.new_empty(n_pairs, dtype=torch.int64)
     counts = indices.new_zeros(n_latents + 2, dtype=torch.int32)
-    grid, sizes = (cdiv(n_pairs, COUNT_BLOCK),), (n_pairs, n_latents)
-    _triton.launch(count_kernel, grid, (indices, counts), (), sizes, BLOCK=COUNT_BLOCK)
-    ends = counts.cumsum(0, dtype=torch.int32)
+    grid = (cdiv(n_pairs, COUNT_BLOCK),)
     _triton.launch(
-        _place_kernel, grid, (indices, ends, latents, pairs), (), sizes, BLOCK=COUNT_BLOCK
+        count_kernel, grid, (indices, counts), (), (n_pairs, n_latents), BLOCK=COUNT_BLOCK
     )
-    return InvertedIndex(latents, pairs)
-
-
-@triton.jit(do_not_specialize=["N", "pairs_per_row", "F"])
-def _order_pairs_kernel(
-    latents,
-    pairs,
-    vals,
-    ordered_rows,  # [N], int32: the row that each pair refers to
-    ordered_vals,  # [N], float32
-    is_present,  # [F], zeroed, or None
-    N,
-    pairs_per_row,
-    F,
-    BLOCK: tl.constexpr,
-):
-    n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = n < N
-    pair = tl.load(pairs + n, mask=mask, other=0)
-    tl.store(ordered_rows + n, (pair // pairs_per_row).to(tl.int32), mask=mask)
-    tl.store(ordered_vals + n, tl.load(vals + pair, mask=mask, other=0.0).to(tl.float32), mask=mask)
-    if is_present is not None:
-        f = tl.load(latents + n, mask=mask, other=-1)
-        tl.store(is_present + f, 1, mask=(f >= 0) & (f < F))
+    starts = counts.cumsum(0, dtype=torch.int32)
+    _triton.launch(
+        _place_kernel,
+        grid,
+        (indices, starts, latents, pairs, samples),
+        (),
+        (n_pairs, k, n_latents),
+        BLOCK=COUNT_BLOCK,
+    )
+    return InvertedIndex(latents, pairs, samples, starts)
 
 
 @triton.jit
@@ -110,6 +119,7 @@ def _load_pairs(
     start,
     length,
     latents,
+    pairs,
     row_of,
     vals,
     rows,
@@ -135,7 +145,8 @@ def _load_pairs(
             tl.load(row, mask=column < tl.where(exists, n_columns, 0), other=0.0).to(tl.float32),
         )
         next_latents += (f,)
-        next_vals += (tl.load(vals + (start + t), mask=exists, other=0.0),)
+        pair = tl.load(pairs + (start + t), mask=exists, other=0)
+        next_vals += (tl.load(vals + pair, mask=exists, other=0.0).to(tl.float32),)
         if weight_slice is not None:
             begins = (f != latent) & (f >= 0) & (f < F)
             mask = column < tl.where(begins, n_columns, 0)
@@ -148,7 +159,8 @@ def _load_pairs(
 @triton.jit(do_not_specialize=["first_slice", "N", "F", "run_length"])
 def _sum_run_kernel(
     latents,
-    row_of,  # as the two after, in the order of the index: [N]
+    pairs,
+    row_of,  # each pair's row of `rows`, [N]
     vals,
     rows,
     weight,  # or None for no dots
@@ -178,8 +190,8 @@ def _sum_run_kernel(
     column = tl.zeros([BLOCK_D], tl.int64) if EVEN else d
     d = tl.max_contiguous(d, 4)  # one layout in registers for float32 and bfloat16 alike
     latents += first
+    pairs += first
     row_of += first
-    vals += first
     rows += d
     weight_slice = None
     if weight is not None:
@@ -199,6 +211,7 @@ def _sum_run_kernel(
             start,
             length,
             latents,
+            pairs,
             row_of,
             vals,
             rows,
@@ -242,21 +255,9 @@ def _sum_run_kernel(
         )
 
 
-@triton.jit(do_not_specialize=["N", "F", "run_length"])
-def _join_runs_kernel(
-    latents,
-    partials,
-    sums,
-    N,
-    F,
-    first_column,
-    n_columns,
-    width,
-    run_length,
-    BLOCK_D: tl.constexpr,
-):
+@triton.jit
+def _join_runs(latents, partials, sums, run, d, N, F, n_columns, width, run_length):
     # A latent that spans runs is added up by the program of the run in which it begins.
-    run = tl.program_id(0).to(tl.int64)
     first = run * run_length
     n = first + run_length
     f = tl.load(latents + n - 1, mask=n < N, other=-1).to(tl.int64)
@@ -269,39 +270,29 @@ def _join_runs_kernel(
         last = tl.load(latents + n - 1, mask=n < N, other=-2)
         goes_on = (last == f) & (tl.load(latents + n, mask=n < N, other=-2) == f)
     if n_more > 0:
-        d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
         in_slice = d < n_columns
         total = tl.load(partials + (run * 2 + 1) * n_columns + d, mask=in_slice, other=0.0)
         for more in range(1, n_more + 1):
             head = partials + (run + more) * 2 * n_columns + d
             total += tl.load(head, mask=in_slice, other=0.0)
-        tl.store(sums + f * width + first_column + d, total, mask=in_slice)
+        tl.store(sums + f * width + d, total, mask=in_slice)
 
 
 @triton.jit
-def _zero_absent_kernel(
-    is_present,
-    sums,
-    F,
-    first_column,
-    n_columns,
-    width,
-    BLOCK_F: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    f = tl.program_id(0).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)
-    is_absent = tl.load(is_present + f, mask=f < F, other=1) == 0
-    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    out = sums + (f * width + first_column)[:, None] + d[None, :]
-    zeros = tl.zeros([BLOCK_F, BLOCK_D], sums.dtype.element_ty)
-    tl.store(out, zeros, mask=is_absent[:, None] & (d < n_columns)[None, :])
+def _zero_absent(starts, sums, block, d, F, n_columns, width, BLOCK_F: tl.constexpr):
+    f = block * BLOCK_F + tl.arange(0, BLOCK_F)
+    start = tl.load(starts + 1 + f, mask=f < F, other=0)
+    is_absent = (f < F) & (start == tl.load(starts + 2 + f, mask=f < F, other=0))
+    zeros = tl.zeros([BLOCK_F, d.shape[0]], sums.dtype.element_ty)
+    mask = is_absent[:, None] & (d < n_columns)[None, :]
+    tl.store(sums + (f * width)[:, None] + d[None, :], zeros, mask=mask)
 
 
-@triton.jit(do_not_specialize=["n_parts", "N"])
-def _add_dots_kernel(
-    parts, pairs, dots, scale, n_parts, N, ADDS: tl.constexpr, BLOCK: tl.constexpr
+@triton.jit
+def _add_dots(
+    parts, pairs, dots, scale, block, n_parts, N, ADDS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    n = block * BLOCK + tl.arange(0, BLOCK)
     mask = n < N
     total = tl.zeros([BLOCK], tl.float32)
     for _ in range(n_parts):
@@ -312,6 +303,49 @@ def _add_dots_kernel(
     if ADDS:
         total += tl.load(out, mask=mask, other=0.0)
     tl.store(out, total, mask=mask)
+
+
+# One launch for what the sums over runs leave to be done. Some programs of each slice do the first,
+# the next the second, and the rest share the third among the slices.
+@triton.jit(do_not_specialize=["first_slice", "n_joining", "n_zeroing", "N", "F", "run_length"])
+def _finish_kernel(
+    latents,
+    pairs,
+    starts,
+    partials,
+    sums,  # or None
+    dots_parts,
+    dots,  # or None
+    scale,
+    first_slice,
+    n_joining,  # programs
+    n_zeroing,
+    N,
+    F,
+    first_column,
+    n_columns,
+    width,
+    run_length,
+    ADDS: tl.constexpr,  # whether there are dots of other slices already
+    BLOCK_D: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    slice_ = tl.program_id(1)
+    if program < n_joining + n_zeroing:
+        if sums is not None:
+            sums += first_column
+            d = (first_slice + slice_) * BLOCK_D + tl.arange(0, BLOCK_D)
+            if program < n_joining:
+                _join_runs(latents, partials, sums, program, d, N, F, n_columns, width, run_length)
+            else:
+                block = program - n_joining
+                _zero_absent(starts, sums, block, d, F, n_columns, width, BLOCK_F)
+    elif dots is not None:
+        n_slices = tl.num_programs(1)
+        block = (program - n_joining - n_zeroing) * n_slices + slice_
+        _add_dots(dots_parts, pairs, dots, scale, block, n_slices, N, ADDS, BLOCK)
 
 
 BLOCK_D = 256
@@ -358,44 +392,35 @@ def sum_by_latent(
     like_sums = weight if sums is None else sums
     assert like_sums is not None, "neither sums nor dots are asked for"
     n_latents, width = like_sums.shape
-    over_pairs = (cdiv(n_pairs, BLOCK),)
-
-    def new(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return rows.new_empty(shape, dtype=dtype)
-
-    is_present = None
-    if sums is not None and zero_absent:
-        is_present = new(n_latents, dtype=torch.uint8).zero_()
-    row_of, ordered_vals = new(n_pairs, dtype=torch.int32), new(n_pairs)
-    _triton.launch(
-        _order_pairs_kernel,
-        over_pairs,
-        (index.latents, index.pairs, vals, row_of, ordered_vals, is_present),
-        (),
-        (n_pairs, n_pairs // rows.shape[0], n_latents),
-        BLOCK=BLOCK,
-    )
-    if is_present is not None:
-        _triton.launch(
-            _zero_absent_kernel,
-            (cdiv(n_latents, BLOCK_F), n_slices),
-            (is_present, sums),
-            (),
-            (n_latents, first_column, n_columns, width),
-            BLOCK_F=BLOCK_F,
-            BLOCK_D=BLOCK_D,
-        )
-    partials = None if sums is None else new(n_runs, 2, n_columns)
-    # The dots' parts are written a few slices at a time.
-    slices_per_launch = n_slices if weight is None else max(1, MOST_DOTS // n_pairs)
-    dots = None if weight is None else new(*vals.shape)
+    partials = dots = dots_parts = None
+    n_joining = n_zeroing = n_adding = 0
+    slices_per_launch = n_slices
+    if sums is not None:
+        partials = rows.new_empty((n_runs, 2, n_columns), dtype=torch.float32)
+        n_joining = n_runs
+        n_zeroing = cdiv(n_latents, BLOCK_F) if zero_absent else 0
+    if weight is not None:
+        dots = rows.new_empty(vals.shape, dtype=torch.float32)
+        # Their parts are written a few slices at a time.
+        slices_per_launch = min(n_slices, max(1, MOST_DOTS // n_pairs))
+        dots_parts = rows.new_empty((slices_per_launch, n_pairs), dtype=torch.float32)
+        n_adding = cdiv(n_pairs, BLOCK)
     for first_slice in range(0, n_slices, slices_per_launch):
         slices = min(slices_per_launch, n_slices - first_slice)
-        dots_parts = None if weight is None else new(slices, n_pairs)
         _triton.launch(
             _sum_run_kernel,
             (n_runs, slices),
-            (index.latents, row_of, ordered_vals, rows, weight, sums, partials, dots_parts),
+            (
+                index.latents,
+                index.pairs,
+                index.pairs if rows.shape[0] == n_pairs else index.samples,
+                vals,
+                rows,
+                weight,
+                sums,
+                partials,
+                dots_parts,
+            ),
             (scale,),
             (
                 first_slice,
@@ -412,24 +437,25 @@ def sum_by_latent(
             EVEN=n_columns % BLOCK_D == 0,
             num_warps=NUM_WARPS,
         )
-        if dots is not None:
-            _triton.launch(
-                _add_dots_kernel,
-                over_pairs,
-                (dots_parts, index.pairs, dots),
-                (scale,),
-                (slices, n_pairs),
-                ADDS=first_slice > 0,
-                BLOCK=BLOCK,
-            )
-    if sums is not None:
         _triton.launch(
-            _join_runs_kernel,
-            (n_runs, n_slices),
-            (index.latents, partials, sums),
-            (),
-            (n_pairs, n_latents, first_column, n_columns, width, run_length),
+            _finish_kernel,
+            (n_joining + n_zeroing + cdiv(n_adding, slices), slices),
+            (index.latents, index.pairs, index.starts, partials, sums, dots_parts, dots),
+            (scale,),
+            (
+                first_slice,
+                n_joining,
+                n_zeroing,
+                n_pairs,
+                n_latents,
+                first_column,
+                n_columns,
+                width,
+                run_length,
+            ),
+            ADDS=first_slice > 0,
             BLOCK_D=BLOCK_D,
-            num_warps=NUM_WARPS,
+            BLOCK_F=BLOCK_F,
+            BLOCK=BLOCK,
         )
     return None if dots is None else dots.to(vals.dtype)

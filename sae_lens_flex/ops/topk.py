@@ -23,7 +23,7 @@ from .inverted_index import InvertedIndex, invert, sum_by_latent
 from .levels import gather_levels
 
 
-@triton.jit(do_not_specialize=["B", "K", "F"])
+@triton.jit(do_not_specialize=["bias_rows", "B", "K", "F"])
 def _residual_kernel(
     indices,
     weight,
@@ -32,8 +32,10 @@ def _residual_kernel(
     target,
     loss_parts,  # [slices, B]
     residual,  # or None
+    grad_bias,  # or None; zeroed: [bias_rows, D], to be added up
     grad_target,  # or None
     scale,  # factor / (B D)
+    bias_rows,
     B,
     K,
     F,
@@ -69,6 +71,10 @@ def _residual_kernel(
     tl.store(loss_parts + slice_ * B + b, scale * tl.sum(loss, axis=1), mask=in_batch)
     if residual is not None:
         tl.store(residual + bd, r, mask=bd_mask)
+    if grad_bias is not None:
+        r_of_all = tl.sum(tl.where(bd_mask, r, 0.0), axis=0)[None, :]
+        row = (tl.program_id(0) % bias_rows).to(tl.int64)
+        tl.atomic_add(grad_bias + row * D + d, 2.0 * scale * r_of_all, mask=in_slice, sem="relaxed")
     if grad_target is not None:
         tl.store(grad_target + bd, (-2.0 * scale) * r, mask=bd_mask)
 
@@ -103,21 +109,27 @@ def _launch(
         )
     # The gradients are gathered from the residual or, one [B, D] tensor less where it is not asked
     # for, from a target's gradient of equal precision, -2 scale times the residual.
-    gathers = wanted.grad_weight or wanted.grad_vals or wanted.grad_bias
+    gathers = wanted.grad_weight or wanted.grad_vals
     by_target = wanted.grad_target and not wanted.residual and target.dtype == torch.float32
     indices, vals, target = indices.contiguous(), vals.contiguous(), target.contiguous()
     scale = factor / target.numel()
     block = SLICE_BYTES // read.element_size()
     n_slices = cdiv(d_in, block)
     loss_parts = target.new_empty((n_slices, n_samples), dtype=torch.float32)
-    residual = grad_target = None
+    n_programs = cdiv(n_samples, BLOCK_B)
+    bias_rows = n_programs  # nothing to be added twice
+    if not torch.are_deterministic_algorithms_enabled():
+        bias_rows = min(n_programs, hierarchical.BIAS_ROWS)
+    residual = grad_bias = grad_target = None
+    if wanted.grad_bias:
+        grad_bias = target.new_zeros((bias_rows, d_in), dtype=torch.float32)
     if wanted.residual or (gathers and not by_target):
         residual = torch.empty_like(target, dtype=torch.float32)
     if wanted.grad_target:
         grad_target = torch.empty_like(target)
     _triton.launch(
         _residual_kernel,
-        (cdiv(n_samples, BLOCK_B), n_slices),
+        (n_programs, n_slices),
         (
             indices,
             read,
@@ -126,17 +138,18 @@ def _launch(
             target,
             loss_parts,
             residual,
+            grad_bias,
             grad_target,
         ),
         (scale,),
-        (n_samples, k, n_latents, d_in, *read.stride()),
+        (bias_rows, n_samples, k, n_latents, d_in, *read.stride()),
         BLOCK_B=BLOCK_B,
         BLOCK_D=block,
         LEVELS=LEVELS,
         EVEN=n_samples % BLOCK_B == 0 and k % LEVELS == 0 and d_in % block == 0,
         num_warps=NUM_WARPS,
     )
-    grad_weight = grad_vals = grad_bias = None
+    grad_weight = grad_vals = None
     if residual is not None:
         rows, scale_of_rows = residual, 2 * scale
     else:
@@ -144,23 +157,20 @@ def _launch(
     if gathers and rows is not None:
         if wanted.grad_weight:
             grad_weight = weight.new_empty(weight.shape)
-        if wanted.grad_weight or wanted.grad_vals:
-            grad_vals = sum_by_latent(
-                index or invert(indices, n_latents, use_triton=True),
-                vals,
-                rows,
-                grad_weight,
-                scale=scale_of_rows,
-                weight=read if wanted.grad_vals else None,
-            )
-        if bias is not None and wanted.grad_bias:
-            grad_bias = rows.sum(0).mul_(scale_of_rows).to(bias.dtype)
+        grad_vals = sum_by_latent(
+            index or invert(indices, n_latents, use_triton=True),
+            vals,
+            rows,
+            grad_weight,
+            scale=scale_of_rows,
+            weight=read if wanted.grad_vals else None,
+        )
     return Outputs(
         loss=loss_parts.sum(),
         residual=residual if wanted.residual else None,
         grad_weight=grad_weight,
         grad_vals=grad_vals,
-        grad_bias=grad_bias,
+        grad_bias=None if grad_bias is None or bias is None else grad_bias.sum(0).to(bias.dtype),
         grad_target=grad_target,
     )
 

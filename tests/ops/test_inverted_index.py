@@ -16,6 +16,11 @@ def assert_groups_the_pairs(indices: torch.Tensor, n_latents: int, use_triton: b
     assert torch.equal(index.latents.long(), expected.long())
     within = index.latents.long() * indices.numel() + index.pairs  # ascending if the pairs are
     assert torch.equal(within.sort().values, expected * indices.numel() + pairs)
+    assert index.samples.dtype == torch.int32
+    assert torch.equal(index.samples.long(), index.pairs // indices.shape[1])
+    sizes = (expected + 1).bincount(minlength=n_latents + 2)
+    assert torch.equal(index.starts.diff().long(), sizes[:-1])
+    assert index.starts[0] == 0
 
 
 CASES = [(1, 1, 1), (7, 3, 5), (40, 9, 300), (33, 2, 1)]
