@@ -15,21 +15,36 @@ from ._triton import cdiv, tl, triton
 from .checks import check_arguments
 from .fused_loss import Outputs, Wanted, define_loss_operator, fused_loss
 from .inverted_index import InvertedIndex, invert, sum_by_latent
-from .levels import gather_levels
+from .levels import gather_levels, pairs_of, widened
 from .spread import COPIES, SLOTS, fold_copies, is_worth_spreading, spread
 
 
 @triton.jit
-def _level_weight(level_weights, j, K, LAST_ALONE: tl.constexpr, EVEN: tl.constexpr):
-    # Without level_weights 1, for `scale` has the 1 / K of the mean.
+def _weighted(r, level_weights, first, K, LEVELS: tl.constexpr, LAST_ALONE: tl.constexpr, EVEN):
+    # c_j r_j; without level_weights c_j is 1, for `scale` has the 1 / K of the mean.
+    level = first + (LEVELS - 1 - tl.arange(0, LEVELS))
     if level_weights is not None:
-        return tl.load(level_weights + j, mask=j < K, other=0.0).to(tl.float32)
+        c = tl.load(level_weights + level, mask=level < K, other=0.0).to(tl.float32)
+        return c[:, None] * r
     elif LAST_ALONE:
-        return tl.where(j == K - 1, 1.0, 0.0)
+        return tl.where((level == K - 1)[:, None], r, 0.0)
     elif EVEN:
-        return 1.0
+        return r
     else:
-        return tl.where(j < K, 1.0, 0.0)
+        return tl.where((level < K)[:, None], r, 0.0)
+
+
+@triton.jit
+def _running_sum(x, start, LEVELS: tl.constexpr):
+    # start + the sum of x from the highest level down to each
+    is_highest = (tl.arange(0, LEVELS) == 0)[:, None]
+    return tl.cumsum(tl.where(is_highest, x + start[None, :], x), 0)
+
+
+@triton.jit
+def _lowest(x, LEVELS: tl.constexpr):
+    is_lowest = (tl.arange(0, LEVELS) == LEVELS - 1)[:, None]
+    return tl.sum(tl.where(is_lowest, x, 0.0), 0)
 
 
 @triton.jit
@@ -72,7 +87,6 @@ def _hierarchical_kernel(  # outputs that are None are not wanted
     D,
     stride_wf,
     stride_wd,
-    BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
     LEVELS: tl.constexpr,
     EVEN: tl.constexpr,  # whether the blocks divide B, K and D
@@ -80,117 +94,131 @@ def _hierarchical_kernel(  # outputs that are None are not wanted
     WALKS_DOWN: tl.constexpr,
     SUMS: tl.constexpr,
 ):
-    b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
-    in_batch = b < B
+    sample = tl.program_id(0).to(tl.int64) * 2
     slice_ = (first_slice + tl.program_id(1)).to(tl.int64)
-    d = slice_ * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    column = tl.arange(0, 2 * BLOCK_D)
+    b = sample + column // BLOCK_D
+    # At most 4 columns a thread: one layout in registers for float32 and bfloat16 alike.
+    d = tl.max_contiguous(slice_ * BLOCK_D + column % BLOCK_D, 4)
     in_slice = d < D
-    bd = b[:, None] * D + d
-    bd_mask = in_batch[:, None] & in_slice
-    indices += b * K
-    vals += b * K
+    bd = b * D + d
+    bd_mask = (b < B) & in_slice
     weight_slice = weight + d * stride_wd
 
     r = -tl.load(target + bd, mask=bd_mask, other=0.0).to(tl.float32)
     if bias is not None:
         r += tl.load(bias + d, mask=in_slice, other=0.0).to(tl.float32)
-    error = tl.zeros([BLOCK_B, BLOCK_D], tl.float32)
+    error = tl.zeros([2 * BLOCK_D], tl.float32)
     last = (tl.cdiv(K, LEVELS) - 1) * LEVELS
     for first in range(0, last, LEVELS):
-        f, is_latent, v, w = gather_levels(
+        _, v, w = gather_levels(
             first,
             indices,
             vals,
             weight_slice,
-            b,
+            sample,
             in_slice,
             B,
             K,
             F,
             stride_wf,
+            BLOCK_D,
             LEVELS,
             EVEN,
         )
-        for t in tl.static_range(LEVELS):
-            r += v[t][:, None] * w[t]
-            error += _level_weight(level_weights, first + t, K, LAST_ALONE, EVEN) * r * r
-    f, is_latent, v, w = gather_levels(
-        last, indices, vals, weight_slice, b, in_slice, B, K, F, stride_wf, LEVELS, EVEN
+        p = widened(v, BLOCK_D) * w
+        r += tl.sum(p, 0)
+        if not WALKS_DOWN:
+            r_j = p + _running_sum(-p, r, LEVELS)
+            c_r = _weighted(r_j, level_weights, first, K, LEVELS, LAST_ALONE, EVEN)
+            error += tl.sum(c_r * r_j, 0)
+    f, v, w = gather_levels(
+        last,
+        indices,
+        vals,
+        weight_slice,
+        sample,
+        in_slice,
+        B,
+        K,
+        F,
+        stride_wf,
+        BLOCK_D,
+        LEVELS,
+        EVEN,
     )
-    for t in tl.static_range(LEVELS):
-        r += v[t][:, None] * w[t]
-        error += _level_weight(level_weights, last + t, K, LAST_ALONE, EVEN) * r * r
-    error = tl.where(bd_mask, error, 0.0)  # where there is no target, a bias is no error
-    if loss_sums is None:
-        tl.store(loss + slice_ * B + b, scale * tl.sum(error, axis=1), mask=in_batch)
-    else:
-        _add_to_loss(loss, loss_sums, scale * tl.sum(error), SUMS)
+    r += tl.sum(widened(v, BLOCK_D) * w, 0)
     if residual is not None:
         tl.store(residual + bd, r, mask=bd_mask)
 
-    if WALKS_DOWN:
-        s = tl.zeros([BLOCK_B, BLOCK_D], tl.float32)
-        has_copies = tl.full([BLOCK_B], False, tl.int1)
-        if rows is not None:
-            has_copies = tl.load(n_copied + tl.zeros([BLOCK_B], tl.int32)) > 0
-        level = tl.arange(0, LEVELS)[None, :]
-        for step in range(0, last + LEVELS, LEVELS):
-            first = last - step
-            if step > 0:  # the last levels' rows are at hand
-                f, is_latent, v, w = gather_levels(
-                    first,
-                    indices,
-                    vals,
-                    weight_slice,
-                    b,
-                    in_slice,
-                    B,
-                    K,
-                    F,
-                    stride_wf,
-                    LEVELS,
-                    EVEN,
-                )
-            rows_of_f = f
-            if rows is not None:
-                rows_of_f = ()
-                for t in tl.static_range(LEVELS):
-                    mask = is_latent[t] & has_copies
-                    row = tl.load(rows + b * K + (first + t), mask=mask, other=f[t])
-                    rows_of_f += (row,)
-            dots = tl.zeros([BLOCK_B, LEVELS], tl.float32)
-            for t in tl.static_range(LEVELS - 1, -1, -1):
-                c = _level_weight(level_weights, first + t, K, LAST_ALONE, EVEN)
-                s += (2.0 * scale) * c * r
-                if grad_vals is not None:
-                    dots = tl.where(level == t, tl.sum(w[t] * s, axis=1)[:, None], dots)
-                if grad_weight is not None:
-                    mask = is_latent[t][:, None]
-                    if not EVEN:
-                        mask &= in_slice
-                    row = rows_of_f[t].to(tl.int64)  # pyright: ignore[reportAttributeAccessIssue]
-                    tl.atomic_add(
-                        grad_weight + row[:, None] * D + d,
-                        v[t][:, None] * s,
-                        mask=mask,
-                        sem="relaxed",
-                    )
-                if suffix_sums is not None:
-                    out = (b * K + (first + t))[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
-                    exists = b < tl.where(first + t < K, B, 0)
-                    tl.store(suffix_sums + out, s, mask=exists[:, None])
-                r -= v[t][:, None] * w[t]
+    s = tl.zeros([2 * BLOCK_D], tl.float32)
+    has_copies = tl.full([LEVELS, 2], False, tl.int1)
+    if rows is not None:
+        has_copies = tl.load(n_copied + tl.zeros([LEVELS, 2], tl.int32)) > 0
+    lowest = 0 if WALKS_DOWN else last
+    for step in range(0, last - lowest + LEVELS, LEVELS):
+        first = last - step
+        if step > 0:  # the last levels' rows are at hand
+            f, v, w = gather_levels(
+                first,
+                indices,
+                vals,
+                weight_slice,
+                sample,
+                in_slice,
+                B,
+                K,
+                F,
+                stride_wf,
+                BLOCK_D,
+                LEVELS,
+                EVEN,
+            )
+        p = widened(v, BLOCK_D) * w
+        without = _running_sum(-p, r, LEVELS)  # the residuals of the levels below
+        r_j = p + without
+        r = _lowest(without, LEVELS)
+        c_r = _weighted(r_j, level_weights, first, K, LEVELS, LAST_ALONE, EVEN)
+        error += tl.sum(c_r * r_j, 0)
+        if WALKS_DOWN:
+            S = _running_sum(c_r, s, LEVELS)
+            s = _lowest(S, LEVELS)
+            pairs, exists = pairs_of(first, sample, B, K, LEVELS)
             if grad_vals is not None:
+                dots = 2.0 * scale * tl.sum(tl.reshape(w * S, [LEVELS, 2, BLOCK_D]), 2)
+                tl.atomic_add(grad_vals + pairs, dots, mask=exists, sem="relaxed")
+            if grad_weight is not None:
+                row = f
+                if rows is not None:
+                    row = tl.load(rows + pairs, mask=(f >= 0) & has_copies, other=f)
+                row = widened(row, BLOCK_D)
+                mask = row >= 0
+                if not EVEN:
+                    mask &= in_slice[None, :]
                 tl.atomic_add(
-                    grad_vals + (b * K)[:, None] + (first + level),
-                    dots,
-                    mask=in_batch[:, None] & (first + level < K),
+                    grad_weight + row.to(tl.int64) * D + d[None, :],
+                    widened(2.0 * scale * v, BLOCK_D) * S,
+                    mask=mask,
                     sem="relaxed",
                 )
+            if suffix_sums is not None:
+                out = widened(pairs, BLOCK_D) * BLOCK_D + (column % BLOCK_D)[None, :]
+                tl.store(suffix_sums + out, 2.0 * scale * S, mask=widened(exists, BLOCK_D))
+
+    error = tl.where(bd_mask, error, 0.0)  # where there is no target, a bias is no error
+    if loss_sums is None:
+        bs = sample + tl.arange(0, 2)
+        of_sample = tl.sum(tl.reshape(error, [2, BLOCK_D]), 1)
+        tl.store(loss + slice_ * B + bs, scale * of_sample, mask=bs < B)
+    else:
+        _add_to_loss(loss, loss_sums, scale * tl.sum(error), SUMS)
+    if WALKS_DOWN:
+        s *= 2.0 * scale
         if grad_bias is not None:
-            s_of_all = tl.sum(tl.where(bd_mask, s, 0.0), axis=0)[None, :]
+            both = tl.sum(tl.reshape(tl.where(bd_mask, s, 0.0), [2, BLOCK_D]), 0)
             row = (tl.program_id(0) % bias_rows).to(tl.int64)
-            tl.atomic_add(grad_bias + row * D + d, s_of_all, mask=in_slice, sem="relaxed")
+            d = slice_ * BLOCK_D + tl.arange(0, BLOCK_D)
+            tl.atomic_add(grad_bias + row * D + d, both, mask=d < D, sem="relaxed")
         if grad_target is not None:
             tl.store(grad_target + bd, -s, mask=bd_mask)
 
@@ -200,9 +228,8 @@ def _hierarchical_kernel(  # outputs that are None are not wanted
 # program: 2.64, 2.24, 2.55; four: 3.11, 2.64, 2.88. Slices 32 wide: 2.57, 2.32, 2.72; 128 wide,
 # by 4 levels: 3.63, 2.50, 3.20. 16 levels take half a minute to compile. benchmarks/README.md has
 # the reasons.
-BLOCK_B = 2
 BLOCK_D = 64
-LEVELS = 8
+LEVELS = 16
 NUM_WARPS = 1
 # Additions to dL/dbias queue, so the programs of a large batch take this many rows in turn. Up to
 # SMALL_BATCH samples share one, and the loss's parts are added up by the kernel, which spares two
@@ -238,7 +265,7 @@ def launch(
     elif not last_alone:
         scale /= k
     n_slices = cdiv(d_in, BLOCK_D)
-    is_even = n_samples % BLOCK_B == 0 and k % LEVELS == 0 and d_in % BLOCK_D == 0
+    is_even = n_samples % 2 == 0 and k % LEVELS == 0 and d_in % BLOCK_D == 0
     is_deterministic = torch.are_deterministic_algorithms_enabled()
 
     def new(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -253,7 +280,7 @@ def launch(
         spread_ = spread(indices, n_latents) if has_copies else None
     residual = new((n_samples, d_in)) if wanted.residual else None
     grad_target = new((n_samples, d_in), target.dtype) if wanted.grad_target else None
-    n_programs = cdiv(n_samples, BLOCK_B)
+    n_programs = cdiv(n_samples, 2)
     is_small = n_samples <= SMALL_BATCH and not is_deterministic
     bias_rows = 1 if n_samples <= SMALL_BATCH else BIAS_ROWS
     if is_deterministic:
@@ -293,7 +320,6 @@ def launch(
             ),
             (scale,),
             (first_slice, bias_rows, n_samples, k, n_latents, d_in, *read.stride()),
-            BLOCK_B=BLOCK_B,
             BLOCK_D=BLOCK_D,
             LEVELS=LEVELS,
             EVEN=is_even,

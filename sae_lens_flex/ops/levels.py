@@ -1,51 +1,66 @@
-"""What the kernels that walk the levels share: reading a few levels at a time."""
+"""What the kernels that walk the levels share: tiles of a few levels of two samples.
+
+A tile is [LEVELS, 2 BLOCK_D]: its rows are levels from the highest down, and its columns one slice
+of D, first of an even sample and then of the next, so that a warp of 32 reads 16 bytes a thread.
+Every thread has all rows of its columns: sums along the levels stay in its registers.
+"""
 
 from ._triton import tl, triton
 
 
 @triton.jit
+def pairs_of(first, sample, B, K, LEVELS: tl.constexpr):
+    """Return b K + t of the levels first..first + LEVELS of two samples, and which there are."""
+    level = first + (LEVELS - 1 - tl.arange(0, LEVELS))[:, None]
+    b = sample + tl.arange(0, 2)[None, :]
+    return b * K + level, level < tl.where(b < B, K, 0)
+
+
+@triton.jit
+def widened(x, BLOCK_D: tl.constexpr):
+    """Return the tile of what two samples have at each level, [LEVELS, 2]."""
+    of_first, of_next = tl.split(x)
+    is_next = (tl.arange(0, 2 * BLOCK_D) >= BLOCK_D)[None, :]
+    return tl.where(is_next, of_next[:, None], of_first[:, None])
+
+
+@triton.jit
 def gather_levels(
     first,
-    indices,  # [BLOCK_B]: pointers to the samples' first levels
-    vals,  # [BLOCK_B]: the same
-    weight_slice,  # [1, BLOCK_D]: pointers to the columns of weight
-    b,  # [BLOCK_B]: the samples
-    in_slice,  # [1, BLOCK_D]
+    indices,
+    vals,
+    weight_slice,  # [2 BLOCK_D]: pointers to the columns of weight
+    sample,  # the first of the two
+    in_slice,  # [2 BLOCK_D]
     B,
     K,
     F,
     stride_wf,
+    BLOCK_D: tl.constexpr,
     LEVELS: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """Return the latents, values and rows of weight of the levels first..first + LEVELS.
+    """Return the latents and values, [LEVELS, 2], and rows of weight of some levels, a tile.
 
-    Four tuples of a tensor a level: [BLOCK_B] the latents, whether they are latents at all, and the
-    values; [BLOCK_B, BLOCK_D] the rows, float32. All rows are on their way before the first is
-    used. What is no latent, or beyond the batch or K, has a row of zeros.
-
-    With EVEN all samples, levels and columns exist, and nothing is spent on asking.
+    They are int32, float32 and float32. What is no latent, or beyond the batch or K, is -1 and has
+    a row of zeros. With EVEN all samples, levels and columns exist, and nothing is spent on asking.
     """
-    latents = ()
-    are_latents = ()
-    level_vals = ()
-    rows = ()
-    for t in tl.static_range(LEVELS):
-        if EVEN:
-            f = tl.load(indices + (first + t))
-            v = tl.load(vals + (first + t))
-        else:
-            exists = b < tl.where(first + t < K, B, 0)
-            f = tl.load(indices + (first + t), mask=exists, other=-1)
-            v = tl.load(vals + (first + t), mask=exists, other=0.0)
-        is_latent = f.to(tl.int64).to(tl.uint64) < F.to(tl.uint64)  # nor is a negative one
-        f = f.to(tl.int32)  # there are fewer than 2^31
-        row_mask = is_latent[:, None]
-        if not EVEN:
-            row_mask &= in_slice
-        row = weight_slice + f.to(tl.int64)[:, None] * stride_wf
-        latents += (f,)
-        are_latents += (is_latent,)
-        level_vals += (v.to(tl.float32),)
-        rows += (tl.load(row, mask=row_mask, other=0.0).to(tl.float32),)
-    return latents, are_latents, level_vals, rows
+    pairs, exists = pairs_of(first, sample, B, K, LEVELS)
+    if EVEN:
+        f = tl.load(indices + pairs)
+        v = tl.load(vals + pairs)
+    else:
+        f = tl.load(indices + pairs, mask=exists, other=-1)
+        v = tl.load(vals + pairs, mask=exists, other=0.0)
+    is_latent = f.to(tl.int64).to(tl.uint64) < F.to(tl.uint64)  # nor is a negative one
+    f = tl.where(is_latent, f.to(tl.int32), -1)  # there are fewer than 2^31
+    row = widened(f, BLOCK_D)
+    mask = row >= 0
+    if not EVEN:
+        mask &= in_slice[None, :]
+    w = tl.load(
+        weight_slice[None, :] + row.to(tl.int64) * stride_wf,
+        mask=mask,
+        other=0.0,
+    )
+    return f, v.to(tl.float32), w.to(tl.float32)

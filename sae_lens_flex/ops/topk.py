@@ -20,7 +20,7 @@ from ._triton import cdiv, tl, triton
 from .checks import check_arguments
 from .fused_loss import Outputs, Wanted, define_loss_operator, fused_loss
 from .inverted_index import InvertedIndex, invert, sum_by_latent
-from .levels import gather_levels
+from .levels import gather_levels, widened
 
 
 @triton.jit(do_not_specialize=["bias_rows", "B", "K", "F"])
@@ -42,44 +42,55 @@ def _residual_kernel(
     D,
     stride_wf,
     stride_wd,
-    BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
     LEVELS: tl.constexpr,
     EVEN: tl.constexpr,  # whether the blocks divide B, K and D
 ):
-    b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
-    in_batch = b < B
+    sample = tl.program_id(0).to(tl.int64) * 2
     slice_ = tl.program_id(1).to(tl.int64)
-    d = slice_ * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    column = tl.arange(0, 2 * BLOCK_D)
+    b = sample + column // BLOCK_D
+    d = slice_ * BLOCK_D + column % BLOCK_D
     in_slice = d < D
-    bd = b[:, None] * D + d
-    bd_mask = in_batch[:, None] & in_slice
-    indices += b * K
-    vals += b * K
+    bd = b * D + d
+    bd_mask = (b < B) & in_slice
     weight_slice = weight + d * stride_wd
 
     r = -tl.load(target + bd, mask=bd_mask, other=0.0).to(tl.float32)
     if bias is not None:
         r += tl.load(bias + d, mask=in_slice, other=0.0).to(tl.float32)
     for first in range(0, K, LEVELS):
-        _, _, v, w = gather_levels(
-            first, indices, vals, weight_slice, b, in_slice, B, K, F, stride_wf, LEVELS, EVEN
+        _, v, w = gather_levels(
+            first,
+            indices,
+            vals,
+            weight_slice,
+            sample,
+            in_slice,
+            B,
+            K,
+            F,
+            stride_wf,
+            BLOCK_D,
+            LEVELS,
+            EVEN,
         )
-        for t in tl.static_range(LEVELS):
-            r += v[t][:, None] * w[t]
-    loss = tl.where(bd_mask, r * r, 0.0)  # where there is no target, a bias is no error
-    tl.store(loss_parts + slice_ * B + b, scale * tl.sum(loss, axis=1), mask=in_batch)
+        r += tl.sum(widened(v, BLOCK_D) * w, 0)
+    error = tl.where(bd_mask, r * r, 0.0)  # where there is no target, a bias is no error
+    bs = sample + tl.arange(0, 2)
+    of_sample = tl.sum(tl.reshape(error, [2, BLOCK_D]), 1)
+    tl.store(loss_parts + slice_ * B + bs, scale * of_sample, mask=bs < B)
     if residual is not None:
         tl.store(residual + bd, r, mask=bd_mask)
-    if grad_bias is not None:
-        r_of_all = tl.sum(tl.where(bd_mask, r, 0.0), axis=0)[None, :]
-        row = (tl.program_id(0) % bias_rows).to(tl.int64)
-        tl.atomic_add(grad_bias + row * D + d, 2.0 * scale * r_of_all, mask=in_slice, sem="relaxed")
     if grad_target is not None:
         tl.store(grad_target + bd, (-2.0 * scale) * r, mask=bd_mask)
+    if grad_bias is not None:
+        both = tl.sum(tl.reshape(tl.where(bd_mask, r, 0.0), [2, BLOCK_D]), 0)
+        row = (tl.program_id(0) % bias_rows).to(tl.int64)
+        d = slice_ * BLOCK_D + tl.arange(0, BLOCK_D)
+        tl.atomic_add(grad_bias + row * D + d, 2.0 * scale * both, mask=d < D, sem="relaxed")
 
 
-BLOCK_B = 2
 SLICE_BYTES = 256  # of a row of weight
 LEVELS = 8
 NUM_WARPS = 1
@@ -116,7 +127,7 @@ def _launch(
     block = SLICE_BYTES // read.element_size()
     n_slices = cdiv(d_in, block)
     loss_parts = target.new_empty((n_slices, n_samples), dtype=torch.float32)
-    n_programs = cdiv(n_samples, BLOCK_B)
+    n_programs = cdiv(n_samples, 2)
     bias_rows = n_programs  # nothing to be added twice
     if not torch.are_deterministic_algorithms_enabled():
         bias_rows = min(n_programs, hierarchical.BIAS_ROWS)
@@ -143,10 +154,9 @@ def _launch(
         ),
         (scale,),
         (bias_rows, n_samples, k, n_latents, d_in, *read.stride()),
-        BLOCK_B=BLOCK_B,
         BLOCK_D=block,
         LEVELS=LEVELS,
-        EVEN=n_samples % BLOCK_B == 0 and k % LEVELS == 0 and d_in % block == 0,
+        EVEN=n_samples % 2 == 0 and k % LEVELS == 0 and d_in % block == 0,
         num_warps=NUM_WARPS,
     )
     grad_weight = grad_vals = None
