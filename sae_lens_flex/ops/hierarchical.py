@@ -15,7 +15,7 @@ from ._triton import cdiv, tl, triton
 from .checks import check_arguments
 from .fused_loss import Outputs, Wanted, define_loss_operator, fused_loss
 from .inverted_index import InvertedIndex, invert, sum_by_latent
-from .levels import gather_levels, pairs_of, widened
+from .levels import gather_levels, is_wide, offsets_of, pairs_of, widened
 from .spread import COPIES, SLOTS, fold_copies, is_worth_spreading, spread
 
 
@@ -60,7 +60,7 @@ def _add_to_loss(loss, loss_sums, part, SUMS: tl.constexpr):
 
 
 # Compiling takes some seconds: not again for every divisibility of what no address depends on.
-@triton.jit(do_not_specialize=["first_slice", "bias_rows", "B", "K", "F"])
+@triton.jit(do_not_specialize=["first_slice", "bias_rows", "spare_row", "B", "K", "F"])
 def _hierarchical_kernel(  # outputs that are None are not wanted
     indices,
     weight,
@@ -73,7 +73,7 @@ def _hierarchical_kernel(  # outputs that are None are not wanted
     loss,  # [slices, B] parts to be added up, or with loss_sums a scalar
     loss_sums,  # [SUMS + 1], zeroed: the last counts the programs that are done
     residual,
-    grad_weight,  # float32, zeroed
+    grad_weight,  # float32, zeroed, with a row to spare for what is no latent's
     grad_vals,  # float32, zeroed
     grad_bias,  # float32, zeroed: [bias_rows, D], to be added up
     grad_target,
@@ -81,6 +81,7 @@ def _hierarchical_kernel(  # outputs that are None are not wanted
     scale,  # factor / (B D), and / K without level_weights
     first_slice,
     bias_rows,
+    spare_row,
     B,
     K,
     F,
@@ -90,6 +91,7 @@ def _hierarchical_kernel(  # outputs that are None are not wanted
     BLOCK_D: tl.constexpr,
     LEVELS: tl.constexpr,
     EVEN: tl.constexpr,  # whether the blocks divide B, K and D
+    WIDE: tl.constexpr,  # whether an offset takes 64 bits
     LAST_ALONE: tl.constexpr,
     WALKS_DOWN: tl.constexpr,
     SUMS: tl.constexpr,
@@ -125,6 +127,7 @@ def _hierarchical_kernel(  # outputs that are None are not wanted
             BLOCK_D,
             LEVELS,
             EVEN,
+            WIDE,
         )
         p = widened(v, BLOCK_D) * w
         r += tl.sum(p, 0)
@@ -146,6 +149,7 @@ def _hierarchical_kernel(  # outputs that are None are not wanted
         BLOCK_D,
         LEVELS,
         EVEN,
+        WIDE,
     )
     r += tl.sum(widened(v, BLOCK_D) * w, 0)
     if residual is not None:
@@ -173,6 +177,7 @@ def _hierarchical_kernel(  # outputs that are None are not wanted
                 BLOCK_D,
                 LEVELS,
                 EVEN,
+                WIDE,
             )
         p = widened(v, BLOCK_D) * w
         without = _running_sum(-p, r, LEVELS)  # the residuals of the levels below
@@ -191,16 +196,14 @@ def _hierarchical_kernel(  # outputs that are None are not wanted
                 row = f
                 if rows is not None:
                     row = tl.load(rows + pairs, mask=(f >= 0) & has_copies, other=f)
-                row = widened(row, BLOCK_D)
-                mask = row >= 0
-                if not EVEN:
-                    mask &= in_slice[None, :]
-                tl.atomic_add(
-                    grad_weight + row.to(tl.int64) * D + d[None, :],
-                    widened(2.0 * scale * v, BLOCK_D) * S,
-                    mask=mask,
-                    sem="relaxed",
-                )
+                row = tl.where(row >= 0, row, spare_row)
+                at = grad_weight + d[None, :] + offsets_of(row, D, BLOCK_D, WIDE)[0]
+                v_S = widened(2.0 * scale * v, BLOCK_D) * S
+                if EVEN:
+                    tl.atomic_add(at, v_S, sem="relaxed")
+                else:
+                    mask = tl.broadcast_to(in_slice[None, :], [LEVELS, 2 * BLOCK_D])
+                    tl.atomic_add(at, v_S, mask=mask, sem="relaxed")
             if suffix_sums is not None:
                 out = widened(pairs, BLOCK_D) * BLOCK_D + (column % BLOCK_D)[None, :]
                 tl.store(suffix_sums + out, 2.0 * scale * S, mask=widened(exists, BLOCK_D))
@@ -271,12 +274,14 @@ def launch(
     def new(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return target.new_empty(shape, dtype=dtype)
 
+    n_rows = n_latents
     spread_ = grad_weight = None
     if wanted.grad_weight:
         # First, for it keeps the device busy while the host prepares the rest.
         has_copies = not is_deterministic and is_worth_spreading(indices)
-        n_copies = SLOTS * COPIES if has_copies else 0
-        grad_weight = new((n_latents + n_copies, d_in)).zero_()
+        if not is_deterministic:
+            n_rows += (SLOTS * COPIES if has_copies else 0) + 1
+        grad_weight = new((n_rows, d_in)).zero_()
         spread_ = spread(indices, n_latents) if has_copies else None
     residual = new((n_samples, d_in)) if wanted.residual else None
     grad_target = new((n_samples, d_in), target.dtype) if wanted.grad_target else None
@@ -319,10 +324,11 @@ def launch(
                 suffix_sums,
             ),
             (scale,),
-            (first_slice, bias_rows, n_samples, k, n_latents, d_in, *read.stride()),
+            (first_slice, bias_rows, n_rows - 1, n_samples, k, n_latents, d_in, *read.stride()),
             BLOCK_D=BLOCK_D,
             LEVELS=LEVELS,
             EVEN=is_even,
+            WIDE=is_wide(read, n_rows),
             LAST_ALONE=last_alone,
             WALKS_DOWN=any(wanted[1:]),
             SUMS=LOSS_SUMS,
@@ -353,13 +359,12 @@ def launch(
         walk(0, n_slices)
     if spread_ is not None and grad_weight is not None:
         fold_copies(spread_, grad_weight, n_latents)
-        grad_weight = grad_weight[:n_latents]
     if wanted.grad_bias and bias_rows > 1:
         grad_bias = grad_bias.view(bias_rows, d_in).sum(0)
     return Outputs(
         loss=loss if is_small else loss.sum(),
         residual=residual,
-        grad_weight=None if grad_weight is None else grad_weight.to(weight.dtype),
+        grad_weight=None if grad_weight is None else grad_weight[:n_latents].to(weight.dtype),
         grad_vals=grad_vals.view(n_samples, k).to(vals.dtype) if wanted.grad_vals else None,
         grad_bias=grad_bias.to(bias.dtype) if bias is not None and wanted.grad_bias else None,
         grad_target=grad_target,

@@ -5,7 +5,15 @@ of D, first of an even sample and then of the next, so that a warp of 32 reads 1
 Every thread has all rows of its columns: sums along the levels stay in its registers.
 """
 
+import torch
+
 from ._triton import tl, triton
+
+
+def is_wide(weight: torch.Tensor, n_rows: int = 0) -> bool:
+    """Return whether offsets in `weight`, or in n_rows rows as long, take 64 bits."""
+    n_latents, d_in = weight.shape
+    return max(n_latents * weight.stride(0), n_rows * d_in) >= 2**31
 
 
 @triton.jit
@@ -25,6 +33,19 @@ def widened(x, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
+def offsets_of(rows, stride, BLOCK_D: tl.constexpr, WIDE: tl.constexpr):
+    """Return the tile of where rows of two samples begin, and whether they are any: -1 is none.
+
+    Without WIDE, in 32 bits, an address is two instructions in place of six.
+    """
+    rows = widened(rows, BLOCK_D)
+    if WIDE:
+        return rows.to(tl.int64) * stride, rows >= 0
+    else:
+        return rows * stride, rows >= 0
+
+
+@triton.jit
 def gather_levels(
     first,
     indices,
@@ -39,6 +60,7 @@ def gather_levels(
     BLOCK_D: tl.constexpr,
     LEVELS: tl.constexpr,
     EVEN: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     """Return the latents and values, [LEVELS, 2], and rows of weight of some levels, a tile.
 
@@ -54,13 +76,8 @@ def gather_levels(
         v = tl.load(vals + pairs, mask=exists, other=0.0)
     is_latent = f.to(tl.int64).to(tl.uint64) < F.to(tl.uint64)  # nor is a negative one
     f = tl.where(is_latent, f.to(tl.int32), -1)  # there are fewer than 2^31
-    row = widened(f, BLOCK_D)
-    mask = row >= 0
+    at, mask = offsets_of(f, stride_wf, BLOCK_D, WIDE)
     if not EVEN:
         mask &= in_slice[None, :]
-    w = tl.load(
-        weight_slice[None, :] + row.to(tl.int64) * stride_wf,
-        mask=mask,
-        other=0.0,
-    )
+    w = tl.load(weight_slice[None, :] + at, mask=mask, other=0.0)
     return f, v.to(tl.float32), w.to(tl.float32)

@@ -20,7 +20,7 @@ from ._triton import cdiv, tl, triton
 from .checks import check_arguments
 from .fused_loss import Outputs, Wanted, define_loss_operator, fused_loss
 from .inverted_index import InvertedIndex, invert, sum_by_latent
-from .levels import gather_levels, widened
+from .levels import gather_levels, is_wide, widened
 
 
 @triton.jit(do_not_specialize=["bias_rows", "B", "K", "F"])
@@ -45,6 +45,7 @@ def _residual_kernel(
     BLOCK_D: tl.constexpr,
     LEVELS: tl.constexpr,
     EVEN: tl.constexpr,  # whether the blocks divide B, K and D
+    WIDE: tl.constexpr,  # whether an offset takes 64 bits
 ):
     sample = tl.program_id(0).to(tl.int64) * 2
     slice_ = tl.program_id(1).to(tl.int64)
@@ -74,6 +75,7 @@ def _residual_kernel(
             BLOCK_D,
             LEVELS,
             EVEN,
+            WIDE,
         )
         r += tl.sum(widened(v, BLOCK_D) * w, 0)
     error = tl.where(bd_mask, r * r, 0.0)  # where there is no target, a bias is no error
@@ -92,7 +94,7 @@ def _residual_kernel(
 
 
 SLICE_BYTES = 256  # of a row of weight
-LEVELS = 8
+LEVELS = 16
 NUM_WARPS = 1
 FEWEST_ELEMENTS = 2**28  # B K D, below which one kernel is faster
 
@@ -157,6 +159,7 @@ def _launch(
         BLOCK_D=block,
         LEVELS=LEVELS,
         EVEN=n_samples % 2 == 0 and k % LEVELS == 0 and d_in % block == 0,
+        WIDE=is_wide(read),
         num_warps=NUM_WARPS,
     )
     grad_weight = grad_vals = None
