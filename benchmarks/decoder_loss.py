@@ -114,7 +114,7 @@ def errors(loss: Loss, definition: Loss, batch: Batch) -> dict[str, float]:
 
 
 def time_ms(function: Callable[[], Any]) -> float:
-    return do_bench(function, warmup=20, rep=100, return_mode="median")
+    return do_bench(function, warmup=100, rep=100, return_mode="median")
 
 
 def graph_ms(function: Callable[[], Any]) -> float:

@@ -3,9 +3,12 @@
     L = factor / (B D) * sum_b sum_j c_j |r_j|^2,   r_j = bias + sum_{i <= j} v_i w_i - target
 
 with w_i = weight[indices[b, i]], v_i = vals[b, i] and c_j = 1 / K, or `level_weights`. A program
-takes two samples and one slice of D. It walks up the levels with the residual r in registers,
-adding up the loss, and then down again, peeling one latent off r at each level, with the suffix sum
-S of the scaled residuals; S gives every gradient (see `fused_loss`). No level is ever stored.
+takes two samples and one slice of D. It walks up the levels to the residual r_K, and then down
+again, some levels at a time, with two running sums along them in registers,
+
+    r_{j-1} = r_j - v_j w_j,      S_j = S_{j+1} + 2 factor / (B D) c_j r_j,
+
+which give the loss and every gradient (see `fused_loss`). No level is ever stored.
 """
 
 import torch
@@ -15,7 +18,7 @@ from ._triton import cdiv, tl, triton
 from .checks import check_arguments
 from .fused_loss import Outputs, Wanted, define_loss_operator, fused_loss
 from .inverted_index import InvertedIndex, invert, sum_by_latent
-from .levels import gather_levels, is_wide, offsets_of, pairs_of, widened
+from .levels import gather_levels, is_wide, levels_in_a_tile, offsets_of, pairs_of, widened
 from .spread import COPIES, SLOTS, fold_copies, is_worth_spreading, spread
 
 
@@ -36,7 +39,7 @@ def _weighted(r, level_weights, first, K, LEVELS: tl.constexpr, LAST_ALONE: tl.c
 
 @triton.jit
 def _running_sum(x, start, LEVELS: tl.constexpr):
-    # start + the sum of x from the highest level down to each
+    # start + the sum of x from the highest level down to each.
     is_highest = (tl.arange(0, LEVELS) == 0)[:, None]
     return tl.cumsum(tl.where(is_highest, x + start[None, :], x), 0)
 
@@ -59,7 +62,7 @@ def _add_to_loss(loss, loss_sums, part, SUMS: tl.constexpr):
         tl.store(loss, tl.sum(sums))
 
 
-# Compiling takes some seconds: not again for every divisibility of what no address depends on.
+# Not compiled again for every divisibility of what no address depends on.
 @triton.jit(do_not_specialize=["first_slice", "bias_rows", "spare_row", "B", "K", "F"])
 def _hierarchical_kernel(  # outputs that are None are not wanted
     indices,
@@ -180,13 +183,13 @@ def _hierarchical_kernel(  # outputs that are None are not wanted
                 WIDE,
             )
         p = widened(v, BLOCK_D) * w
-        without = _running_sum(-p, r, LEVELS)  # the residuals of the levels below
+        without = _running_sum(-p, r, LEVELS)  # r_{j-1}
         r_j = p + without
         r = _lowest(without, LEVELS)
         c_r = _weighted(r_j, level_weights, first, K, LEVELS, LAST_ALONE, EVEN)
         error += tl.sum(c_r * r_j, 0)
         if WALKS_DOWN:
-            S = _running_sum(c_r, s, LEVELS)
+            S = _running_sum(c_r, s, LEVELS)  # without the factor 2 scale
             s = _lowest(S, LEVELS)
             pairs, exists = pairs_of(first, sample, B, K, LEVELS)
             if grad_vals is not None:
@@ -226,13 +229,11 @@ def _hierarchical_kernel(  # outputs that are None are not wanted
             tl.store(grad_target + bd, -s, mask=bd_mask)
 
 
-# In one run on an H200 at B=4096, K=128, F=65536, D=2304, loss and gradients took, with float32 and
-# uniform, float32 and Zipf, bfloat16 and uniform indices, 2.68, 2.22 and 2.44 ms. One sample a
-# program: 2.64, 2.24, 2.55; four: 3.11, 2.64, 2.88. Slices 32 wide: 2.57, 2.32, 2.72; 128 wide,
-# by 4 levels: 3.63, 2.50, 3.20. 16 levels take half a minute to compile. benchmarks/README.md has
-# the reasons.
+# Loss and gradients took 2.30, 2.20 and 2.28 ms of an H200 with float32 and uniform, float32 and
+# Zipf, bfloat16 and uniform indices at B=4096, K=128, F=65536, D=2304; with tiles of 8 levels 2.88,
+# 2.82 and 2.82. Of slices 64 wide, one of weight and one of its gradient share the second-level
+# cache: 2 * 65536 * 64 * 4 bytes = 34 MB. benchmarks/README.md has what else was tried.
 BLOCK_D = 64
-LEVELS = 16
 NUM_WARPS = 1
 # Additions to dL/dbias queue, so the programs of a large batch take this many rows in turn. Up to
 # SMALL_BATCH samples share one, and the loss's parts are added up by the kernel, which spares two
@@ -268,7 +269,8 @@ def launch(
     elif not last_alone:
         scale /= k
     n_slices = cdiv(d_in, BLOCK_D)
-    is_even = n_samples % 2 == 0 and k % LEVELS == 0 and d_in % BLOCK_D == 0
+    levels = levels_in_a_tile(k)
+    is_even = n_samples % 2 == 0 and k % levels == 0 and d_in % BLOCK_D == 0
     is_deterministic = torch.are_deterministic_algorithms_enabled()
 
     def new(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -300,8 +302,7 @@ def launch(
     loss_sums, grad_bias, grad_vals = new((sum(sizes),)).zero_().split_with_sizes(sizes)
 
     def walk(first_slice: int, n_slices: int, suffix_sums: torch.Tensor | None = None) -> None:
-        # The slices vary slowest, so that the slice at work, of weight and of its gradient, stays
-        # in the second-level cache: 2 * 65536 * 64 * 4 bytes = 34 MB.
+        # The slices vary slowest, so that the slice at work stays in the second-level cache.
         _triton.launch(
             _hierarchical_kernel,
             (n_programs, n_slices),
@@ -326,7 +327,7 @@ def launch(
             (scale,),
             (first_slice, bias_rows, n_rows - 1, n_samples, k, n_latents, d_in, *read.stride()),
             BLOCK_D=BLOCK_D,
-            LEVELS=LEVELS,
+            LEVELS=levels,
             EVEN=is_even,
             WIDE=is_wide(read, n_rows),
             LAST_ALONE=last_alone,

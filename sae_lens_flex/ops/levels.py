@@ -16,6 +16,14 @@ def is_wide(weight: torch.Tensor, n_rows: int = 0) -> bool:
     return max(n_latents * weight.stride(0), n_rows * d_in) >= 2**31
 
 
+LEVELS = 16
+"""Rows of weight on their way at once; at 16, all 255 registers of a thread are in use."""
+
+
+def levels_in_a_tile(k: int) -> int:
+    return LEVELS if k > LEVELS // 2 else LEVELS // 2
+
+
 @triton.jit
 def pairs_of(first, sample, B, K, LEVELS: tl.constexpr):
     """Return b K + t of the levels first..first + LEVELS of two samples, and which there are."""

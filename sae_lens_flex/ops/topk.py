@@ -20,7 +20,7 @@ from ._triton import cdiv, tl, triton
 from .checks import check_arguments
 from .fused_loss import Outputs, Wanted, define_loss_operator, fused_loss
 from .inverted_index import InvertedIndex, invert, sum_by_latent
-from .levels import gather_levels, is_wide, widened
+from .levels import gather_levels, is_wide, levels_in_a_tile, widened
 
 
 @triton.jit(do_not_specialize=["bias_rows", "B", "K", "F"])
@@ -94,7 +94,6 @@ def _residual_kernel(
 
 
 SLICE_BYTES = 256  # of a row of weight
-LEVELS = 16
 NUM_WARPS = 1
 FEWEST_ELEMENTS = 2**28  # B K D, below which one kernel is faster
 
@@ -127,6 +126,7 @@ def _launch(
     indices, vals, target = indices.contiguous(), vals.contiguous(), target.contiguous()
     scale = factor / target.numel()
     block = SLICE_BYTES // read.element_size()
+    levels = levels_in_a_tile(k)
     n_slices = cdiv(d_in, block)
     loss_parts = target.new_empty((n_slices, n_samples), dtype=torch.float32)
     n_programs = cdiv(n_samples, 2)
@@ -157,8 +157,8 @@ def _launch(
         (scale,),
         (bias_rows, n_samples, k, n_latents, d_in, *read.stride()),
         BLOCK_D=block,
-        LEVELS=LEVELS,
-        EVEN=n_samples % 2 == 0 and k % LEVELS == 0 and d_in % block == 0,
+        LEVELS=levels,
+        EVEN=n_samples % 2 == 0 and k % levels == 0 and d_in % block == 0,
         WIDE=is_wide(read),
         num_warps=NUM_WARPS,
     )
