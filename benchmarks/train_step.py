@@ -348,12 +348,11 @@ def measure_stages(case: Case, gb_per_s: float) -> list[dict[str, Any]]:
             lambda: torch.ops.sae_lens_flex.encode_backward(
                 gradient,
                 kept.indices,
-                index.latents,
-                index.pairs,
                 x,
                 sae.W_enc,
                 sae.b_enc,
                 sae.b_dec,
+                index,
                 dtype,
                 use_triton,
                 [False, True, True, True],
