@@ -45,6 +45,7 @@ SHAPES = [
     (3, 16, 50, 300),
     (33, 9, 65, 129),
     (2, 40, 8, 64),
+    (4, 48, 50, 128),
 ]
 
 
@@ -100,6 +101,14 @@ def test_strided_inputs(implementation) -> None:
     for name in strided:
         strided[name].retain_grad()
     assert_matches_definition(implementation, indices, strided)
+
+
+@pytest.mark.parametrize("shape", [(6, 5, 20, 33), (4, 32, 40, 64)], ids=shape_id)
+def test_offsets_in_64_bits(implementation, shape, monkeypatch) -> None:
+    for module in (hierarchical, topk):
+        monkeypatch.setattr(module, "is_wide", lambda *_: True)
+    indices, inputs = random_inputs(shape, device=implementation.device)
+    assert_matches_definition(implementation, indices, inputs)
 
 
 def test_one_latent_takes_every_pair(implementation) -> None:
