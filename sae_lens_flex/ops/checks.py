@@ -24,6 +24,8 @@ def check_arguments(
             raise TypeError(f"{name} is a {type(tensor).__name__}, expected a torch.Tensor")
     if indices.dtype not in INDEX_DTYPES:
         raise TypeError(f"indices has dtype {indices.dtype}, expected torch.int32 or torch.int64")
+    if indices.layout != torch.strided:
+        raise TypeError(f"indices has layout {indices.layout}, expected torch.strided")
     device = indices.device
     for name, tensor in floats:
         if tensor.dtype not in float_dtypes:

@@ -50,7 +50,7 @@ class Outputs(NamedTuple):
         loss: scalar, float32 (float64 for float64 inputs).
         residual: reconstruction minus target at level K, [B, D], in the loss's dtype.
         grad_weight: [F, D], grad_vals: [B, K], grad_bias: [D], grad_target: [B, D]: the gradients
-            of `loss`, each in its input's dtype.
+            of `loss`, each in the `gradient_dtype` of its input.
     """
 
     loss: torch.Tensor
@@ -59,6 +59,15 @@ class Outputs(NamedTuple):
     grad_vals: torch.Tensor | None = None
     grad_bias: torch.Tensor | None = None
     grad_target: torch.Tensor | None = None
+
+
+def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which the gradient of an input is kept until the backward pass.
+
+    float32 for float16, whose range is narrow: the factor of a gradient scaler comes only then. In
+    the input's dtype it is by autograd.
+    """
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 Launcher = Callable[
@@ -262,7 +271,7 @@ def define_loss_operator(name: str, *, triton: Launcher, torch_: Launcher) -> No
         outputs = [target.new_empty(target.shape if wanted.residual else 0, dtype=dtype)]
         for tensor, is_wanted in zip((weight, vals, bias, target), wanted[1:], strict=True):
             if tensor is not None and is_wanted:
-                outputs.append(target.new_empty(tensor.shape, dtype=tensor.dtype))
+                outputs.append(target.new_empty(tensor.shape, dtype=gradient_dtype(tensor.dtype)))
             else:
                 outputs.append(target.new_empty(0, dtype=dtype))
         return target.new_empty((), dtype=dtype), *outputs

@@ -16,7 +16,7 @@ import torch
 from . import _triton, torch_backend
 from ._triton import cdiv, tl, triton
 from .checks import check_arguments
-from .fused_loss import Outputs, Wanted, define_loss_operator, fused_loss
+from .fused_loss import Outputs, Wanted, define_loss_operator, fused_loss, gradient_dtype
 from .inverted_index import InvertedIndex, invert, sum_by_latent
 from .levels import gather_levels, is_wide, levels_in_a_tile, offsets_of, pairs_of, widened
 from .spread import COPIES, SLOTS, fold_copies, is_worth_spreading, spread
@@ -182,10 +182,13 @@ def _hierarchical_kernel(  # outputs that are None are not wanted
                 EVEN,
                 WIDE,
             )
-        p = widened(v, BLOCK_D) * w
-        without = _running_sum(-p, r, LEVELS)  # r_{j-1}
-        r_j = p + without
-        r = _lowest(without, LEVELS)
+        if LAST_ALONE:
+            r_j = tl.broadcast_to(r[None, :], [LEVELS, 2 * BLOCK_D])
+        else:
+            p = widened(v, BLOCK_D) * w
+            without = _running_sum(-p, r, LEVELS)  # r_{j-1}
+            r_j = p + without
+            r = _lowest(without, LEVELS)
         c_r = _weighted(r_j, level_weights, first, K, LEVELS, LAST_ALONE, EVEN)
         error += tl.sum(c_r * r_j, 0)
         if WALKS_DOWN:
@@ -286,7 +289,9 @@ def launch(
         grad_weight = new((n_rows, d_in)).zero_()
         spread_ = spread(indices, n_latents) if has_copies else None
     residual = new((n_samples, d_in)) if wanted.residual else None
-    grad_target = new((n_samples, d_in), target.dtype) if wanted.grad_target else None
+    grad_target = None
+    if wanted.grad_target:
+        grad_target = new((n_samples, d_in), gradient_dtype(target.dtype))
     n_programs = cdiv(n_samples, 2)
     is_small = n_samples <= SMALL_BATCH and not is_deterministic
     bias_rows = 1 if n_samples <= SMALL_BATCH else BIAS_ROWS
@@ -362,12 +367,18 @@ def launch(
         fold_copies(spread_, grad_weight, n_latents)
     if wanted.grad_bias and bias_rows > 1:
         grad_bias = grad_bias.view(bias_rows, d_in).sum(0)
+    if grad_weight is not None:
+        grad_weight = grad_weight[:n_latents].to(gradient_dtype(weight.dtype))
     return Outputs(
         loss=loss if is_small else loss.sum(),
         residual=residual,
-        grad_weight=None if grad_weight is None else grad_weight[:n_latents].to(weight.dtype),
-        grad_vals=grad_vals.view(n_samples, k).to(vals.dtype) if wanted.grad_vals else None,
-        grad_bias=grad_bias.to(bias.dtype) if bias is not None and wanted.grad_bias else None,
+        grad_weight=grad_weight,
+        grad_vals=grad_vals.view(n_samples, k).to(gradient_dtype(vals.dtype))
+        if wanted.grad_vals
+        else None,
+        grad_bias=grad_bias.to(gradient_dtype(bias.dtype))
+        if bias is not None and wanted.grad_bias
+        else None,
         grad_target=grad_target,
     )
 
@@ -387,7 +398,9 @@ def triton_hierarchical_sae_loss(
     """Return the squared error of every level, averaged over B, K and D, by fused kernels.
 
     The same function as `hierarchical_sae_loss`, whose docstring has the formula and the arguments,
-    without its [B, K, D] tensor. It accumulates in float32 whatever the inputs' dtypes. With
+    without its [B, K, D] tensor. It accumulates in float32 whatever the inputs' dtypes, and comes
+    to the residual of a level by subtracting from that of the last what the levels above add: where
+    these are a thousand times as large, three digits of it are lost. With
     `torch.use_deterministic_algorithms(True)` its results are the same from run to run.
 
     Args:

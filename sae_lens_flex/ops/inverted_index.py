@@ -383,7 +383,7 @@ def sum_by_latent(
         zero_absent: whether to zero the sums of the latents that no pair chose.
 
     Returns:
-        With a weight the dots, scale * weight[indices[b, t]] . row, [B, K], in the dtype of vals.
+        With a weight the dots, scale * weight[indices[b, t]] . row, [B, K], float32.
     """
     n_pairs, n_columns = index.pairs.numel(), rows.shape[1]
     run_length = max(SHORTEST_RUN, cdiv(n_pairs, MOST_RUNS))
@@ -458,4 +458,4 @@ def sum_by_latent(
             BLOCK_F=BLOCK_F,
             BLOCK=BLOCK,
         )
-    return None if dots is None else dots.to(vals.dtype)
+    return dots

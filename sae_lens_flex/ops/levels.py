@@ -1,8 +1,8 @@
 """What the kernels that walk the levels share: tiles of a few levels of two samples.
 
 A tile is [LEVELS, 2 BLOCK_D]: its rows are levels from the highest down, and its columns one slice
-of D, first of an even sample and then of the next, so that a warp of 32 reads 16 bytes a thread.
-Every thread has all rows of its columns: sums along the levels stay in its registers.
+of D, first of an even sample and then of the next, so that each of a warp's 32 threads has four
+columns or more. It has all rows of them: sums along the levels stay in its registers.
 """
 
 import torch
@@ -72,8 +72,8 @@ def gather_levels(
 ):
     """Return the latents and values, [LEVELS, 2], and rows of weight of some levels, a tile.
 
-    They are int32, float32 and float32. What is no latent, or beyond the batch or K, is -1 and has
-    a row of zeros. With EVEN all samples, levels and columns exist, and nothing is spent on asking.
+    They are int32, float32 and float32. What is no latent, or beyond the batch or K, is -1, 0 and a
+    row of zeros. With EVEN all samples, levels and columns exist, and nothing is spent on asking.
     """
     pairs, exists = pairs_of(first, sample, B, K, LEVELS)
     if EVEN:
@@ -84,8 +84,9 @@ def gather_levels(
         v = tl.load(vals + pairs, mask=exists, other=0.0)
     is_latent = f.to(tl.int64).to(tl.uint64) < F.to(tl.uint64)  # nor is a negative one
     f = tl.where(is_latent, f.to(tl.int32), -1)  # there are fewer than 2^31
+    v = tl.where(is_latent, v.to(tl.float32), 0.0)
     at, mask = offsets_of(f, stride_wf, BLOCK_D, WIDE)
     if not EVEN:
         mask &= in_slice[None, :]
     w = tl.load(weight_slice[None, :] + at, mask=mask, other=0.0)
-    return f, v.to(tl.float32), w.to(tl.float32)
+    return f, v, w.to(tl.float32)

@@ -18,7 +18,7 @@ import torch
 from . import _triton, hierarchical, torch_backend
 from ._triton import cdiv, tl, triton
 from .checks import check_arguments
-from .fused_loss import Outputs, Wanted, define_loss_operator, fused_loss
+from .fused_loss import Outputs, Wanted, define_loss_operator, fused_loss, gradient_dtype
 from .inverted_index import InvertedIndex, invert, sum_by_latent
 from .levels import gather_levels, is_wide, levels_in_a_tile, widened
 
@@ -122,7 +122,9 @@ def _launch(
     # The gradients are gathered from the residual or, one [B, D] tensor less where it is not asked
     # for, from a target's gradient of equal precision, -2 scale times the residual.
     gathers = wanted.grad_weight or wanted.grad_vals
-    by_target = wanted.grad_target and not wanted.residual and target.dtype == torch.float32
+    by_target = (
+        wanted.grad_target and not wanted.residual and gradient_dtype(target.dtype) == torch.float32
+    )
     indices, vals, target = indices.contiguous(), vals.contiguous(), target.contiguous()
     scale = factor / target.numel()
     block = SLICE_BYTES // read.element_size()
@@ -139,7 +141,7 @@ def _launch(
     if wanted.residual or (gathers and not by_target):
         residual = torch.empty_like(target, dtype=torch.float32)
     if wanted.grad_target:
-        grad_target = torch.empty_like(target)
+        grad_target = torch.empty_like(target, dtype=gradient_dtype(target.dtype))
     _triton.launch(
         _residual_kernel,
         (n_programs, n_slices),
@@ -169,7 +171,7 @@ def _launch(
         rows, scale_of_rows = grad_target, -1.0
     if gathers and rows is not None:
         if wanted.grad_weight:
-            grad_weight = weight.new_empty(weight.shape)
+            grad_weight = weight.new_empty(weight.shape, dtype=gradient_dtype(weight.dtype))
         grad_vals = sum_by_latent(
             index or invert(indices, n_latents, use_triton=True),
             vals,
@@ -178,12 +180,16 @@ def _launch(
             scale=scale_of_rows,
             weight=read if wanted.grad_vals else None,
         )
+    if grad_vals is not None:
+        grad_vals = grad_vals.to(gradient_dtype(vals.dtype))
+    if grad_bias is not None and bias is not None:
+        grad_bias = grad_bias.sum(0).to(gradient_dtype(bias.dtype))
     return Outputs(
         loss=loss_parts.sum(),
         residual=residual if wanted.residual else None,
         grad_weight=grad_weight,
         grad_vals=grad_vals,
-        grad_bias=None if grad_bias is None or bias is None else grad_bias.sum(0).to(bias.dtype),
+        grad_bias=grad_bias,
         grad_target=grad_target,
     )
 

@@ -6,7 +6,7 @@ gradients by the formulas of `fused_loss` while a chunk's rows are at hand.
 
 import torch
 
-from .fused_loss import Outputs, Wanted, accumulation_dtype, check_range
+from .fused_loss import Outputs, Wanted, accumulation_dtype, check_range, gradient_dtype
 from .inverted_index import InvertedIndex
 
 # A chunk's [b, K, D] tensors have about this many elements. On a CPU 2^18 (1 MiB in float32) keeps
@@ -69,7 +69,8 @@ def _walk_batch(
     def new(like: torch.Tensor | None, is_wanted: bool) -> torch.Tensor | None:
         if like is None or not is_wanted:
             return None
-        return torch.empty_like(like, memory_format=torch.contiguous_format)
+        dtype = gradient_dtype(like.dtype)
+        return torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
 
     residual = new(target.to(dtype), wanted.residual)
     grad_vals, grad_target = new(vals, wanted.grad_vals), new(target, wanted.grad_target)
@@ -106,18 +107,22 @@ def _walk_batch(
         if residual is not None:
             residual[rows] = r[:, -1]
         if grad_vals is not None:
-            grad_vals[rows] = (w * s).sum(-1).to(vals.dtype)
+            grad_vals[rows] = (w * s).sum(-1).to(grad_vals.dtype)
         if grad_bias is not None:
             grad_bias += s[:, 0].sum(0)
         if grad_target is not None:
-            grad_target[rows] = s[:, 0].neg().to(target.dtype)
+            grad_target[rows] = s[:, 0].neg().to(grad_target.dtype)
         if grad_weight is not None:
             grad_weight.index_add_(0, indices[rows].flatten(), (v.unsqueeze(-1) * s).flatten(0, 1))
+    if grad_weight is not None:
+        grad_weight = grad_weight.to(gradient_dtype(weight.dtype))
+    if grad_bias is not None and bias is not None:
+        grad_bias = grad_bias.to(gradient_dtype(bias.dtype))
     return Outputs(
         loss=loss * scale,
         residual=residual,
-        grad_weight=None if grad_weight is None else grad_weight.to(weight.dtype),
+        grad_weight=grad_weight,
         grad_vals=grad_vals,
-        grad_bias=None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
+        grad_bias=grad_bias,
         grad_target=grad_target,
     )

@@ -89,6 +89,31 @@ def test_mixed_dtypes(implementation) -> None:
     assert_matches_definition(implementation, indices, inputs)
 
 
+def test_scale_of_the_loss_keeps_small_gradients_of_float16(implementation) -> None:
+    indices, inputs = random_inputs((64, 4, 64, 70), torch.float16, implementation.device)
+    for name in ("weight", "bias", "target"):
+        inputs[name].data *= 0.01
+    exact = in_float64(inputs)
+    (implementation.definition(indices.cpu(), **exact) * 2**16).backward()
+    (implementation.loss(indices, **inputs) * 2**16).backward()
+    for name in ARGUMENTS:
+        assert inputs[name].grad.dtype == torch.float16
+        assert relative_error(inputs[name].grad, exact[name].grad) < 2**-11
+
+
+def test_rows_that_cancel_cost_the_last_level_no_digits(implementation) -> None:
+    if implementation.uses_levels():
+        pytest.skip("lower levels are computed from the last one")
+    indices, inputs = random_inputs((4, 8, 20, 33), device=implementation.device)
+    indices[:, 6:] = torch.tensor([0, 1])
+    inputs["weight"].data[0] = -1e4
+    inputs["weight"].data[1] = 1e4
+    inputs["vals"].data[:, 7] = inputs["vals"].data[:, 6]
+    loss = implementation.loss(indices, **inputs)
+    expected = implementation.definition(indices.cpu(), **in_float64(inputs))
+    assert relative_error(loss, expected) < 1e-6
+
+
 def test_strided_inputs(implementation) -> None:
     indices, inputs = random_inputs((6, 5, 20, 34), device=implementation.device)
     strided = {
@@ -199,9 +224,11 @@ def test_second_derivative_raises(implementation) -> None:
 
 
 @pytest.mark.parametrize("latent", [-1, 20, 2**32 + 3])
-def test_index_out_of_range(implementation, latent) -> None:
+@pytest.mark.parametrize("value", [0.5, float("-inf"), float("nan")])
+def test_index_out_of_range(implementation, latent, value) -> None:
     indices, inputs = random_inputs((6, 5, 20, 33), device=implementation.device)
     indices[2, 3] = latent
+    inputs["vals"].data[2, 3] = value
     if implementation.loss not in (triton_hierarchical_sae_loss, triton_topk_sae_loss):
         with pytest.raises(IndexError, match=r"expected latents in \[0, 20\)"):
             implementation.loss(indices, **inputs)
@@ -210,12 +237,10 @@ def test_index_out_of_range(implementation, latent) -> None:
     loss = implementation.loss(indices, **inputs)
     loss.backward()
     exact = in_float64(inputs)
-    kept = torch.ones(6, 5).index_put((torch.tensor(2), torch.tensor(3)), torch.tensor(0.0))
-    indices[2, 3] = 0
-    expected = implementation.definition(
-        indices.cpu(), exact["weight"], exact["vals"] * kept, exact["bias"], exact["target"]
-    )
+    indices[2, 3] = exact["vals"].data[2, 3] = 0
+    expected = implementation.definition(indices.cpu(), **exact)
     expected.backward()
+    exact["vals"].grad[2, 3] = 0
     assert relative_error(loss, expected) < TOLERANCE[torch.float32]
     for name in ARGUMENTS:
         assert relative_error(inputs[name].grad, exact[name].grad) < TOLERANCE[torch.float32]
@@ -391,6 +416,11 @@ def test_compiles_without_a_graph_break(implementation) -> None:
             {"weight": torch.zeros(20, 33).to_sparse()},
             TypeError,
             "weight has layout torch.sparse_coo, expected torch.strided",
+        ),
+        (
+            {"indices": torch.zeros(6, 5, dtype=torch.int64).to_sparse()},
+            TypeError,
+            "indices has layout torch.sparse_coo, expected torch.strided",
         ),
         ({"vals": [[1.0]]}, TypeError, "vals is a list, expected a torch.Tensor"),
         (
