@@ -298,13 +298,14 @@ def launch(
     if is_deterministic:
         bias_rows = n_programs  # nothing to be added twice
     loss = new(() if is_small else (n_slices, n_samples))
-    # What else is added to, zeroed at once.
+    # What else is added to, zeroed at once. Launches with unaligned tensors take the host longer, so
+    # D, which may be odd, comes last.
     sizes = [
-        LOSS_SUMS + 4 if is_small else 0,  # with room for the count, and aligned
-        bias_rows * d_in if wanted.grad_bias else 0,
+        LOSS_SUMS + 4 if is_small else 0,  # with room for the count
         n_samples * k if wanted.grad_vals else 0,
+        bias_rows * d_in if wanted.grad_bias else 0,
     ]
-    loss_sums, grad_bias, grad_vals = new((sum(sizes),)).zero_().split_with_sizes(sizes)
+    loss_sums, grad_vals, grad_bias = new((sum(sizes),)).zero_().split_with_sizes(sizes)
 
     def walk(first_slice: int, n_slices: int, suffix_sums: torch.Tensor | None = None) -> None:
         # The slices vary slowest, so that the slice at work stays in the second-level cache.
