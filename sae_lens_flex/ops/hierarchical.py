@@ -298,8 +298,8 @@ def launch(
     if is_deterministic:
         bias_rows = n_programs  # nothing to be added twice
     loss = new(() if is_small else (n_slices, n_samples))
-    # What else is added to, zeroed at once. Launches with unaligned tensors take the host longer, so
-    # D, which may be odd, comes last.
+    # What else is added to, zeroed at once. The host takes longer to launch with unaligned tensors,
+    # so what has D, which may be odd, comes last.
     sizes = [
         LOSS_SUMS + 4 if is_small else 0,  # with room for the count
         n_samples * k if wanted.grad_vals else 0,
