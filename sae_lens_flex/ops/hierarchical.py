@@ -18,14 +18,24 @@ from ._triton import cdiv, tl, triton
 from .checks import check_arguments
 from .fused_loss import Outputs, Wanted, define_loss_operator, fused_loss, gradient_dtype
 from .inverted_index import InvertedIndex, invert, sum_by_latent
-from .levels import gather_levels, is_wide, levels_in_a_tile, offsets_of, pairs_of, widened
+from .levels import (
+    add_to_bias,
+    gather_levels,
+    is_wide,
+    levels_from,
+    levels_in_a_tile,
+    offsets_of,
+    pairs_of,
+    store_losses,
+    widened,
+)
 from .spread import COPIES, SLOTS, fold_copies, is_worth_spreading, spread
 
 
 @triton.jit
 def _weighted(r, level_weights, first, K, LEVELS: tl.constexpr, LAST_ALONE: tl.constexpr, EVEN):
     # c_j r_j; without level_weights c_j is 1, for `scale` has the 1 / K of the mean.
-    level = first + (LEVELS - 1 - tl.arange(0, LEVELS))
+    level = levels_from(first, LEVELS)
     if level_weights is not None:
         c = tl.load(level_weights + level, mask=level < K, other=0.0).to(tl.float32)
         return c[:, None] * r
@@ -216,18 +226,14 @@ def _hierarchical_kernel(  # outputs that are None are not wanted
 
     error = tl.where(bd_mask, error, 0.0)  # where there is no target, a bias is no error
     if loss_sums is None:
-        bs = sample + tl.arange(0, 2)
-        of_sample = tl.sum(tl.reshape(error, [2, BLOCK_D]), 1)
-        tl.store(loss + slice_ * B + bs, scale * of_sample, mask=bs < B)
+        store_losses(loss, error, scale, slice_, sample, B, BLOCK_D)
     else:
         _add_to_loss(loss, loss_sums, scale * tl.sum(error), SUMS)
     if WALKS_DOWN:
         s *= 2.0 * scale
         if grad_bias is not None:
-            both = tl.sum(tl.reshape(tl.where(bd_mask, s, 0.0), [2, BLOCK_D]), 0)
-            row = (tl.program_id(0) % bias_rows).to(tl.int64)
-            d = slice_ * BLOCK_D + tl.arange(0, BLOCK_D)
-            tl.atomic_add(grad_bias + row * D + d, both, mask=d < D, sem="relaxed")
+            s_of_all = tl.where(bd_mask, s, 0.0)
+            add_to_bias(grad_bias, s_of_all, 1.0, slice_, bias_rows, D, BLOCK_D)
         if grad_target is not None:
             tl.store(grad_target + bd, -s, mask=bd_mask)
 

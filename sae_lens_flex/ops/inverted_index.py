@@ -405,6 +405,7 @@ def sum_by_latent(
         slices_per_launch = min(n_slices, max(1, MOST_DOTS // n_pairs))
         dots_parts = rows.new_empty((slices_per_launch, n_pairs), dtype=torch.float32)
         n_adding = cdiv(n_pairs, BLOCK)
+    sizes = (n_pairs, n_latents, first_column, n_columns, width, run_length)
     for first_slice in range(0, n_slices, slices_per_launch):
         slices = min(slices_per_launch, n_slices - first_slice)
         _triton.launch(
@@ -422,16 +423,7 @@ def sum_by_latent(
                 dots_parts,
             ),
             (scale,),
-            (
-                first_slice,
-                n_pairs,
-                n_latents,
-                first_column,
-                n_columns,
-                width,
-                run_length,
-                *((0, 0) if weight is None else weight.stride()),
-            ),
+            (first_slice, *sizes, *((0, 0) if weight is None else weight.stride())),
             BLOCK_D=BLOCK_D,
             PAIRS=PAIRS,
             EVEN=n_columns % BLOCK_D == 0,
@@ -442,17 +434,7 @@ def sum_by_latent(
             (n_joining + n_zeroing + cdiv(n_adding, slices), slices),
             (index.latents, index.pairs, index.starts, partials, sums, dots_parts, dots),
             (scale,),
-            (
-                first_slice,
-                n_joining,
-                n_zeroing,
-                n_pairs,
-                n_latents,
-                first_column,
-                n_columns,
-                width,
-                run_length,
-            ),
+            (first_slice, n_joining, n_zeroing, *sizes),
             ADDS=first_slice > 0,
             BLOCK_D=BLOCK_D,
             BLOCK_F=BLOCK_F,

@@ -25,9 +25,15 @@ def levels_in_a_tile(k: int) -> int:
 
 
 @triton.jit
+def levels_from(first, LEVELS: tl.constexpr):
+    """Return the levels of a tile's rows, [LEVELS]."""
+    return first + (LEVELS - 1 - tl.arange(0, LEVELS))
+
+
+@triton.jit
 def pairs_of(first, sample, B, K, LEVELS: tl.constexpr):
     """Return b K + t of the levels first..first + LEVELS of two samples, and which there are."""
-    level = first + (LEVELS - 1 - tl.arange(0, LEVELS))[:, None]
+    level = levels_from(first, LEVELS)[:, None]
     b = sample + tl.arange(0, 2)[None, :]
     return b * K + level, level < tl.where(b < B, K, 0)
 
@@ -90,3 +96,23 @@ def gather_levels(
         mask &= in_slice[None, :]
     w = tl.load(weight_slice[None, :] + at, mask=mask, other=0.0)
     return f, v, w.to(tl.float32)
+
+
+@triton.jit
+def store_losses(loss_parts, error, scale, slice_, sample, B, BLOCK_D: tl.constexpr):
+    """Store what two samples' columns, [2 BLOCK_D], add to the loss: two of [slices, B] parts."""
+    b = sample + tl.arange(0, 2)
+    of_sample = tl.sum(tl.reshape(error, [2, BLOCK_D]), 1)
+    tl.store(loss_parts + slice_ * B + b, scale * of_sample, mask=b < B)
+
+
+@triton.jit
+def add_to_bias(grad_bias, s, scale, slice_, n_rows, D, BLOCK_D: tl.constexpr):
+    """Add scale times two samples' columns, [2 BLOCK_D], to one row of grad_bias, [n_rows, D].
+
+    The programs take the rows in turn: additions to one queue.
+    """
+    both = tl.sum(tl.reshape(s, [2, BLOCK_D]), 0)
+    row = (tl.program_id(0) % n_rows).to(tl.int64)
+    d = slice_ * BLOCK_D + tl.arange(0, BLOCK_D)
+    tl.atomic_add(grad_bias + row * D + d, scale * both, mask=d < D, sem="relaxed")

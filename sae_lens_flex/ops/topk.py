@@ -20,7 +20,14 @@ from ._triton import cdiv, tl, triton
 from .checks import check_arguments
 from .fused_loss import Outputs, Wanted, define_loss_operator, fused_loss, gradient_dtype
 from .inverted_index import InvertedIndex, invert, sum_by_latent
-from .levels import gather_levels, is_wide, levels_in_a_tile, widened
+from .levels import (
+    add_to_bias,
+    gather_levels,
+    is_wide,
+    levels_in_a_tile,
+    store_losses,
+    widened,
+)
 
 
 @triton.jit(do_not_specialize=["bias_rows", "B", "K", "F"])
@@ -78,19 +85,14 @@ def _residual_kernel(
             WIDE,
         )
         r += tl.sum(widened(v, BLOCK_D) * w, 0)
-    error = tl.where(bd_mask, r * r, 0.0)  # where there is no target, a bias is no error
-    bs = sample + tl.arange(0, 2)
-    of_sample = tl.sum(tl.reshape(error, [2, BLOCK_D]), 1)
-    tl.store(loss_parts + slice_ * B + bs, scale * of_sample, mask=bs < B)
+    r = tl.where(bd_mask, r, 0.0)  # where there is no target, a bias is no error
+    store_losses(loss_parts, r * r, scale, slice_, sample, B, BLOCK_D)
     if residual is not None:
         tl.store(residual + bd, r, mask=bd_mask)
     if grad_target is not None:
         tl.store(grad_target + bd, (-2.0 * scale) * r, mask=bd_mask)
     if grad_bias is not None:
-        both = tl.sum(tl.reshape(tl.where(bd_mask, r, 0.0), [2, BLOCK_D]), 0)
-        row = (tl.program_id(0) % bias_rows).to(tl.int64)
-        d = slice_ * BLOCK_D + tl.arange(0, BLOCK_D)
-        tl.atomic_add(grad_bias + row * D + d, 2.0 * scale * both, mask=d < D, sem="relaxed")
+        add_to_bias(grad_bias, r, 2.0 * scale, slice_, bias_rows, D, BLOCK_D)
 
 
 SLICE_BYTES = 256  # of a row of weight
