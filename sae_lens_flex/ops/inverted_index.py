@@ -145,7 +145,9 @@ def _load_pairs(
             tl.load(row, mask=column < tl.where(exists, n_columns, 0), other=0.0).to(tl.float32),
         )
         next_latents += (f,)
-        pair = tl.load(pairs + (start + t), mask=exists, other=0)
+        pair = start + t
+        if pairs is not None:
+            pair = tl.load(pairs + (start + t), mask=exists, other=0)
         next_vals += (tl.load(vals + pair, mask=exists, other=0.0).to(tl.float32),)
         if weight_slice is not None:
             begins = (f != latent) & (f >= 0) & (f < F)
@@ -159,7 +161,7 @@ def _load_pairs(
 @triton.jit(do_not_specialize=["first_slice", "N", "F", "run_length"])
 def _sum_run_kernel(
     latents,
-    pairs,
+    pairs,  # where in vals each pair's is, [N]; None where they are in the index's order
     row_of,  # each pair's row of `rows`, [N]
     vals,
     rows,
@@ -190,8 +192,11 @@ def _sum_run_kernel(
     column = tl.zeros([BLOCK_D], tl.int64) if EVEN else d
     d = tl.max_contiguous(d, 4)  # one layout in registers for float32 and bfloat16 alike
     latents += first
-    pairs += first
     row_of += first
+    if pairs is not None:
+        pairs += first
+    else:
+        vals += first
     rows += d
     weight_slice = None
     if weight is not None:
@@ -354,6 +359,7 @@ NUM_WARPS = 1
 SHORTEST_RUN = 32
 MOST_RUNS = 2048  # which bounds `partials`: 2 * 2048 * D floats, 38 MB at D = 2304
 MOST_DOTS = 2**23  # and this the parts of the dots that a launch writes: 32 MiB
+MOST_SCATTERED = 2**18  # vals; more are put in the index's order before they are read
 BLOCK = 512
 BLOCK_F = 16
 
@@ -405,6 +411,9 @@ def sum_by_latent(
         slices_per_launch = min(n_slices, max(1, MOST_DOTS // n_pairs))
         dots_parts = rows.new_empty((slices_per_launch, n_pairs), dtype=torch.float32)
         n_adding = cdiv(n_pairs, BLOCK)
+    pairs_in_vals = index.pairs
+    if n_pairs > MOST_SCATTERED:
+        vals, pairs_in_vals = vals.flatten()[index.pairs], None
     sizes = (n_pairs, n_latents, first_column, n_columns, width, run_length)
     for first_slice in range(0, n_slices, slices_per_launch):
         slices = min(slices_per_launch, n_slices - first_slice)
@@ -413,7 +422,7 @@ def sum_by_latent(
             (n_runs, slices),
             (
                 index.latents,
-                index.pairs,
+                pairs_in_vals,
                 index.pairs if rows.shape[0] == n_pairs else index.samples,
                 vals,
                 rows,

@@ -145,6 +145,7 @@ def test_many_latents_span_runs(implementation, monkeypatch) -> None:
     monkeypatch.setattr(inverted_index, "SHORTEST_RUN", 3)
     monkeypatch.setattr(inverted_index, "BLOCK_D", 16)
     monkeypatch.setattr(inverted_index, "MOST_DOTS", 100)  # two slices a launch
+    monkeypatch.setattr(inverted_index, "MOST_SCATTERED", 20)
     for n_latents in (1, 2, 7, 300):
         indices, inputs = random_inputs((9, 5, n_latents, 33), device=implementation.device)
         assert_matches_definition(implementation, indices, inputs)
