@@ -10,8 +10,8 @@ module has functions `triton_hierarchical_sae_loss` and `triton_topk_sae_loss` o
 vals, bias, target)`.
 
 Times are of forward plus backward (gradients of weight, vals and bias) on random data: indices
-uniform over the latents, or with frequencies that fall with 1 / rank, distinct within a row. `ms` is
-the lowest of five medians, `readings_ms`, taken from Python 0.2 s apart: what others do on the
+uniform over the latents, or with frequencies that fall with 1 / rank, distinct within a row. `ms`
+is the lowest of five medians, `readings_ms`, taken from Python 0.2 s apart: what others do on the
 machine only adds. `graph_ms` is the median of replays as a CUDA graph: the device's time, without
 the host's. Peak memory is all that is allocated, inputs and gradients included. Every
 implementation is first compared with the definition in float64 on a part of the batch.
