@@ -2,6 +2,8 @@
 
 import os
 from collections.abc import Sequence
+from functools import reduce
+from operator import or_
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -92,25 +94,18 @@ def launch(
             launch(kernel, grid, tensors, floats, ints, num_warps=num_warps, **constants)
         return
     # Addresses in place of tensors, which Triton would ask for theirs, and the driver about each.
-    addresses, dtypes, any_address = [], [], 0
-    for tensor in tensors:
-        if tensor is None:
-            addresses.append(None)
-            dtypes.append(None)
-        else:
-            addresses.append(address := tensor.data_ptr())
-            dtypes.append(tensor.dtype)
-            any_address |= address
+    addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
     # One entry for the addresses that Triton can tell to be aligned, which are nearly all.
-    is_aligned = any_address % 16 == 0
-    key = (kernel.fn, device, num_warps, *ints, *dtypes, *constants.values())
-    compiled = _compiled.get(key) if is_aligned else None
-    if compiled is not None:
-        compiled[(*grid, 1, 1)[:3]](*addresses, *floats, *ints, *constants.values())
+    is_aligned = reduce(or_, filter(None, addresses), 0) % 16 == 0
+    key = (kernel.fn, device, grid, num_warps, *ints, *dtypes, *constants.values())
+    run = _compiled.get(key) if is_aligned else None
+    if run is not None:
+        run(*addresses, *floats, *ints, *constants.values())
         return
     compiled = kernel[grid](*arguments, **constants, num_warps=num_warps)
     if is_aligned and len(_compiled) < MOST_COMPILED:
-        _compiled[key] = compiled
+        _compiled[key] = compiled[(*grid, 1, 1)[:3]]
 
 
 __all__ = [

@@ -70,6 +70,12 @@ def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
+def kept(gradient: torch.Tensor, of: torch.Tensor) -> torch.Tensor:
+    """Return the gradient of an input in its `gradient_dtype`."""
+    dtype = gradient_dtype(of.dtype)
+    return gradient if gradient.dtype == dtype else gradient.to(dtype)  # sooner than `to` alone
+
+
 Launcher = Callable[
     [
         torch.Tensor,  # indices

@@ -16,7 +16,7 @@ import torch
 from . import _triton, torch_backend
 from ._triton import cdiv, tl, triton
 from .checks import check_arguments
-from .fused_loss import Outputs, Wanted, define_loss_operator, fused_loss, gradient_dtype
+from .fused_loss import Outputs, Wanted, define_loss_operator, fused_loss, gradient_dtype, kept
 from .inverted_index import InvertedIndex, invert, sum_by_latent
 from .levels import (
     add_to_bias,
@@ -375,17 +375,13 @@ def launch(
     if wanted.grad_bias and bias_rows > 1:
         grad_bias = grad_bias.view(bias_rows, d_in).sum(0)
     if grad_weight is not None:
-        grad_weight = grad_weight[:n_latents].to(gradient_dtype(weight.dtype))
+        grad_weight = kept(grad_weight[:n_latents], weight)
     return Outputs(
         loss=loss if is_small else loss.sum(),
         residual=residual,
         grad_weight=grad_weight,
-        grad_vals=grad_vals.view(n_samples, k).to(gradient_dtype(vals.dtype))
-        if wanted.grad_vals
-        else None,
-        grad_bias=grad_bias.to(gradient_dtype(bias.dtype))
-        if bias is not None and wanted.grad_bias
-        else None,
+        grad_vals=kept(grad_vals.view(n_samples, k), vals) if wanted.grad_vals else None,
+        grad_bias=kept(grad_bias, bias) if bias is not None and wanted.grad_bias else None,
         grad_target=grad_target,
     )
 

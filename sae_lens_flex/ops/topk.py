@@ -18,7 +18,7 @@ import torch
 from . import _triton, hierarchical, torch_backend
 from ._triton import cdiv, tl, triton
 from .checks import check_arguments
-from .fused_loss import Outputs, Wanted, define_loss_operator, fused_loss, gradient_dtype
+from .fused_loss import Outputs, Wanted, define_loss_operator, fused_loss, gradient_dtype, kept
 from .inverted_index import InvertedIndex, invert, sum_by_latent
 from .levels import (
     add_to_bias,
@@ -185,9 +185,9 @@ def _launch(
             weight=read if wanted.grad_vals else None,
         )
     if grad_vals is not None:
-        grad_vals = grad_vals.to(gradient_dtype(vals.dtype))
+        grad_vals = kept(grad_vals, vals)
     if grad_bias is not None and bias is not None:
-        grad_bias = grad_bias.sum(0).to(gradient_dtype(bias.dtype))
+        grad_bias = kept(grad_bias.sum(0), bias)
     return Outputs(
         loss=loss_parts.sum(),
         residual=residual if wanted.residual else None,

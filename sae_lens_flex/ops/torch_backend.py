@@ -6,7 +6,7 @@ gradients by the formulas of `fused_loss` while a chunk's rows are at hand.
 
 import torch
 
-from .fused_loss import Outputs, Wanted, accumulation_dtype, check_range, gradient_dtype
+from .fused_loss import Outputs, Wanted, accumulation_dtype, check_range, gradient_dtype, kept
 from .inverted_index import InvertedIndex
 
 # A chunk's [b, K, D] tensors have about this many elements. On a CPU 2^18 (1 MiB in float32) keeps
@@ -115,9 +115,9 @@ def _walk_batch(
         if grad_weight is not None:
             grad_weight.index_add_(0, indices[rows].flatten(), (v.unsqueeze(-1) * s).flatten(0, 1))
     if grad_weight is not None:
-        grad_weight = grad_weight.to(gradient_dtype(weight.dtype))
+        grad_weight = kept(grad_weight, weight)
     if grad_bias is not None and bias is not None:
-        grad_bias = grad_bias.to(gradient_dtype(bias.dtype))
+        grad_bias = kept(grad_bias, bias)
     return Outputs(
         loss=loss * scale,
         residual=residual,
