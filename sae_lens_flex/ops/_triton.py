@@ -1,6 +1,5 @@
 """Triton where it is installed; elsewhere stand-ins that let the kernel files import."""
 
-import os
 from collections.abc import Sequence
 from functools import reduce
 from operator import or_
@@ -39,7 +38,7 @@ else:
         triton = tl = _Absent
         IS_INSTALLED = False
 
-INTERPRETED = IS_INSTALLED and os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED: bool = IS_INSTALLED and triton.knobs.runtime.interpret
 """Whether kernels run in Triton's interpreter, which takes CPU tensors."""
 
 
@@ -48,7 +47,7 @@ def why_unavailable(device: torch.device) -> str | None:
     if not IS_INSTALLED:
         return "the package triton, which there is for Linux, is not installed"
     if device.type != "cuda" and not (INTERPRETED and device.type == "cpu"):
-        return f"they run on CUDA and ROCm devices, and the tensors are on {str(device)!r}"
+        return f"they run on CUDA devices, and the tensors are on {str(device)!r}"
     return None
 
 

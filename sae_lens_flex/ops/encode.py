@@ -212,8 +212,12 @@ def _keep_inputs(ctx, inputs: Sequence[Any], output: Sequence[torch.Tensor]) -> 
     ctx.settings = dtype, use_triton
 
 
-def _differentiate(ctx, by: Callable[..., Any], grad_hidden: torch.Tensor) -> tuple[Any, ...]:
+def _differentiate(
+    ctx, by: Callable[..., Any], grad_hidden: torch.Tensor | None
+) -> tuple[Any, ...]:
     check_is_first_derivative("encode")
+    if grad_hidden is None:  # nothing depends on it
+        return (None,) * 9
     wanted = list(ctx.needs_input_grad[:4])
     tensors, index = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
     gradients = by(grad_hidden, *tensors, index, *ctx.settings, wanted)

@@ -147,8 +147,15 @@ def _scale(gradients: list[torch.Tensor], factor: torch.Tensor) -> None:
             gradient.mul_(factor)
 
 
-def scaled(gradients: Sequence[torch.Tensor], factor: torch.Tensor) -> list[torch.Tensor | None]:
-    """Multiply what an operator keeps of its gradients; None for those without an element."""
+def scaled(
+    gradients: Sequence[torch.Tensor], factor: torch.Tensor | None
+) -> list[torch.Tensor | None]:
+    """Multiply what an operator keeps of its gradients; None for those without an element.
+
+    A factor of None is autograd's for a loss on which nothing depends.
+    """
+    if factor is None:
+        return [None] * len(gradients)
     computed = [gradient if gradient.numel() else None for gradient in gradients]
     if type(factor) is not torch.Tensor:  # being traced: memory is the compiler's affair
         return [None if gradient is None else gradient * factor for gradient in computed]
@@ -165,7 +172,7 @@ def check_is_first_derivative(name: str) -> None:
     if torch.is_grad_enabled():
         raise RuntimeError(
             f"{name} has no second derivative: its backward pass was asked for a graph "
-            "(create_graph=True). The plain definitions, such as hierarchical_sae_loss, have one."
+            "(create_graph=True). The definitions hierarchical_sae_loss and topk_sae_loss have one."
         )
 
 
@@ -189,6 +196,8 @@ class _Given(torch.autograd.Function):
                 f"{ctx.name} has been differentiated already, and its gradients were given away: "
                 "compute the loss once more, or ask for all gradients at once"
             )
+        if grad_outputs[0] is None:  # nothing depends on the loss
+            return None, None, *(None for _ in ctx.gradients)
         gradients, ctx.gradients = ctx.gradients, None
         some = [gradient for gradient in gradients if gradient is not None]
         if some:
@@ -334,8 +343,9 @@ def uses_triton(backend: str, device: torch.device) -> bool:
         return _triton.is_available(device)
     if backend == "triton" and (reason := _triton.why_unavailable(device)) is not None:
         raise RuntimeError(
-            f"the Triton kernels cannot run here: {reason}. Use the functions without the prefix "
-            "triton_, or backend='torch' in an SAE's config."
+            f"the Triton kernels cannot run here: {reason}. backend='auto' in an SAE's config, and "
+            "the functions without the prefix triton_, do without them; TRITON_INTERPRET=1, set "
+            "before the import, runs them on a CPU, slowly."
         )
     return backend == "triton"
 

@@ -305,13 +305,14 @@ def launch(
         bias_rows = n_programs  # nothing to be added twice
     loss = new(() if is_small else (n_slices, n_samples))
     # What else is added to, zeroed at once. The host takes longer to launch with unaligned tensors,
-    # so what has D, which may be odd, comes last.
+    # so the next begins at a multiple of 16 bytes.
     sizes = [
         LOSS_SUMS + 4 if is_small else 0,  # with room for the count
         n_samples * k if wanted.grad_vals else 0,
+        -n_samples * k % 4,
         bias_rows * d_in if wanted.grad_bias else 0,
     ]
-    loss_sums, grad_vals, grad_bias = new((sum(sizes),)).zero_().split_with_sizes(sizes)
+    loss_sums, grad_vals, _, grad_bias = new((sum(sizes),)).zero_().split_with_sizes(sizes)
 
     def walk(first_slice: int, n_slices: int, suffix_sums: torch.Tensor | None = None) -> None:
         # The slices vary slowest, so that the slice at work stays in the second-level cache.

@@ -24,7 +24,8 @@ class Spread(NamedTuple):
     """Where each pair of a batch adds its contribution.
 
     Attributes:
-        rows: [B, K], int32: indices[b, t], or one of the rows F .. F + SLOTS * COPIES.
+        rows: [B, K], int32: indices[b, t], or one of the rows F .. F + SLOTS * COPIES. Without
+            meaning where indices[b, t] is no latent.
         n_copied: [1], int32: the number of latents that have copies, or would with enough slots.
         hot: [SLOTS], int32: 1 + the latent that the rows of a slot belong to, or 0.
     """

@@ -97,8 +97,9 @@ def _residual_kernel(
 
 SLICE_BYTES = 256  # of a row of weight
 NUM_WARPS = 1
-# B K D from which an index is worth its launches. To the device it is so from 2^24 on: at B=4096,
-# K=64, F=24576, D=768 an H200 takes 0.29 ms (bfloat16, Zipf: 0.24), by the one kernel 0.36 (0.40).
+# B K D from which an index is worth its launches. To the device it mostly is from 2^24 on: at
+# B=4096, K=64, F=24576, D=768 an H200 takes 0.29 ms, by the one kernel 0.36 (bfloat16 and Zipf
+# 0.24 and 0.40).
 FEWEST_ELEMENTS = 2**27
 
 

@@ -6,7 +6,8 @@ gradients by the formulas of `fused_loss` while a chunk's rows are at hand.
 
 import torch
 
-from .fused_loss import Outputs, Wanted, accumulation_dtype, check_range, gradient_dtype, kept
+from .checks import check_range
+from .fused_loss import Outputs, Wanted, accumulation_dtype, gradient_dtype, kept
 from .inverted_index import InvertedIndex
 
 # A chunk's [b, K, D] tensors have about this many elements. On a CPU 2^18 (1 MiB in float32) keeps

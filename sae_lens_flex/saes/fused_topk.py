@@ -330,9 +330,10 @@ class FusedTopKTrainingSAE(TopKTrainingSAE):
             return self._unfused_training_forward_pass(step_input)
 
         x = step_input.sae_in
-        if x.shape[0] == 0:
+        if x.shape[0] == 0 or x.shape[1] != self.cfg.d_in:
             raise ValueError(
-                f"sae_in has shape {list(x.shape)}, expected [batch, d_in] with an activation"
+                f"sae_in has shape {list(x.shape)}, expected [batch, {self.cfg.d_in}] with an "
+                "activation at least"
             )
         find_dead = self._watch_dead(step_input.dead_neuron_mask)
         normalized = self._normalize(x)

@@ -49,6 +49,18 @@ class Implementation:
         return self.definition is hierarchical_sae_loss
 
 
+class Cut(torch.autograd.Function):
+    """The identity, whose backward pass gives its input no gradient, not even zeros."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, *grad_outputs):
+        return None
+
+
 def by_torch(name: str) -> Callable[..., torch.Tensor]:
     def loss(indices, weight, vals, bias, target, **levels) -> torch.Tensor:
         return fused_loss(name, indices, weight, vals, bias, target, backend="torch", **levels)[0]

@@ -19,7 +19,7 @@ from sae_lens_flex.ops.dead_latents import (
 from sae_lens_flex.ops.encode import encode, latent_major
 from sae_lens_flex.ops.selection import Selection, select
 
-from .comparison import DEVICES, every_backend, relative_error
+from .comparison import DEVICES, Cut, every_backend, relative_error
 
 # (B, D, F, K): groups that do not divide F, one latent a group, K = F, one of everything.
 SHAPES = [
@@ -291,6 +291,17 @@ def test_second_derivative_raises() -> None:
     hidden = encode(**inputs, k=3).hidden
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(hidden.sum(), inputs["W_enc"], create_graph=True)
+
+
+def test_what_nothing_depends_on_gives_no_gradient() -> None:
+    inputs = dead_inputs((5, 7, 30, 5))
+    dead = DeadLatents(inputs["W_enc"].T, inputs["b_enc"], inputs["W_dec"], None)
+    loss = dead_latents_loss(inputs["x"], dead, None, inputs["target"], 5)
+    hidden = encode(*(inputs[name] for name in ("x", "W_enc", "b_enc", "b_dec")), None, 3).hidden
+    used = inputs["b_enc"].sum()
+    (Cut.apply(loss) + Cut.apply(hidden).sum() + used).backward()
+    assert inputs["W_enc"].grad is inputs["W_dec"].grad is None
+    assert inputs["b_enc"].grad.eq(1).all()
 
 
 @every_backend

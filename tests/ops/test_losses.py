@@ -28,6 +28,7 @@ from .comparison import (
     DEVICES,
     KERNEL_DEVICES,
     TOLERANCE,
+    Cut,
     Implementation,
     assert_matches_definition,
     by_torch,
@@ -215,6 +216,20 @@ def test_second_backward_raises(implementation, factor) -> None:
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="differentiated already"):
         loss.backward()
+
+
+@pytest.mark.parametrize("is_operator", [False, True], ids=["function", "operator"])
+def test_a_loss_on_which_nothing_depends_gives_no_gradient(
+    implementation, is_operator, monkeypatch
+) -> None:
+    if is_operator:  # as within torch.compile
+        monkeypatch.setattr("sae_lens_flex.ops.fused_loss.is_traced", lambda *_: True)
+    indices, inputs = random_inputs((6, 5, 20, 33), device=implementation.device)
+    loss = implementation.loss(indices, **inputs)
+    (Cut.apply(loss) + inputs["bias"].sum()).backward(retain_graph=True)
+    assert inputs["weight"].grad is None
+    loss.backward()  # the gradients are still there
+    assert inputs["weight"].grad is not None
 
 
 def test_second_derivative_raises(implementation) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 from typing import Any
 
 import pytest
@@ -370,9 +371,11 @@ def test_sparse_feature_acts_work_as_the_trainer_uses_them(architecture) -> None
 
 
 @both_architectures
-def test_empty_batch_is_an_error_that_says_so(architecture) -> None:
-    with pytest.raises(ValueError, match=r"sae_in has shape \[0, 16\]"):
-        run_step(trained_sae(architecture), random_activations()[:0])
+@pytest.mark.parametrize("shape", [(0, 16), (4, 15)], ids=str)
+def test_wrong_shape_is_an_error_that_says_so(architecture, shape) -> None:
+    message = f"sae_in has shape {list(shape)}, expected [batch, 16]"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        run_step(trained_sae(architecture), torch.zeros(shape))
 
 
 @both_architectures
