@@ -47,7 +47,10 @@ def why_unavailable(device: torch.device) -> str | None:
     if not IS_INSTALLED:
         return "the package triton, which there is for Linux, is not installed"
     if device.type != "cuda" and not (INTERPRETED and device.type == "cpu"):
-        return f"they run on CUDA devices, and the tensors are on {str(device)!r}"
+        return (
+            "they run on CUDA devices (or, with TRITON_INTERPRET=1 set before the import, slowly on "
+            f"a CPU), and the tensors are on {str(device)!r}"
+        )
     return None
 
 

@@ -344,8 +344,7 @@ def uses_triton(backend: str, device: torch.device) -> bool:
     if backend == "triton" and (reason := _triton.why_unavailable(device)) is not None:
         raise RuntimeError(
             f"the Triton kernels cannot run here: {reason}. backend='auto' in an SAE's config, and "
-            "the functions without the prefix triton_, do without them; TRITON_INTERPRET=1, set "
-            "before the import, runs them on a CPU, slowly."
+            "the functions without the prefix triton_, do without them"
         )
     return backend == "triton"
 

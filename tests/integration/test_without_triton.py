@@ -89,7 +89,7 @@ def test_triton_backend_raises_at_the_first_step_and_says_why(
     kind, message = report[architecture]["triton"]
     assert kind == "RuntimeError"
     assert re.search(report["reason"], message)
-    assert "backend='torch'" in message
+    assert "backend='auto'" in message
 
 
 @pytest.mark.parametrize("loss", ["hierarchical_sae_loss", "topk_sae_loss"])
