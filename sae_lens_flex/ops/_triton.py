@@ -48,8 +48,8 @@ def why_unavailable(device: torch.device) -> str | None:
         return "the package triton, which there is for Linux, is not installed"
     if device.type != "cuda" and not (INTERPRETED and device.type == "cpu"):
         return (
-            "they run on CUDA devices (or, with TRITON_INTERPRET=1 set before the import, slowly on "
-            f"a CPU), and the tensors are on {str(device)!r}"
+            "they run on CUDA devices (or, with TRITON_INTERPRET=1 set before the import, slowly "
+            f"on a CPU), and the tensors are on {str(device)!r}"
         )
     return None
 
