@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import inverted_index
+from ._triton import cdiv
 from .fused_loss import (
     NAMESPACE,
     _library,
@@ -85,8 +86,7 @@ def chunk_rows(n_samples: int, n_latents: int, dtype: torch.dtype, device: torch
         rows = CPU_CHUNK_BYTES // (n_latents * dtype.itemsize)
     else:
         rows = max(GPU_CHUNK_ROWS, GPU_CHUNK_BYTES // (n_latents * dtype.itemsize))
-    n_chunks = -(-n_samples // max(1, rows))
-    return -(-n_samples // n_chunks)
+    return cdiv(n_samples, cdiv(n_samples, max(1, rows)))
 
 
 def _encode_and_keep_rows(

@@ -352,18 +352,19 @@ def launch(
     if is_deterministic:
         # The order of atomic additions varies. So the slices, which all add to grad_vals, are
         # launched one after another; and their S are stored and then added up latent by latent.
-        suffix_sums = None
+        suffix_sums = vals_in_order = None
         if wanted.grad_weight:
             index = index or invert(indices, n_latents, use_triton=True)
             suffix_sums = new((n_samples * k, BLOCK_D))
+            vals_in_order = vals.flatten()[index.pairs]
         for slice_ in range(n_slices):
             walk(slice_, 1, suffix_sums)
-            if index is not None and suffix_sums is not None:
+            if index is not None and suffix_sums is not None and vals_in_order is not None:
                 first = slice_ * BLOCK_D
                 n_columns = min(BLOCK_D, d_in - first)
                 sum_by_latent(
                     index,
-                    vals,
+                    vals_in_order,
                     suffix_sums[:, :n_columns].contiguous(),
                     grad_weight,
                     first_column=first,

@@ -379,7 +379,7 @@ def sum_by_latent(
 
     Args:
         index: of the batch.
-        vals: [B, K], contiguous.
+        vals: [B, K], contiguous, or [B K], in the index's order.
         rows: what the pairs refer to, contiguous: [B, n] for a row a sample, [B * K, n] for a row a
             pair.
         sums: where the sums go, [F, >= n], contiguous, of any floating dtype; None for no sums.
@@ -411,9 +411,8 @@ def sum_by_latent(
         slices_per_launch = min(n_slices, max(1, MOST_DOTS // n_pairs))
         dots_parts = rows.new_empty((slices_per_launch, n_pairs), dtype=torch.float32)
         n_adding = cdiv(n_pairs, BLOCK)
-    pairs_in_vals = index.pairs
-    if n_pairs > MOST_SCATTERED:
-        vals, pairs_in_vals = vals.flatten()[index.pairs], None
+    if vals.ndim == 2 and n_pairs > MOST_SCATTERED:
+        vals = vals.flatten()[index.pairs]
     sizes = (n_pairs, n_latents, first_column, n_columns, width, run_length)
     for first_slice in range(0, n_slices, slices_per_launch):
         slices = min(slices_per_launch, n_slices - first_slice)
@@ -422,7 +421,7 @@ def sum_by_latent(
             (n_runs, slices),
             (
                 index.latents,
-                pairs_in_vals,
+                index.pairs if vals.ndim == 2 else None,
                 index.pairs if rows.shape[0] == n_pairs else index.samples,
                 vals,
                 rows,

@@ -181,7 +181,7 @@ def _num_warps(block: int) -> int:
 def fits_kernels(n_latents: int, k: int) -> bool:
     """Return whether the kernels can hold what they need for k of F latents in registers."""
     group = _group_size(n_latents, k)
-    return max(k * group, -(-n_latents // group)) <= MAX_BLOCK
+    return max(k * group, cdiv(n_latents, group)) <= MAX_BLOCK
 
 
 def select_by_triton(
