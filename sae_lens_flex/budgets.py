@@ -22,8 +22,8 @@ from sae_lens.util import (
 from tqdm.auto import tqdm
 from transformer_lens.HookedRootModule import HookedRootModule
 
-from .saes.fused_topk import check_integer
-from .saes.hierarchical_topk import RuntimeBudget, check_budgets, doubling_budgets
+from .saes.budgets import RuntimeBudget, check_budgets, doubling_budgets
+from .saes.checks import check_integer
 
 # TransformerLens gives these activations a head dimension.
 HEAD_HOOKS = ("hook_q", "hook_k", "hook_v", "hook_z")
