@@ -31,18 +31,26 @@ from .tiles import (
 
 
 @triton.jit
-def _weighted(r, level_weights, first, K, LEVELS: tl.constexpr, LAST_ALONE: tl.constexpr, EVEN):
-    # c_j r_j. Without level_weights c_j is 1: `scale` holds the 1 / K of the mean.
+def _with_weight(r, first, K, LEVELS: tl.constexpr, LAST_ALONE: tl.constexpr, EVEN: tl.constexpr):
+    # r where a level counts, 0 elsewhere: an infinite r times a weight of 0 would be NaN.
     level = levels_from(first, LEVELS)
-    if level_weights is not None:
-        c = tl.load(level_weights + level, mask=level < K, other=0.0).to(tl.float32)
-        return c[:, None] * r
-    elif LAST_ALONE:
+    if LAST_ALONE:
         return tl.where((level == K - 1)[:, None], r, 0.0)
     elif EVEN:
         return r
     else:
         return tl.where((level < K)[:, None], r, 0.0)
+
+
+@triton.jit
+def _weighted(r, level_weights, first, K, LEVELS: tl.constexpr):
+    # c_j r_j. Without level_weights c_j is 1: `scale` holds the 1 / K of the mean.
+    if level_weights is not None:
+        level = levels_from(first, LEVELS)
+        c = tl.load(level_weights + level, mask=level < K, other=0.0).to(tl.float32)
+        return c[:, None] * r
+    else:
+        return r
 
 
 @triton.jit
@@ -146,7 +154,8 @@ def _hierarchical_kernel(  # an output that is None is not wanted
         r += tl.sum(p, 0)
         if not WALKS_DOWN:
             r_j = p + _running_sum(-p, r, LEVELS)
-            c_r = _weighted(r_j, level_weights, first, K, LEVELS, LAST_ALONE, EVEN)
+            r_j = _with_weight(r_j, first, K, LEVELS, LAST_ALONE, EVEN)
+            c_r = _weighted(r_j, level_weights, first, K, LEVELS)
             error += tl.sum(c_r * r_j, 0)
     f, v, w = gather_levels(
         last,
@@ -199,7 +208,8 @@ def _hierarchical_kernel(  # an output that is None is not wanted
             without = _running_sum(-p, r, LEVELS)  # r_{j-1}
             r_j = p + without
             r = _lowest(without, LEVELS)
-        c_r = _weighted(r_j, level_weights, first, K, LEVELS, LAST_ALONE, EVEN)
+        r_j = _with_weight(r_j, first, K, LEVELS, LAST_ALONE, EVEN)
+        c_r = _weighted(r_j, level_weights, first, K, LEVELS)
         error += tl.sum(c_r * r_j, 0)
         if WALKS_DOWN:
             S = _running_sum(c_r, s, LEVELS)  # still without the factor 2 scale
