@@ -26,10 +26,10 @@ from ..training.requests import Inputs, Spec, WantedGradients, Weights
 from ..training.step import step
 from .configs import FusedTopKTrainingSAEConfig, check_auxiliary_loss
 from .fused_path import METHODS, hooked, replaced
-from .normalization import OutputMap, take_output_map
+from .normalization import OutputMap, OwnNormalization, take_output_map
 
 
-class FusedTopKTrainingSAE(TopKTrainingSAE):
+class FusedTopKTrainingSAE(OwnNormalization, TopKTrainingSAE):
     """
     SAELens's TopK training SAE, whose step is one function of tensors: `training.step.step`.
 
@@ -71,11 +71,6 @@ class FusedTopKTrainingSAE(TopKTrainingSAE):
 
     _recorder: Recorder | None = None
     _unfused_reasons: tuple[str, ...] = ()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        # SAELens's normalization functions hold the SAE that made them: a copy needs its own.
-        self._setup_activation_normalization()
 
     # --- W_enc latent by latent
 
