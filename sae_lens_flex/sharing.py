@@ -1,10 +1,10 @@
 """From and to other SAEs: start from a TopK SAE, export one at a fixed budget, upload."""
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub import HfApi
@@ -20,11 +20,16 @@ from .saes.hierarchical_topk import (
     HierarchicalTopKTrainingSAE,
     HierarchicalTopKTrainingSAEConfig,
 )
+from .saes.registration import TRAINING_CLASSES
 
 # What SAELens's trainer measured at the SAE's own k, in metadata.
 MEASURED_AT_K = ("l0", "num_dead_features")
 # The key in an export's metadata by which a later export knows that it may replace it.
 EXPORT_KEY = "sae_lens_flex_export"
+# The fields that an SAE settles: with other values its weights would be another SAE's.
+SETTLED = tuple(
+    field.name for field in fields(TopKSAEConfig) if field.name not in ("device", "metadata")
+)
 # The HTTP library's own errors, whichever library huggingface_hub is built on.
 HTTP_ERRORS: Any = HfHubHTTPError.__bases__
 
@@ -102,32 +107,85 @@ def from_topk(
         sae = sae_lens_flex.from_topk(SAE.from_pretrained(release, sae_id))
         LanguageModelSAETrainingRunner(cfg, override_sae=sae).run()
 
-    A saved `hierarchical_topk` SAE is trained on in the same way. It does not hold the fields of
-    its training, such as `budgets`: they are given again.
+    A `hierarchical_topk` SAE, saved or in training, is trained on in the same way.
 
     Args:
         sae: a TopK or `hierarchical_topk` SAE, for inference or in training, whose weights are
             copied.
         training_fields: fields of HierarchicalTopKTrainingSAEConfig that the SAE does not settle,
-            such as `budgets`, `backend` or `aux_loss_coefficient`. If that coefficient is not
-            given, it is that of an SAE in training; with the normalizations that do not go with an
-            auxiliary loss it is 0.
+            such as `budgets`, `backend` or `aux_loss_coefficient`. A field that is not given is as
+            the SAE was trained, where that is known: all fields of a `hierarchical_topk` SAE; all
+            but `budgets` of a `flex_topk` SAE and of an SAE that `export_topk` wrote;
+            `aux_loss_coefficient` of SAELens's `topk`, but 0 with the normalizations that do not go
+            with an auxiliary loss. Any other field has its default.
+
+    Raises:
+        TypeError: for an SAE of another kind, or a field that the config does not have.
+        ValueError: for a field that the SAE settles, such as `k`, or an impossible value.
     """
     if not isinstance(sae, (TopKSAE, TopKTrainingSAE)):
         raise TypeError(f"sae is a {type(sae).__name__}, expected a TopKSAE or a TopKTrainingSAE")
-    settled = {field.name for field in fields(TopKSAEConfig)} - {"metadata"}
+    own = {name: getattr(sae.cfg, name) for name in (*SETTLED, "device")}
     for name in training_fields:
-        if name in settled:
+        if name in (*own, "metadata"):
             raise ValueError(f"{name} is given, expected the SAE's own: {getattr(sae.cfg, name)!r}")
-    if sae.cfg.normalize_activations in ("layer_norm", "constant_norm_rescale"):
-        training_fields.setdefault("aux_loss_coefficient", 0.0)
-    elif isinstance(sae, TopKTrainingSAE):
-        training_fields.setdefault("aux_loss_coefficient", sae.cfg.aux_loss_coefficient)
-    cfg = HierarchicalTopKTrainingSAEConfig(
-        **{name: getattr(sae.cfg, name) for name in settled}, **training_fields
-    )
-    cfg.metadata = _metadata_without(sae, *MEASURED_AT_K, EXPORT_KEY)
-    started = HierarchicalTopKTrainingSAE(cfg)
+    fields_of_training = trained_with(sae, HierarchicalTopKTrainingSAEConfig) | training_fields
+    cfg = HierarchicalTopKTrainingSAEConfig(**own, **fields_of_training)
+    return cast(HierarchicalTopKTrainingSAE, start_training(sae, cfg))
+
+
+def trained_with(sae: TopKSAE | TopKTrainingSAE, config_class: type[Any]) -> dict[str, Any]:
+    """Return those fields of a training config that are known of an SAE's training so far.
+
+    Args:
+        sae: an SAE for inference, whose metadata may say how it was trained, or in training.
+        config_class: the class of the training config, which has the fields that are returned.
+
+    Raises:
+        ValueError: if the metadata is not as SAELens writes it.
+    """
+    if isinstance(sae, TopKTrainingSAE):
+        architecture = sae.cfg.architecture()
+        known = sae.cfg.get_training_architecture_details()
+    else:
+        architecture = sae.cfg.metadata.training_architecture
+        known = sae.cfg.metadata.get("training_architecture_details", {})
+        if not isinstance(known, dict):
+            raise ValueError(
+                f"training_architecture_details is {known!r} in the SAE's metadata, expected a "
+                "dictionary"
+            )
+    if architecture not in TRAINING_CLASSES:
+        # Of SAELens's own fields one means the same here; others would slow down the kernels.
+        is_topk = architecture == "topk" or isinstance(sae, TopKTrainingSAE)
+        shared = {"aux_loss_coefficient"} if is_topk else set()
+        known = {name: value for name, value in known.items() if name in shared}
+        if sae.cfg.normalize_activations in ("layer_norm", "constant_norm_rescale"):
+            known["aux_loss_coefficient"] = 0.0
+    names = {field.name for field in fields(config_class)} - {*SETTLED, "device", "metadata"}
+    if not isinstance(sae, (HierarchicalTopKSAE, HierarchicalTopKTrainingSAE)):
+        names.discard("budgets")  # those of the SAE that was exported end with its k
+    return {name: value for name, value in known.items() if name in names}
+
+
+def start_training(sae: TopKSAE | TopKTrainingSAE, cfg: Any) -> TrainingSAE[Any]:
+    """Make the training SAE of a config with the weights and the metadata of another SAE.
+
+    Args:
+        sae: the SAE whose weights are copied.
+        cfg: the config of one of this package's training SAEs, which is left as it is.
+
+    Raises:
+        ValueError: if the config says otherwise than `sae` where that settles a field.
+    """
+    for name in SETTLED:
+        if getattr(cfg, name) != getattr(sae.cfg, name):
+            raise ValueError(
+                f"{name} is {getattr(cfg, name)!r}, expected the SAE's own: "
+                f"{getattr(sae.cfg, name)!r}"
+            )
+    cfg = replace(cfg, metadata=_metadata_without(sae, *MEASURED_AT_K, EXPORT_KEY))
+    started = TRAINING_CLASSES[cfg.architecture()][0](cfg)
     with torch.no_grad():
         started.load_state_dict(sae.state_dict())
     return started
