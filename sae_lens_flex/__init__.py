@@ -3,7 +3,7 @@
 Importing this package registers the architectures "hierarchical_topk" and "flex_topk" in SAELens.
 """
 
-from .budgets import BudgetMetrics, BudgetSweep, smallest_budget, sweep_budgets
+from .evals import BudgetMetrics, BudgetSweep, smallest_budget, sweep_budgets
 from .ops import (
     hierarchical_sae_loss,
     topk_sae_loss,

@@ -22,7 +22,8 @@ from sae_lens.llm_sae_training_runner import InterruptedException, _parse_cfg_ar
 from sae_lens.load_model import load_model
 
 from . import __version__
-from .budgets import flat_activations, sweep_budgets
+from .evals import sweep_budgets
+from .evals.batches import flat_activations
 from .ops.fused_loss import uses_triton
 from .saes.hierarchical_topk import RuntimeBudget, check_budgets
 from .sharing import export_topk

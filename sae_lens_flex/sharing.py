@@ -12,7 +12,7 @@ from huggingface_hub.utils import HfHubHTTPError, validate_repo_id
 from sae_lens import SAE, TrainingSAE, upload_saes_to_huggingface
 from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig, TopKTrainingSAE
 
-from .budgets import BudgetSweep
+from .evals import BudgetSweep
 from .saes.fused_topk import check_integer
 from .saes.hierarchical_topk import (
     HierarchicalTopKSAE,
