@@ -36,7 +36,7 @@ from triton import language as tl
 from triton.testing import do_bench
 
 from sae_lens_flex import ops
-from sae_lens_flex.ops import topk
+from sae_lens_flex.ops import by_triton
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "decoder_loss.json"
@@ -103,7 +103,7 @@ def errors(loss: Loss, definition: Loss, batch: Batch) -> dict[str, float]:
 
     It is large enough, if the batch is, for the kernels that large batches take.
     """
-    n = topk.FEWEST_ELEMENTS // (batch.vals.shape[1] * batch.target.shape[1]) + 1
+    n = by_triton.FEWEST_ELEMENTS // (batch.vals.shape[1] * batch.target.shape[1]) + 1
     parts = [batch.indices[:n], batch.weight, batch.vals[:n], batch.bias, batch.target[:n]]
     results = []
     for function, dtype in ((definition, torch.float64), (loss, None)):

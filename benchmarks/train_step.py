@@ -38,11 +38,15 @@ from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.sae import TrainingSAE
 
 import sae_lens_flex
-from sae_lens_flex.ops.encode import chunk_rows, encode
-from sae_lens_flex.ops.fused_loss import fused_loss
-from sae_lens_flex.ops.inverted_index import invert
-from sae_lens_flex.ops.selection import Selection, select
-from sae_lens_flex.saes.step_graph import ORDINARY_CALLS
+from sae_lens_flex.ops.codes import Code
+from sae_lens_flex.ops.kernels.norms import norms_and_copy
+from sae_lens_flex.ops.losses import decoder_loss
+from sae_lens_flex.ops.products import scatter
+from sae_lens_flex.ops.requests import DecoderLoss, Levels, Wanted
+from sae_lens_flex.ops.selection import Encoder, chunk_rows, empty_code, select, select_from
+from sae_lens_flex.saes.budgets import doubling_budgets
+from sae_lens_flex.training.firing import feature_acts
+from sae_lens_flex.training.graph import ORDINARY_CALLS
 
 HERE = Path(__file__).parent
 N_BATCHES = 4
@@ -66,6 +70,8 @@ class Case:
     competitors: tuple[str, ...] = (STOCK,)
     with_fused_adam: bool = False
     use_cuda_graph: bool = True  # in ours, where the size is small enough
+    doubling_budgets: bool = False  # in ours: level weights in place of equal ones
+    deterministic: bool = False
     with_stages: bool = False
     n_steps: int = 30
 
@@ -83,9 +89,12 @@ GPU_CASES = [
     Case("gemma_zipf", **GEMMA, firing="zipf", with_fused_adam=True, with_stages=True),
     Case("gemma_fp32", **GEMMA, autocast=False, with_fused_adam=True, with_stages=True),
     Case("gemma_dead", **GEMMA, n_dead=20_000),
+    Case("gemma_budgets", **GEMMA, doubling_budgets=True, competitors=()),
+    Case("gemma_deterministic", **GEMMA, deterministic=True, competitors=(), n_steps=10),
     # The host's time, which varies, is a good part of these steps': more of them.
     Case("gpt2", **GPT2, with_fused_adam=True, with_stages=True, n_steps=300),
     Case("gpt2_no_graph", **GPT2, use_cuda_graph=False, competitors=(), n_steps=300),
+    Case("gpt2_budgets", **GPT2, doubling_budgets=True, competitors=(), n_steps=300),
     Case("gpt2_fp32", **GPT2, autocast=False, with_fused_adam=True, n_steps=100),
     Case("million", d_in=2304, d_sae=2**20, k=64, batch=4096, n_steps=10),
 ]
@@ -148,6 +157,20 @@ def median_ms(function: Callable[[], Any], device: str, n_warm_up: int = 3, n: i
     return statistics.median(times)
 
 
+def device_ms(function: Callable[[], Any], n: int = 5) -> float | None:
+    """Return how long the device works in a call: the sum of its kernels, copies and fills.
+
+    None where the profiler sees no kernel.
+    """
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(n):
+            function()
+        torch.cuda.synchronize()
+    total_us = sum(event.self_device_time_total for event in profile.key_averages())
+    return total_us / 1e3 / n or None
+
+
 def config(case: Case, architecture: str) -> TrainingSAEConfig:
     fields: dict[str, Any] = {
         "architecture": architecture,
@@ -156,6 +179,8 @@ def config(case: Case, architecture: str) -> TrainingSAEConfig:
         "k": case.k,
         "device": case.device,
     }
+    if case.doubling_budgets and architecture == OURS[0]:
+        fields["budgets"] = doubling_budgets(case.k)
     if architecture == MATRYOSHKA:
         fields["matryoshka_widths"] = [case.d_sae // 2**n for n in (4, 3, 2, 1, 0)]
     return TrainingSAEConfig.from_dict(fields)
@@ -249,15 +274,18 @@ def measure(case: Case, architecture: str, with_fused_adam: bool) -> dict[str, A
     result: dict[str, Any] = {"architecture": architecture, "fused_adam": with_fused_adam}
     with peak_memory(case.device) as peaks:
         try:
+            torch.use_deterministic_algorithms(case.deterministic)
             trainer = new_trainer(case, new_sae(case, architecture), with_fused_adam)
-            result["ms"] = median_ms(
-                steps(case, trainer), case.device, ORDINARY_CALLS + 2, case.n_steps
-            )
+            step = steps(case, trainer)
+            result["ms"] = median_ms(step, case.device, ORDINARY_CALLS + 2, case.n_steps)
             result |= peaks()
+            result["device_ms"] = device_ms(step) if case.device == "cuda" else None
             firing = trainer.act_freq_scores.sort(descending=True).values
             result["share_of_top_percent"] = float(firing[: case.d_sae // 100].sum() / firing.sum())
         except torch.OutOfMemoryError:
             result |= {"ms": None, "peak_gib": None}
+        finally:
+            torch.use_deterministic_algorithms(False)
     return result
 
 
@@ -284,20 +312,21 @@ def measure_stages(case: Case, gb_per_s: float) -> list[dict[str, Any]]:
         rows.append({"stage": stage, "ms": ms, "floor_ms": floor})
         return ms
 
-    autocast = torch.autocast(case.device, dtype=torch.bfloat16, enabled=case.autocast)
+    use_triton = case.device == "cuda"
     with torch.no_grad():
-        with autocast:
-            norms, low_decoder = sae._norms_and_low_decoder()
-        low_x, low_weight = (x - sae.b_dec).to(dtype), sae.W_enc.to(dtype)
-        if dtype != sae.W_enc.dtype:
+        W_enc, W_dec = sae.W_enc.detach(), sae.W_dec.detach()
+        norms, read = W_dec.norm(dim=-1), W_dec
+        low_x, low_weight = (x - sae.b_dec).to(dtype), W_enc.to(dtype)
+        if dtype != W_enc.dtype:
             cast_bytes = n_weight * (4 + dtype.itemsize)
-            add("W_enc cast", lambda: sae.W_enc.to(dtype), cast_bytes)
-        with autocast:
-            if low_decoder is None:
-                add("decoder norms", sae._norms_and_low_decoder, 4 * n_weight)
-            else:
-                n_bytes = n_weight * (4 + low_decoder.itemsize)
-                add("decoder norms and copy", sae._norms_and_low_decoder, n_bytes)
+            add("W_enc cast", lambda: W_enc.to(dtype), cast_bytes)
+        if use_triton and dtype.itemsize < W_dec.itemsize:
+            norms, read = norms_and_copy(W_dec, dtype)
+            n_bytes = n_weight * (4 + dtype.itemsize)
+            add("decoder norms and copy", lambda: norms_and_copy(W_dec, dtype), n_bytes)
+        else:
+            add("decoder norms", lambda: W_dec.norm(dim=-1), 4 * n_weight)
+        encoder = Encoder(W_enc, sae.b_enc.detach(), norms)
         n_rows = chunk_rows(case.batch, case.d_sae, dtype, x.device)
 
         def products() -> None:
@@ -308,62 +337,55 @@ def measure_stages(case: Case, gb_per_s: float) -> list[dict[str, Any]]:
         add("encoder product", products)
         rows[-1]["floor_ms"] = product_ms
         part = low_x[:n_rows] @ low_weight
-        out = Selection(
-            part.new_empty((len(part), case.k), dtype=torch.int64),
-            part.new_empty((len(part), case.k), dtype=torch.float32),
-        )
-        use_triton = case.device == "cuda"
+        out = empty_code(len(part), case.k, low_x, encoder.bias)
 
         def selection() -> None:
             for _ in range(0, case.batch, n_rows):
-                select(part, sae.b_enc, norms, out, use_triton)
+                select_from(part, encoder, out, use_triton=use_triton)
 
         add("selection", selection, n_pre * dtype.itemsize)
         by_topk = (part.float() + sae.b_enc) * norms
         rows[-1]["torch_topk_ms"] = median_ms(lambda: by_topk.topk(case.k), case.device) * (
             case.batch / len(part)
         )
-        with autocast:
-            kept = encode(x, sae.W_enc, sae.b_enc, sae.b_dec, norms, case.k)
-        add("inverted index", lambda: invert(kept.indices, case.d_sae, use_triton))
-        index = invert(kept.indices, case.d_sae, use_triton)
-    vals = kept.hidden.float().relu().requires_grad_()
-    target = (x - sae.b_dec).detach()
-    for name in ("hierarchical_loss", "topk_loss"):
+        code = select(low_x, encoder, case.k, use_triton=use_triton)
+        index_by = {"n_latents": case.d_sae, "use_triton": use_triton, "deterministic": False}
+        add("inverted index", lambda: code.by_latent(**index_by))
+        index = code.by_latent(**index_by)
+        acts = code.with_values(code.values.float().relu())
 
-        def decoder_loss(name: str = name) -> None:
-            loss, _ = fused_loss(
-                *(name, kept.indices, sae.W_dec, vals, None, target),
-                low_weight=low_decoder,
-                needs_residual=True,
+        def decode(levels: Levels) -> None:
+            decoder_loss(
+                DecoderLoss(
+                    code=acts,
+                    weight=read,
+                    bias=None,
+                    target=x - sae.b_dec,
+                    levels=levels,
+                    scale=1 / case.batch,
+                    wanted=Wanted(True, torch.float32, torch.float32),
+                    index=index,
+                ),
+                use_triton=use_triton,
             )
-            loss.backward()
-            sae.W_dec.grad = vals.grad = None
 
-        add(f"decoder {name}", decoder_loss, 8 * n_weight)
-    gradient = torch.randn_like(vals)
-    with torch.no_grad():
-        add(
-            "encoder gradients",
-            lambda: torch.ops.sae_lens_flex.encode_backward(
-                gradient,
-                kept.indices,
-                x,
-                sae.W_enc,
-                sae.b_enc,
-                sae.b_dec,
-                index,
-                dtype,
-                use_triton,
-                [False, True, True, True],
-            ),
-            8 * n_weight,  # the gradient is written, W_enc read for that of b_dec
-        )
-    feature_acts = sae._report_feature_acts(kept.indices, kept.hidden.relu())
+        add("decoder loss, every level", lambda: decode("every"), 8 * n_weight)
+        add("decoder loss, last level", lambda: decode("last"), 8 * n_weight)
+        gradient, out_enc = torch.randn_like(acts.values), torch.empty_like(W_dec)
+
+        def encoder_gradients() -> None:
+            scatter(index, gradient, low_x, out=out_enc, use_triton=use_triton)
+            sums = gradient.new_zeros(case.d_sae)
+            sums.index_add_(0, code.latents.flatten(), gradient.flatten())
+            torch.mv(W_enc, sums)
+
+        # The gradient is written, and W_enc read for that of b_dec.
+        add("encoder gradients", encoder_gradients, 8 * n_weight)
+    fired = feature_acts(Code(code.latents, acts.values), case.d_sae, is_sparse=True)
 
     @torch.no_grad()
     def statistics_of_firing() -> None:  # as in SAETrainer
-        firing = feature_acts.bool().float()
+        firing = fired.bool().float()
         did_fire = firing.sum(-2).bool()
         did_fire = did_fire.to_dense() if did_fire.is_sparse else did_fire
         trainer.n_forward_passes_since_fired += 1
@@ -412,7 +434,9 @@ def print_result(case: Case, result: dict[str, Any]) -> None:
         return
     peak = "" if result["peak_gib"] is None else f"{result['peak_gib']:7.2f} GiB"
     speedup = f"{result['speedup']:6.2f}x" if "speedup" in result else ""
-    print(f"{case.name:12} {name:34} {result['ms']:9.2f} ms {speedup} {peak}", flush=True)
+    device = f" (device {result['device_ms']:.2f})" if result.get("device_ms") else ""
+    line = f"{case.name:12} {name:34} {result['ms']:9.2f} ms{device} {speedup} {peak}"
+    print(line, flush=True)
 
 
 def print_stages(case: Case, stages: list[dict[str, Any]]) -> None:

@@ -24,8 +24,8 @@ from sae_lens.load_model import load_model
 from . import __version__
 from .evals import sweep_budgets
 from .evals.batches import flat_activations
-from .ops.fused_loss import uses_triton
-from .saes.hierarchical_topk import RuntimeBudget, check_budgets
+from .ops.policy import uses_triton
+from .saes.budgets import RuntimeBudget, check_budgets
 from .sharing import export_topk
 
 SUMMARY = """\

@@ -13,12 +13,12 @@ from sae_lens import SAE, TrainingSAE, upload_saes_to_huggingface
 from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig, TopKTrainingSAE
 
 from .evals import BudgetSweep
-from .saes.fused_topk import check_integer
+from .saes.budgets import doubling_budgets
+from .saes.checks import check_integer
 from .saes.hierarchical_topk import (
     HierarchicalTopKSAE,
     HierarchicalTopKTrainingSAE,
     HierarchicalTopKTrainingSAEConfig,
-    doubling_budgets,
 )
 
 # What SAELens's trainer measured at the SAE's own k, in metadata.

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from sae_lens import SAE
 
-from ..saes.hierarchical_topk import RuntimeBudget
+from ..saes.budgets import RuntimeBudget
 
 
 class Reconstruction(NamedTuple):

@@ -8,8 +8,8 @@ from sae_lens import SAE, ActivationsStore
 from tqdm.auto import tqdm
 from transformer_lens.HookedTransformer import HookedRootModule  # pyright: ignore
 
-from ..saes.fused_topk import check_integer
-from ..saes.hierarchical_topk import RuntimeBudget, check_budgets, doubling_budgets
+from ..saes.budgets import RuntimeBudget, check_budgets, doubling_budgets
+from ..saes.checks import check_integer
 from .batches import ModelBatch, ModelRuns, check_shape, given_batches, tokens_to_ignore
 from .metrics import BudgetSweep, Totals
 from .reconstruction import reconstruct

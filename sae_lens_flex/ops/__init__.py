@@ -1,8 +1,7 @@
 """The losses and their gradients on plain tensors. Imports torch and triton only."""
 
-from .hierarchical import triton_hierarchical_sae_loss
+from .losses import triton_hierarchical_sae_loss, triton_topk_sae_loss
 from .reference import hierarchical_sae_loss, topk_sae_loss
-from .topk import triton_topk_sae_loss
 
 __all__ = [
     "hierarchical_sae_loss",

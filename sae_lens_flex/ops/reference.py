@@ -1,10 +1,11 @@
 """The losses in plain PyTorch, as short as their formulas.
 
-Every backend is tested against this file in float64. The losses build a [B, K, D] tensor and
-compute in their inputs' dtypes: use them to check, or on small problems.
+Every backend is tested against this file in float64. The losses build a [B, K, D] tensor: use them
+to check, or on small problems.
 
-Symbols, here and in every file of `ops`: B activations of width D, a dictionary of F latents, K of
-them kept for each activation. Level j is the reconstruction from an activation's first j latents:
+Symbols, here and in every file of `ops`: B samples (activations) of width D, a dictionary of F
+latents, K of them kept for each sample. Level j is the reconstruction from a sample's first j
+latents:
 
     x_hat_j = bias + sum_{i <= j} vals[i] * weight[indices[i]]
 """
@@ -13,6 +14,7 @@ import torch
 from torch.nn.functional import embedding
 
 from .checks import FLOAT_DTYPES, check_arguments, check_range
+from .policy import accumulation_dtype
 
 DTYPES = (*FLOAT_DTYPES, torch.float64)
 
@@ -26,11 +28,11 @@ def rows_of(indices: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         raise
 
 
-def levels(
-    indices: torch.Tensor, weight: torch.Tensor, vals: torch.Tensor, bias: torch.Tensor
+def _terms(
+    indices: torch.Tensor, weight: torch.Tensor, vals: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Return every level's reconstruction, shape [B, K, D]."""
-    return (vals.unsqueeze(-1) * rows_of(indices, weight)).cumsum(dim=1) + bias
+    # What each kept latent adds to the reconstruction: [B, K, D].
+    return vals.to(dtype).unsqueeze(-1) * rows_of(indices, weight).to(dtype)
 
 
 def hierarchical_sae_loss(
@@ -49,8 +51,10 @@ def hierarchical_sae_loss(
         mean over b, j, d of (x_hat_j[b, d] - target[b, d])^2,
         x_hat_j[b] = bias + sum_{i <= j} vals[b, i] * weight[indices[b, i]].
 
+    It computes in float32 (in float64 where an input is float64), whatever the inputs' dtypes.
+
     Args:
-        indices: kept latents, [B, K], integers in [0, F), in the order of the levels. One that
+        indices: kept latents, [B, K], integers in [0, F), in the order of the levels. A latent that
             comes twice in a row counts twice.
         weight: decoder rows, [F, D].
         vals: decode coefficients, [B, K], of any sign and order.
@@ -60,15 +64,19 @@ def hierarchical_sae_loss(
             weighs each 1 / K.
 
     Returns:
-        The loss, a scalar, differentiable in weight, vals, bias and target.
+        The loss, a float32 (float64) scalar, differentiable in weight, vals, bias and target.
 
     Raises:
         TypeError, ValueError: for an argument of the wrong type, dtype, shape or device.
         IndexError: for a latent outside [0, F), where the device can tell.
     """
     check_arguments(indices, weight, vals, bias, target, level_weights, DTYPES)
-    error = (levels(indices, weight, vals, bias) - target.unsqueeze(1)).square().mean(dim=(0, 2))
-    return error.mean() if level_weights is None else error @ level_weights.detach().to(error.dtype)
+    dtype = accumulation_dtype(weight, vals, bias, target)
+    x_hat = _terms(indices, weight, vals, dtype).cumsum(dim=1) + bias.to(dtype)  # [B, K, D]
+    error = (x_hat - target.to(dtype).unsqueeze(1)).square().mean(dim=(0, 2))  # [K]
+    if level_weights is None:
+        return error.mean()
+    return (error * level_weights.detach().to(dtype)).sum()
 
 
 def topk_sae_loss(
@@ -85,8 +93,9 @@ def topk_sae_loss(
     Arguments as in `hierarchical_sae_loss`.
     """
     check_arguments(indices, weight, vals, bias, target, float_dtypes=DTYPES)
-    reconstruction = (vals.unsqueeze(-1) * rows_of(indices, weight)).sum(dim=1) + bias
-    return (reconstruction - target).square().mean()
+    dtype = accumulation_dtype(weight, vals, bias, target)
+    x_hat = _terms(indices, weight, vals, dtype).sum(dim=1) + bias.to(dtype)  # [B, D]
+    return (x_hat - target.to(dtype)).square().mean()
 
 
 def encode(

@@ -4,7 +4,9 @@ from dataclasses import dataclass
 
 from typing_extensions import override
 
-from .fused_topk import FusedTopKTrainingSAE, FusedTopKTrainingSAEConfig
+from .checks import check_integer
+from .configs import FusedTopKTrainingSAEConfig
+from .fused_topk import FusedTopKTrainingSAE
 
 
 @dataclass
@@ -24,7 +26,12 @@ class FlexTopKTrainingSAE(FusedTopKTrainingSAE):
     """
     SAELens's `topk`, trained through the fused kernels.
 
-    From equal weights its losses and gradients are those of `TopKTrainingSAE`. The inference model
-    that it saves is an ordinary `"topk"` SAE, which loads without this package. See
+    From equal weights its losses and gradients are those of `TopKTrainingSAE`. As there, a step and
+    `encode` keep `activation_fn.k` latents, which is the config's k until it is changed. The
+    inference model that it saves is an ordinary `"topk"` SAE, which loads without this package. See
     `FusedTopKTrainingSAE` for what a training step returns.
     """
+
+    @override
+    def _step_k(self) -> int:
+        return check_integer("activation_fn.k", self.activation_fn.k, len(self.W_dec), "d_sae")

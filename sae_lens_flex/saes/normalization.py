@@ -1,7 +1,8 @@
 """SAELens's run-time normalization of activations, seen from the decoder.
 
-With `normalize_activations` "layer_norm" or "constant_norm_rescale" SAELens's `process_sae_in`
-leaves attributes on the SAE that undo the normalization of the output, an affine map per sample:
+With `normalize_activations` "layer_norm" or "constant_norm_rescale", SAELens's `process_sae_in`
+leaves attributes on the SAE with which `decode` undoes the normalization. Undoing it is an affine
+map of each sample:
 
     sae_out = scale * (feature_acts @ W_dec + b_dec) + shift
 """
@@ -9,6 +10,8 @@ leaves attributes on the SAE that undo the normalization of the output, an affin
 from typing import Any, NamedTuple
 
 import torch
+
+ATTRIBUTES = ("ln_mu", "ln_std", "x_norm_coeff")
 
 
 class OutputMap(NamedTuple):
@@ -25,17 +28,22 @@ class OutputMap(NamedTuple):
 
 def read_output_map(sae: Any) -> OutputMap:
     """Return the output map of the activations that `process_sae_in` last saw."""
-    mode = sae.cfg.normalize_activations
-    if mode == "layer_norm":
+    if hasattr(sae, "ln_std"):
         # SAELens divides by std + 1e-5 and multiplies by std alone.
         return OutputMap(sae.ln_std, sae.ln_mu)
-    if mode == "constant_norm_rescale":
+    if hasattr(sae, "x_norm_coeff"):
         return OutputMap(1 / sae.x_norm_coeff, None)
     return OutputMap(None, None)
 
 
-def forget_output_map(sae: Any) -> None:
-    """Remove what `process_sae_in` left on the SAE, as SAELens's `decode` does."""
-    for name in ("ln_mu", "ln_std", "x_norm_coeff"):
-        if hasattr(sae, name):
-            delattr(sae, name)
+def output_attributes(sae: Any) -> dict[str, torch.Tensor]:
+    """Return by name the attributes with which `decode` undoes the normalization."""
+    return {name: getattr(sae, name) for name in ATTRIBUTES if hasattr(sae, name)}
+
+
+def take_output_map(sae: Any) -> OutputMap:
+    """Return the output map, and remove what it is made of, as SAELens's `decode` does."""
+    output_map = read_output_map(sae)
+    for name in output_attributes(sae):
+        delattr(sae, name)
+    return output_map

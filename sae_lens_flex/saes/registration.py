@@ -5,8 +5,8 @@ from typing import Any
 from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.topk_sae import TopKSAE
 
+from .configs import CheckedTopKSAEConfig
 from .flex_topk import FlexTopKTrainingSAE, FlexTopKTrainingSAEConfig
-from .fused_topk import CheckedTopKSAEConfig
 from .hierarchical_topk import (
     HierarchicalTopKSAE,
     HierarchicalTopKSAEConfig,

@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from sae_lens_flex.ops import (
+    by_triton,
     hierarchical_sae_loss,
-    topk,
     topk_sae_loss,
     triton_hierarchical_sae_loss,
     triton_topk_sae_loss,
 )
-from sae_lens_flex.ops.fused_loss import fused_loss
+from sae_lens_flex.ops.losses import differentiable_loss
+from sae_lens_flex.ops.requests import Levels
 
 ARGUMENTS = ("weight", "vals", "bias", "target")
 
@@ -61,9 +62,13 @@ class Cut(torch.autograd.Function):
         return None
 
 
-def by_torch(name: str) -> Callable[..., torch.Tensor]:
-    def loss(indices, weight, vals, bias, target, **levels) -> torch.Tensor:
-        return fused_loss(name, indices, weight, vals, bias, target, backend="torch", **levels)[0]
+def by_torch(levels: Levels) -> Callable[..., torch.Tensor]:
+    def loss(indices, weight, vals, bias, target, level_weights=None) -> torch.Tensor:
+        return differentiable_loss(
+            *(indices, weight, vals, bias, target),
+            levels=levels if level_weights is None else level_weights,
+            backend="torch",
+        )
 
     return loss
 
@@ -72,14 +77,14 @@ LOSSES = {
     "triton_hierarchical": (hierarchical_sae_loss, triton_hierarchical_sae_loss),
     "triton_topk": (topk_sae_loss, triton_topk_sae_loss),
     "triton_topk_by_latent": (topk_sae_loss, triton_topk_sae_loss),  # as for large batches
-    "torch_hierarchical": (hierarchical_sae_loss, by_torch("hierarchical_loss")),
-    "torch_topk": (topk_sae_loss, by_torch("topk_loss")),
+    "torch_hierarchical": (hierarchical_sae_loss, by_torch("every")),
+    "torch_topk": (topk_sae_loss, by_torch("last")),
 }
 
 
 def implementation_named(name: str, device: str, monkeypatch: pytest.MonkeyPatch) -> Implementation:
     if name.endswith("by_latent"):
-        monkeypatch.setattr(topk, "FEWEST_ELEMENTS", 0)
+        monkeypatch.setattr(by_triton, "FEWEST_ELEMENTS", 0)
     return Implementation(*LOSSES[name], device)
 
 

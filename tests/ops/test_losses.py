@@ -9,23 +9,22 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sae_lens_flex.ops import (
-    hierarchical,
+    by_triton,
     hierarchical_sae_loss,
-    inverted_index,
-    spread,
-    topk,
+    losses,
+    products,
     topk_sae_loss,
-    torch_backend,
     triton_hierarchical_sae_loss,
     triton_topk_sae_loss,
 )
-from sae_lens_flex.ops.fused_loss import fused_loss
-from sae_lens_flex.ops.inverted_index import invert
-from sae_lens_flex.ops.norms import norms_and_copy
+from sae_lens_flex.ops.codes import Code
+from sae_lens_flex.ops.kernels import copies, hierarchical, residual, sums
+from sae_lens_flex.ops.kernels.norms import norms_and_copy
+from sae_lens_flex.ops.losses import decoder_loss
+from sae_lens_flex.ops.requests import DecoderLoss, Wanted
 
 from .comparison import (
     ARGUMENTS,
-    DEVICES,
     KERNEL_DEVICES,
     TOLERANCE,
     Cut,
@@ -131,7 +130,7 @@ def test_strided_inputs(implementation) -> None:
 
 @pytest.mark.parametrize("shape", [(6, 5, 20, 33), (4, 32, 40, 64)], ids=shape_id)
 def test_offsets_in_64_bits(implementation, shape, monkeypatch) -> None:
-    for module in (hierarchical, topk):
+    for module in (hierarchical, residual):
         monkeypatch.setattr(module, "is_wide", lambda *_: True)
     indices, inputs = random_inputs(shape, device=implementation.device)
     assert_matches_definition(implementation, indices, inputs)
@@ -143,10 +142,10 @@ def test_one_latent_takes_every_pair(implementation) -> None:
 
 
 def test_many_latents_span_runs(implementation, monkeypatch) -> None:
-    monkeypatch.setattr(inverted_index, "SHORTEST_RUN", 3)
-    monkeypatch.setattr(inverted_index, "BLOCK_D", 16)
-    monkeypatch.setattr(inverted_index, "MOST_DOTS", 100)  # two slices a launch
-    monkeypatch.setattr(inverted_index, "MOST_SCATTERED", 20)
+    monkeypatch.setattr(sums, "SHORTEST_RUN", 3)
+    monkeypatch.setattr(sums, "BLOCK_D", 16)
+    monkeypatch.setattr(sums, "MOST_DOTS", 100)  # two slices a launch
+    monkeypatch.setattr(sums, "MOST_SCATTERED", 20)
     for n_latents in (1, 2, 7, 300):
         indices, inputs = random_inputs((9, 5, n_latents, 33), device=implementation.device)
         assert_matches_definition(implementation, indices, inputs)
@@ -155,8 +154,8 @@ def test_many_latents_span_runs(implementation, monkeypatch) -> None:
 @pytest.mark.parametrize("n_latents", [3, 40, 600], ids=lambda n: f"{n}-latents")
 def test_copies_of_frequent_latents(implementation, monkeypatch, n_latents) -> None:
     # Every latent is frequent, 600 are more than there are copies for.
-    monkeypatch.setattr(spread, "FEWEST_PAIRS", 0)
-    monkeypatch.setattr(spread, "HOT", 0.0)
+    monkeypatch.setattr(copies, "FEWEST_PAIRS", 0)
+    monkeypatch.setattr(copies, "HOT", 0.0)
     indices, inputs = random_inputs((40, 5, n_latents, 70), device=implementation.device)
     indices[3, 2], indices[4, 1] = -1, n_latents
     if implementation.loss in (triton_hierarchical_sae_loss, triton_topk_sae_loss):
@@ -214,7 +213,9 @@ def test_second_backward_raises(implementation, factor) -> None:
     indices, inputs = random_inputs((6, 5, 20, 33), device=implementation.device)
     loss = factor * implementation.loss(indices, **inputs)
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="differentiated already"):
+    name = getattr(implementation.loss, "__name__", "")
+    name = name if name.startswith("triton") else "the decoder loss"
+    with pytest.raises(RuntimeError, match=f"^{name} has been differentiated already"):
         loss.backward()
 
 
@@ -223,7 +224,7 @@ def test_a_loss_on_which_nothing_depends_gives_no_gradient(
     implementation, is_operator, monkeypatch
 ) -> None:
     if is_operator:  # as within torch.compile
-        monkeypatch.setattr("sae_lens_flex.ops.fused_loss.is_traced", lambda *_: True)
+        monkeypatch.setattr(losses, "is_traced", lambda *_: True)
     indices, inputs = random_inputs((6, 5, 20, 33), device=implementation.device)
     loss = implementation.loss(indices, **inputs)
     (Cut.apply(loss) + inputs["bias"].sum()).backward(retain_graph=True)
@@ -235,7 +236,9 @@ def test_a_loss_on_which_nothing_depends_gives_no_gradient(
 def test_second_derivative_raises(implementation) -> None:
     indices, inputs = random_inputs((6, 5, 20, 33), device=implementation.device)
     loss = implementation.loss(indices, **inputs)
-    with pytest.raises(RuntimeError, match="no second derivative"):
+    name = getattr(implementation.loss, "__name__", "")
+    name = name if name.startswith("triton") else "the decoder loss"
+    with pytest.raises(RuntimeError, match=f"^{name} has no second derivative"):
         torch.autograd.grad(loss, inputs["weight"], create_graph=True)
 
 
@@ -280,6 +283,45 @@ def test_non_finite_input_makes_the_same_results_non_finite(implementation, name
         assert torch.equal(inputs[argument].grad.cpu().isfinite(), should_be_finite), argument
 
 
+@pytest.mark.parametrize("value", [float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", ["target", "bias"])
+@pytest.mark.parametrize("k", [3, 16])
+def test_infinite_target_gives_what_the_definition_gives(implementation, k, name, value) -> None:
+    indices, inputs = random_inputs((4, k, 9, 17), device=implementation.device)
+    inputs[name].data.flatten()[1] = value
+    exact = in_float64(inputs)
+    expected = implementation.definition(indices.cpu(), **exact)
+    expected.backward()
+    loss = implementation.loss(indices, **inputs)
+    loss.backward()
+    assert expected.isposinf()
+    assert loss.isposinf()
+    for argument in ARGUMENTS:
+        mine, its = inputs[argument].grad.cpu().double(), exact[argument].grad
+        for kind in (torch.isnan, torch.isposinf, torch.isneginf):
+            assert torch.equal(kind(mine), kind(its)), argument
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("definition", [hierarchical_sae_loss, topk_sae_loss])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_definitions_compute_in_float32_at_least(definition, dtype, autocast) -> None:
+    indices, inputs = random_inputs((6, 5, 20, 33), dtype)
+    exact = in_float64(inputs)
+    levels = {"level_weights": torch.rand(5)} if definition is hierarchical_sae_loss else {}
+    expected = definition(indices, **exact, **levels)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = definition(indices, **inputs, **levels)
+    assert loss.dtype == torch.float32
+    assert expected.dtype == torch.float64
+    assert relative_error(loss, expected) < TOLERANCE[torch.float32]
+    loss.backward()
+    expected.backward()
+    for name in ARGUMENTS:
+        assert inputs[name].grad.dtype == dtype
+        assert relative_error(inputs[name].grad, exact[name].grad) < TOLERANCE[dtype]
+
+
 @pytest.mark.parametrize("definition", [hierarchical_sae_loss, topk_sae_loss])
 @pytest.mark.parametrize("latent", [-1, 20])
 def test_definitions_refuse_what_is_no_latent(definition, latent) -> None:
@@ -289,40 +331,91 @@ def test_definitions_refuse_what_is_no_latent(definition, latent) -> None:
         definition(indices, **inputs)
 
 
-@pytest.mark.parametrize("name", ["hierarchical_loss", "topk_loss"])
-@pytest.mark.parametrize("device", DEVICES)
-def test_residual_is_that_of_the_last_level(name, device) -> None:
+def request_of(indices: torch.Tensor, inputs: dict[str, torch.Tensor], **fields) -> DecoderLoss:
+    return DecoderLoss(
+        **{
+            "code": Code(indices, inputs["vals"].detach()),
+            "weight": inputs["weight"].detach(),
+            "bias": None,
+            "target": inputs["target"].detach(),
+            "levels": "every",
+            "scale": 1.0,
+            "wanted": Wanted(residual=True),
+            **fields,
+        }
+    )
+
+
+every_level_or_last = pytest.mark.parametrize("levels", ["every", "last"])
+
+
+@every_level_or_last
+@every_backend
+def test_residual_is_that_of_the_last_level(levels, on) -> None:
+    backend, device = on
     indices, inputs = random_inputs((6, 5, 20, 33), device=device)
-    weight, vals, target = inputs["weight"], inputs["vals"], inputs["target"]
-    for backend in ("torch", "auto"):
-        _, residual = fused_loss(
-            name, indices, weight, vals, None, target, backend=backend, needs_residual=True
-        )
-        expected = (vals.unsqueeze(-1) * weight[indices]).sum(1) - target
-        assert relative_error(residual, expected.cpu().double()) < TOLERANCE[torch.float32]
-        assert not residual.requires_grad
+    request = request_of(indices, inputs, levels=levels)
+    residual = decoder_loss(request, use_triton=backend == "triton").residual
+    expected = (request.code.values.unsqueeze(-1) * request.weight[indices]).sum(1) - request.target
+    assert relative_error(residual, expected.cpu().double()) < TOLERANCE[torch.float32]
+    assert not residual.requires_grad
 
 
-@pytest.mark.parametrize("name", ["hierarchical_loss", "topk_loss"])
+@every_level_or_last
 @pytest.mark.parametrize("is_small", [True, False])
 @every_backend
-def test_low_weight_is_read_in_place_of_weight(name, is_small, on, monkeypatch) -> None:
+def test_a_copy_in_a_lower_precision_is_read_as_it_is(levels, is_small, on, monkeypatch) -> None:
     backend, device = on
     if not is_small:
-        monkeypatch.setattr(topk, "FEWEST_ELEMENTS", 0)
+        monkeypatch.setattr(by_triton, "FEWEST_ELEMENTS", 0)
     indices, inputs = random_inputs((6, 5, 20, 33), device=device)
-    weight, vals, target = inputs["weight"], inputs["vals"], inputs["target"]
-    low_weight = weight.detach().bfloat16()
-    rounded = low_weight.float().requires_grad_()
-    results = []
-    for read, low in ((weight, low_weight), (rounded, None)):
-        loss, _ = fused_loss(
-            name, indices, read, vals, None, target, low_weight=low, backend=backend
+    copy = inputs["weight"].detach().bfloat16()
+    wanted = Wanted(False, *(4 * [torch.float32]))
+    results = [
+        decoder_loss(
+            request_of(
+                indices,
+                inputs,
+                weight=weight,
+                bias=inputs["bias"].detach(),
+                levels=levels,
+                wanted=wanted,
+            ),
+            use_triton=backend == "triton",
         )
-        results.append((loss, *torch.autograd.grad(loss, (read, vals, target))))
+        for weight in (copy, copy.float())
+    ]
     for mine, expected in zip(*results, strict=True):
-        assert mine.dtype == expected.dtype
+        if expected is None:
+            assert mine is None
+            continue
+        assert mine.dtype == expected.dtype == torch.float32
         assert relative_error(mine, expected.cpu().double()) < TOLERANCE[torch.float32]
+
+
+@every_level_or_last
+@every_backend
+def test_the_scale_is_the_one_given_whatever_the_batch(levels, on) -> None:
+    backend, device = on
+    indices, inputs = random_inputs((6, 5, 20, 33), device=device)
+    wanted = Wanted(True, *(4 * [torch.float32]))
+    results = [
+        decoder_loss(
+            request_of(
+                indices,
+                inputs,
+                bias=inputs["bias"].detach(),
+                levels=levels,
+                wanted=wanted,
+                scale=scale,
+            ),
+            use_triton=backend == "triton",
+        )
+        for scale in (1.0, 0.25)
+    ]
+    for name, full, quarter in zip(results[0]._fields, *results, strict=True):
+        factor = 1 if name == "residual" else 4
+        torch.testing.assert_close(factor * quarter, full)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -335,21 +428,19 @@ def test_norms_and_copy(device, shape, dtype) -> None:
     cut_off = 2**-7 if device == "cpu" else 0  # the interpreter does not round to bfloat16
     torch.testing.assert_close(copy.float(), weight.to(dtype).float(), rtol=cut_off, atol=0)
     torch.testing.assert_close(norms, weight.norm(dim=-1))
-    if device == "cuda":
-        torch.library.opcheck(torch.ops.sae_lens_flex.norms_and_copy.default, (weight, dtype))
 
 
-@pytest.mark.parametrize("name", ["hierarchical_loss", "topk_loss"])
-def test_torch_backend_never_builds_all_levels(name, monkeypatch) -> None:
-    monkeypatch.setattr(torch_backend, "CPU_CHUNK_ELEMENTS", 4 * 16 * 32)
+@every_level_or_last
+def test_torch_backend_never_builds_all_levels(levels, monkeypatch) -> None:
+    monkeypatch.setattr(products, "CPU_CHUNK_ELEMENTS", 4 * 16 * 32)
     indices, inputs = random_inputs((64, 16, 24, 32))
     with RecordShapes() as made:
-        by_torch(name)(indices, **inputs).backward()
+        by_torch(levels)(indices, **inputs).backward()
     assert max(shape.numel() for shape in made.shapes) == 4 * 16 * 32
     for value in inputs.values():
         value.grad = None
-    definition = hierarchical_sae_loss if name == "hierarchical_loss" else topk_sae_loss
-    assert_matches_definition(Implementation(definition, by_torch(name), "cpu"), indices, inputs)
+    definition = hierarchical_sae_loss if levels == "every" else topk_sae_loss
+    assert_matches_definition(Implementation(definition, by_torch(levels), "cpu"), indices, inputs)
 
 
 def test_backward_makes_nothing_of_the_size_of_weight(implementation) -> None:
@@ -363,23 +454,21 @@ def test_backward_makes_nothing_of_the_size_of_weight(implementation) -> None:
     assert inputs["weight"].shape not in made.shapes
 
 
-@pytest.mark.parametrize("name", ["hierarchical_loss", "topk_loss"])
+@every_level_or_last
 @pytest.mark.parametrize("as_for_large_batches", [False, True], ids=["small", "large"])
 @every_backend
-def test_operator_passes_opcheck(name, as_for_large_batches, on, monkeypatch) -> None:
+def test_operator_passes_opcheck(levels, as_for_large_batches, on, monkeypatch) -> None:
     backend, device = on
-    use_triton = backend == "triton"
     if as_for_large_batches:
-        monkeypatch.setattr(hierarchical, "SMALL_BATCH", 0)
-        monkeypatch.setattr(topk, "FEWEST_ELEMENTS", 0)
+        monkeypatch.setattr(by_triton, "SMALL_BATCH", 0)
+        monkeypatch.setattr(by_triton, "FEWEST_ELEMENTS", 0)
     indices, inputs = random_inputs((6, 5, 20, 33), device=device)
     tensors = (indices, inputs["weight"], inputs["vals"], inputs["bias"], inputs["target"])
-    index = invert(indices, 20, use_triton) if as_for_large_batches else None
-    arguments = (*tensors, None, None, index, 3.0, use_triton)
-    operator = getattr(torch.ops.sae_lens_flex, name).default
-    torch.library.opcheck(operator, (*arguments, 5 * [True]))
+    arguments = (*tensors, None, levels == "last", 3.0, backend == "triton")
+    operator = torch.ops.sae_lens_flex.decoder_loss.default
+    torch.library.opcheck(operator, (*arguments, 4 * [True]))
     with torch.no_grad():
-        torch.library.opcheck(operator, (*arguments, 5 * [False]))
+        torch.library.opcheck(operator, (*arguments, 4 * [False]))
 
 
 def test_compiles_without_a_graph_break(implementation) -> None:
@@ -487,7 +576,7 @@ def test_deterministic_algorithms_give_equal_results(implementation) -> None:
 
 
 def test_debug_switch_makes_the_kernels_check_indices(implementation, monkeypatch) -> None:
-    monkeypatch.setattr("sae_lens_flex.ops.fused_loss.CHECKS_INDICES", True)
+    monkeypatch.setattr(by_triton, "CHECKS_INDICES", True)
     indices, inputs = random_inputs((6, 5, 20, 33), device=implementation.device)
     assert_matches_definition(implementation, indices, inputs)
     indices[2, 3] = 20

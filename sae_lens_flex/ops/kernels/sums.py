@@ -1,117 +1,17 @@
-"""The inverted index of a batch: for every latent, the (sample, level) pairs that chose it.
+"""Sums over the pairs of each latent: sparse gradients, and the dots of the same rows.
 
-Sums over the pairs of each latent are what the gradients of decoder and encoder weights are. In a
-real dictionary a few latents fire on most samples, so the work is dealt out in runs of equally many
-pairs rather than by latent: a program adds up a run, and a second kernel joins the parts of the
+    sums[f] = scale * sum of values[b, t] * row over the pairs (b, t) that chose f,
+    dots[b, t] = scale * weight[latents[b, t]] . row
+
+where a pair's row belongs to its sample or to the pair itself. In a real dictionary a few latents
+fire on most samples, so the work is not dealt out by latent. A program takes a run: the same number
+of pairs of the inverted index as every other program. A second kernel joins the parts of the
 latents that span runs.
-
-With `torch.use_deterministic_algorithms(True)` and on other backends than Triton's, the pairs of a
-latent are in ascending order, and so the sums are the same from run to run.
 """
-
-from typing import NamedTuple
 
 import torch
 
-from . import _triton
-from ._triton import cdiv, tl, triton
-
-
-class InvertedIndex(NamedTuple):
-    """The pairs (b, t) of a batch, grouped by the latent that they chose.
-
-    Attributes:
-        latents: indices[b, t] of each pair, ascending, [B * K], int32. What lies outside [0, F) is
-            -1 or F.
-        pairs: b * K + t of each pair, [B * K], int64.
-        samples: b of each pair, [B * K], int32.
-        starts: the pairs of latent f are those from starts[f + 1] to starts[f + 2], [F + 2], int32,
-            or int64 from 2^31 pairs on.
-    """
-
-    latents: torch.Tensor
-    pairs: torch.Tensor
-    samples: torch.Tensor
-    starts: torch.Tensor
-
-
-@triton.jit
-def bin_of(f, F):
-    """Return the bin in which a latent is counted: 1 + f, or 0 or F + 1 for what is no latent."""
-    return tl.minimum(tl.maximum(f.to(tl.int64), -1), F) + 1
-
-
-@triton.jit(do_not_specialize=["N", "F"])
-def count_kernel(indices, counts, N, F, BLOCK: tl.constexpr):
-    """Count the pairs of every latent in its bin of `counts`, [F + 2], zeroed."""
-    n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    f = tl.load(indices + n, mask=n < N, other=0)
-    tl.atomic_add(counts + bin_of(f, F), 1, mask=n < N, sem="relaxed")
-
-
-@triton.jit(do_not_specialize=["N", "K", "F"])
-def _place_kernel(indices, ends, latents, pairs, samples, N, K, F, BLOCK: tl.constexpr):
-    # Every bin is filled from its end down, which makes starts of the ends.
-    n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = n < N
-    in_bin = bin_of(tl.load(indices + n, mask=mask, other=0), F)
-    place = tl.atomic_add(ends + in_bin, -1, mask=mask, sem="relaxed") - 1
-    tl.store(latents + place, (in_bin - 1).to(tl.int32), mask=mask)
-    tl.store(pairs + place, n, mask=mask)
-    tl.store(samples + place, (n // K).to(tl.int32), mask=mask)
-
-
-COUNT_BLOCK = 1024
-
-
-def _is_countable(n_pairs: int) -> bool:
-    return n_pairs < 2**31  # in 32 bits
-
-
-def shapes_only(like: torch.Tensor, n_pairs: int, n_latents: int) -> InvertedIndex:
-    """Return an index without values."""
-    return InvertedIndex(
-        latents=like.new_empty(n_pairs, dtype=torch.int32),
-        pairs=like.new_empty(n_pairs, dtype=torch.int64),
-        samples=like.new_empty(n_pairs, dtype=torch.int32),
-        starts=like.new_empty(
-            n_latents + 2, dtype=torch.int32 if _is_countable(n_pairs) else torch.int64
-        ),
-    )
-
-
-def invert(indices: torch.Tensor, n_latents: int, use_triton: bool) -> InvertedIndex:
-    """Group the pairs of `indices` ([B, K], int32 or int64) by latent, of which there are F.
-
-    By counting, or, for a fixed order, by a radix sort, which takes twice as long: 0.15 ms for
-    B=4096, K=128 on an H200, where counting takes 0.08.
-    """
-    n_pairs, k = indices.numel(), indices.shape[1]
-    is_countable = _is_countable(n_pairs)
-    if not (use_triton and is_countable) or torch.are_deterministic_algorithms_enabled():
-        latents = indices.flatten().clamp(-1, n_latents).to(torch.int32)
-        latents, pairs = latents.sort(stable=True)
-        bins = torch.arange(-1, n_latents + 1, dtype=torch.int32, device=indices.device)
-        starts = torch.searchsorted(latents, bins, out_int32=is_countable)
-        return InvertedIndex(latents, pairs, (pairs // k).to(torch.int32), starts)
-    indices = indices.contiguous()
-    latents, samples = (indices.new_empty(n_pairs, dtype=torch.int32) for _ in range(2))
-    pairs = indices.new_empty(n_pairs, dtype=torch.int64)
-    counts = indices.new_zeros(n_latents + 2, dtype=torch.int32)
-    grid = (cdiv(n_pairs, COUNT_BLOCK),)
-    _triton.launch(
-        count_kernel, grid, (indices, counts), (), (n_pairs, n_latents), BLOCK=COUNT_BLOCK
-    )
-    starts = counts.cumsum(0, dtype=torch.int32)
-    _triton.launch(
-        _place_kernel,
-        grid,
-        (indices, starts, latents, pairs, samples),
-        (),
-        (n_pairs, k, n_latents),
-        BLOCK=COUNT_BLOCK,
-    )
-    return InvertedIndex(latents, pairs, samples, starts)
+from .launch import cdiv, launch, tl, triton
 
 
 @triton.jit
@@ -121,7 +21,7 @@ def _load_pairs(
     latents,
     pairs,
     row_of,
-    vals,
+    values,
     rows,
     weight_slice,
     latent,  # of the pair before
@@ -131,10 +31,10 @@ def _load_pairs(
     stride_wf,
     PAIRS: tl.constexpr,
 ):
-    # The rows of a few pairs are on their way at once, and those of weight where a new latent
-    # begins. Beyond the end the latent is -2.
+    # Loads the rows of a few pairs at once, and a row of weight where a new latent begins. Beyond
+    # the end the latent is -2.
     next_latents = ()
-    next_vals = ()
+    next_values = ()
     next_rows = ()
     next_weights = ()
     for t in tl.static_range(PAIRS):
@@ -148,26 +48,27 @@ def _load_pairs(
         pair = start + t
         if pairs is not None:
             pair = tl.load(pairs + (start + t), mask=exists, other=0)
-        next_vals += (tl.load(vals + pair, mask=exists, other=0.0).to(tl.float32),)
+        next_values += (tl.load(values + pair, mask=exists, other=0.0).to(tl.float32),)
         if weight_slice is not None:
             begins = (f != latent) & (f >= 0) & (f < F)
             mask = column < tl.where(begins, n_columns, 0)
             w = tl.load(weight_slice + f.to(tl.int64) * stride_wf, mask=mask, other=0.0)
             next_weights += (w.to(tl.float32),)
         latent = f
-    return next_latents, next_vals, next_rows, next_weights
+    return next_latents, next_values, next_rows, next_weights
 
 
 @triton.jit(do_not_specialize=["first_slice", "N", "F", "run_length"])
 def _sum_run_kernel(
     latents,
-    pairs,  # where in vals each pair's is, [N]; None where they are in the index's order
+    pairs,  # where in values a pair's value is, [N]; None where values have the index's order
     row_of,  # each pair's row of `rows`, [N]
-    vals,
+    values,
     rows,
-    weight,  # or None for no dots
+    weight,  # None for no dots
     sums,  # or None
-    partials,  # [runs, 2, n_columns]: of the latents that began before the run, and go on after it
+    partials,  # [runs, 2, n_columns]: sums of the latent that began before the run, and of the one
+    # that goes on after it
     dots_parts,  # [slices of this launch, N], or None
     scale,
     first_slice,
@@ -188,15 +89,15 @@ def _sum_run_kernel(
     first = run * run_length
     length = tl.minimum(run_length, N - first).to(tl.int32)
     d = slice_ * BLOCK_D + tl.arange(0, BLOCK_D)
-    # To be compared with n_columns; with EVEN it is known to be less.
+    # Masks compare `column` with n_columns. With EVEN every column exists, and zeros say so.
     column = tl.zeros([BLOCK_D], tl.int64) if EVEN else d
-    d = tl.max_contiguous(d, 4)  # one layout in registers for float32 and bfloat16 alike
+    d = tl.max_contiguous(d, 4)  # float32 and bfloat16 then have the same layout in registers
     latents += first
     row_of += first
     if pairs is not None:
         pairs += first
     else:
-        vals += first
+        values += first
     rows += d
     weight_slice = None
     if weight is not None:
@@ -207,18 +108,18 @@ def _sum_run_kernel(
         partials += run * 2 * n_columns + d
 
     goes_on = tl.load(latents - 1, mask=run > 0, other=-2) == tl.load(latents)
-    f = tl.full([], -2, tl.int32)  # no latent
+    f = tl.full([], -2, tl.int32)  # which no latent is
     began_before = goes_on & False
     total = tl.zeros([BLOCK_D], tl.float32)
     w = total
     for start in range(0, length, PAIRS):
-        next_latents, next_vals, next_rows, next_weights = _load_pairs(
+        next_latents, next_values, next_rows, next_weights = _load_pairs(
             start,
             length,
             latents,
             pairs,
             row_of,
-            vals,
+            values,
             rows,
             weight_slice,
             f,
@@ -240,12 +141,12 @@ def _sum_run_kernel(
                         total,
                         mask=column < tl.where(is_whole, n_columns, 0),
                     )
-                began_before = goes_on & (f == -2)  # only the first may have
+                began_before = goes_on & (f == -2)  # true of the run's first latent at most
                 f = latent
                 total = tl.zeros([BLOCK_D], tl.float32)
                 if weight is not None:
                     w = next_weights[t]
-            total += next_vals[t] * next_rows[t]
+            total += next_values[t] * next_rows[t]
             if weight is not None:
                 dot = tl.sum(w * next_rows[t])
                 tl.store(dots_parts + (start + t), dot, mask=start + t < length)
@@ -262,13 +163,13 @@ def _sum_run_kernel(
 
 @triton.jit
 def _join_runs(latents, partials, sums, run, d, N, F, n_columns, width, run_length):
-    # A latent that spans runs is added up by the program of the run in which it begins.
+    # Adds up the latent that begins in this run and goes on in the next, if there is one.
     first = run * run_length
     n = first + run_length
     f = tl.load(latents + n - 1, mask=n < N, other=-1).to(tl.int64)
     begins = tl.load(latents + first - 1, mask=first > 0, other=-2) != f
     goes_on = begins & (f >= 0) & (f < F) & (tl.load(latents + n, mask=n < N, other=-2) == f)
-    n_more = 0  # runs
+    n_more = 0  # runs after this one
     while goes_on:
         n_more += 1
         n += run_length
@@ -310,8 +211,9 @@ def _add_dots(
     tl.store(out, total, mask=mask)
 
 
-# One launch for what the sums over runs leave to be done. Some programs of each slice do the first,
-# the next the second, and the rest share the third among the slices.
+# One launch does what is left after the sums over runs: joining runs, zeroing the sums of absent
+# latents, adding up the parts of the dots. Of each slice the first programs join, the next ones
+# zero; the rest share the dots among the slices.
 @triton.jit(do_not_specialize=["first_slice", "n_joining", "n_zeroing", "N", "F", "run_length"])
 def _finish_kernel(
     latents,
@@ -331,7 +233,7 @@ def _finish_kernel(
     n_columns,
     width,
     run_length,
-    ADDS: tl.constexpr,  # whether there are dots of other slices already
+    ADDS: tl.constexpr,  # whether `dots` holds the dots of earlier slices
     BLOCK_D: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -357,46 +259,47 @@ BLOCK_D = 256
 PAIRS = 2
 NUM_WARPS = 1
 SHORTEST_RUN = 32
-MOST_RUNS = 2048  # which bounds `partials`: 2 * 2048 * D floats, 38 MB at D = 2304
-MOST_DOTS = 2**23  # and this the parts of the dots that a launch writes: 32 MiB
-MOST_SCATTERED = 2**18  # vals; more are put in the index's order before they are read
+MOST_RUNS = 2048  # bounds `partials` to 2 * 2048 * D floats, 38 MB at D = 2304
+MOST_DOTS = 2**23  # bounds the parts of the dots that a launch writes to 32 MiB
+MOST_SCATTERED = 2**18  # Above this number, values are put in the index's order before the launch.
 BLOCK = 512
 BLOCK_F = 16
 
 
 def sum_by_latent(
-    index: InvertedIndex,
-    vals: torch.Tensor,
+    index: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    values: torch.Tensor,
     rows: torch.Tensor,
-    sums: torch.Tensor | None,
     *,
-    scale: float = 1.0,
+    sums: torch.Tensor | None,
     weight: torch.Tensor | None = None,
+    scale: float = 1.0,
     first_column: int = 0,
     zero_absent: bool = True,
 ) -> torch.Tensor | None:
-    """Set sums[f] = scale * sum of vals[b, t] * row over the pairs (b, t) that chose f.
+    """Write the sums of each latent; return the dots.
 
     Args:
-        index: of the batch.
-        vals: [B, K], contiguous, or [B K], in the index's order.
-        rows: what the pairs refer to, contiguous: [B, n] for a row a sample, [B * K, n] for a row a
-            pair.
-        sums: where the sums go, [F, >= n], contiguous, of any floating dtype; None for no sums.
+        index: the inverted index of the batch: latents, pairs, samples and starts, as in
+            `codes.InvertedIndex`.
+        values: [B, K], contiguous; or [B * K], in the index's order.
+        rows: contiguous: [B, n] for a row a sample, [B * K, n] for a row a pair.
+        sums: where the sums go, [F, >= n], contiguous, of any floating dtype. None for no sums.
+        weight: [F, n], for the dots. None for no dots.
         scale: multiplies sums and dots.
-        weight: [F, n], for the dots.
-        first_column: where in `sums` the columns of `rows` begin.
+        first_column: the column of `sums` at which the columns of `rows` begin.
         zero_absent: whether to zero the sums of the latents that no pair chose.
 
     Returns:
-        With a weight the dots, scale * weight[indices[b, t]] . row, [B, K], float32.
+        The dots, [B, K], float32, or None.
     """
-    n_pairs, n_columns = index.pairs.numel(), rows.shape[1]
+    latents, pairs, samples, starts = index
+    n_pairs, n_columns = pairs.numel(), rows.shape[1]
     run_length = max(SHORTEST_RUN, cdiv(n_pairs, MOST_RUNS))
     n_runs = cdiv(n_pairs, run_length)
     n_slices = cdiv(n_columns, BLOCK_D)
     like_sums = weight if sums is None else sums
-    assert like_sums is not None, "neither sums nor dots are asked for"
+    assert like_sums is not None, "neither sums nor dots are wanted"
     n_latents, width = like_sums.shape
     partials = dots = dots_parts = None
     n_joining = n_zeroing = n_adding = 0
@@ -406,29 +309,24 @@ def sum_by_latent(
         n_joining = n_runs
         n_zeroing = cdiv(n_latents, BLOCK_F) if zero_absent else 0
     if weight is not None:
-        dots = rows.new_empty(vals.shape, dtype=torch.float32)
-        # Their parts are written a few slices at a time.
+        dots = rows.new_empty(values.shape, dtype=torch.float32)
+        # A launch writes the parts of a few slices, which bounds their memory.
         slices_per_launch = min(n_slices, max(1, MOST_DOTS // n_pairs))
         dots_parts = rows.new_empty((slices_per_launch, n_pairs), dtype=torch.float32)
         n_adding = cdiv(n_pairs, BLOCK)
-    if vals.ndim == 2 and n_pairs > MOST_SCATTERED:
-        vals = vals.flatten()[index.pairs]
+    if values.ndim == 2 and n_pairs > MOST_SCATTERED:
+        values = values.flatten()[pairs]
     sizes = (n_pairs, n_latents, first_column, n_columns, width, run_length)
     for first_slice in range(0, n_slices, slices_per_launch):
         slices = min(slices_per_launch, n_slices - first_slice)
-        _triton.launch(
+        launch(
             _sum_run_kernel,
             (n_runs, slices),
             (
-                index.latents,
-                index.pairs if vals.ndim == 2 else None,
-                index.pairs if rows.shape[0] == n_pairs else index.samples,
-                vals,
-                rows,
-                weight,
-                sums,
-                partials,
-                dots_parts,
+                latents,
+                pairs if values.ndim == 2 else None,
+                pairs if rows.shape[0] == n_pairs else samples,
+                *(values, rows, weight, sums, partials, dots_parts),
             ),
             (scale,),
             (first_slice, *sizes, *((0, 0) if weight is None else weight.stride())),
@@ -437,10 +335,10 @@ def sum_by_latent(
             EVEN=n_columns % BLOCK_D == 0,
             num_warps=NUM_WARPS,
         )
-        _triton.launch(
+        launch(
             _finish_kernel,
             (n_joining + n_zeroing + cdiv(n_adding, slices), slices),
-            (index.latents, index.pairs, index.starts, partials, sums, dots_parts, dots),
+            (latents, pairs, starts, partials, sums, dots_parts, dots),
             (scale,),
             (first_slice, n_joining, n_zeroing, *sizes),
             ADDS=first_slice > 0,

@@ -1,4 +1,7 @@
-"""Triton where it is installed; elsewhere stand-ins that let the kernel files import."""
+"""How kernels are launched, and where they can be.
+
+Where Triton is not installed, stand-ins for it let the kernel files be imported all the same.
+"""
 
 from collections.abc import Sequence
 from functools import reduce
@@ -7,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-if TYPE_CHECKING:  # kernels are a language of their own, which type checkers misread
+if TYPE_CHECKING:  # type checkers misread the language that kernels are written in
 
     class _Unchecked(type):
         def __getattr__(cls, name: str) -> Any: ...
@@ -27,7 +30,7 @@ else:
     except ImportError:
 
         class _Absent:
-            """Takes the place of `triton` and `tl`: decorates kernels that are never launched."""
+            """Stands for `triton` and `tl`. Its decorator leaves a kernel as it is."""
 
             constexpr = Any
 
@@ -65,7 +68,7 @@ def cdiv(a: int, b: int) -> int:
 
 
 _compiled: dict[tuple[Any, ...], Any] = {}
-MOST_COMPILED = 4096  # entries, one a kernel and set of sizes; beyond, Triton is asked
+MOST_COMPILED = 4096  # entries: one a kernel and set of sizes. Beyond them Triton is asked.
 
 
 def launch(
@@ -78,11 +81,20 @@ def launch(
     num_warps: int = 4,
     **constants: Any,
 ) -> None:
-    """Launch a kernel whose parameters come in this order, on the device of its tensors.
+    """Launch a kernel on the device of its tensors.
 
-    The same as `kernel[grid](*tensors, *floats, *ints, **constants)`, in half the host's time:
-    Triton, which looks at every argument of every launch for how it is to be compiled, is asked
-    once for each set of types and sizes.
+    It does what `kernel[grid](*tensors, *floats, *ints, **constants)` does, in half the host's
+    time. Triton inspects every argument of every launch to find the compiled program; here the
+    program is looked up by the arguments' types and sizes.
+
+    Args:
+        kernel: its parameters come in the order tensors, floats, ints, constants.
+        grid: number of programs along each axis.
+        tensors: the first is not None.
+        floats: numbers whose value no program depends on.
+        ints: sizes and strides.
+        num_warps: warps a program.
+        constants: values that are compiled in.
     """
     arguments = (*tensors, *floats, *ints)
     if INTERPRETED:
@@ -95,10 +107,11 @@ def launch(
         with torch.cuda.device(device):
             launch(kernel, grid, tensors, floats, ints, num_warps=num_warps, **constants)
         return
-    # Addresses in place of tensors, which Triton would ask for theirs, and the driver about each.
+    # Triton takes addresses too. Of a tensor it would ask the address, and the driver about it.
     addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
     dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
-    # One entry for the addresses that Triton can tell to be aligned, which are nearly all.
+    # Triton compiles a program of its own for aligned addresses. Nearly all are, so only these
+    # programs are kept.
     is_aligned = reduce(or_, filter(None, addresses), 0) % 16 == 0
     key = (kernel.fn, device, grid, num_warps, *ints, *dtypes, *constants.values())
     run = _compiled.get(key) if is_aligned else None

@@ -1,0 +1,70 @@
+"""One autograd node for results whose gradients come with them."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from .kernels import launch
+from .kernels.scale import scale_in_place as scale_by_triton
+
+Give = Callable[[Sequence[torch.Tensor | None], Callable[[], Any]], Sequence[torch.Tensor | None]]
+"""Returns the inputs' gradients in a backward pass. It is called with the gradient of each output,
+None for an output on which nothing depends, and with a function that returns the saved inputs."""
+
+
+class _Node(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, name: str, give: Give, outputs: Any, saves: bool, *inputs: Any) -> Any:
+        ctx.name, ctx.give = name, give
+        ctx.set_materialize_grads(False)  # They would be zeros where nothing depends on an output.
+        if saves:
+            ctx.save_for_backward(*inputs)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        check_is_first_derivative(ctx.name)
+        return None, None, None, None, *ctx.give(grad_outputs, lambda: ctx.saved_tensors)
+
+
+def attach(
+    name: str,
+    outputs: tuple[torch.Tensor, ...],
+    inputs: Sequence[torch.Tensor | None],
+    give: Give,
+    *,
+    saves: bool,
+) -> tuple[torch.Tensor, ...]:
+    """Return scalars as outputs of one autograd node, whose backward pass calls `give`.
+
+    Args:
+        name: of the function that the user called, for errors.
+        outputs: scalars that were computed without autograd.
+        inputs: what they depend on.
+        give: returns the inputs' gradients.
+        saves: whether `give` may ask for the inputs. Autograd then keeps them, and raises where one
+            was changed in place meanwhile.
+    """
+    return _Node.apply(name, give, outputs, saves, *inputs)  # pyright: ignore[reportReturnType]
+
+
+def check_is_first_derivative(name: str) -> None:
+    """Raise where a backward pass is asked for a graph of its own."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{name} has no second derivative: its backward pass was asked for a graph "
+            "(create_graph=True). The definitions hierarchical_sae_loss and topk_sae_loss have one."
+        )
+
+
+def scale_in_place(gradients: Sequence[torch.Tensor | None], factor: torch.Tensor) -> None:
+    """Multiply gradients that nothing else holds by a scalar tensor, without waiting for it."""
+    some = [gradient for gradient in gradients if gradient is not None]
+    if not some:
+        return
+    if launch.is_available(factor.device):
+        scale_by_triton(some, factor)
+    elif factor.device.type != "cpu" or factor.item() != 1:
+        for gradient in some:
+            gradient.mul_(factor)

@@ -1,0 +1,140 @@
+"""The residual of the last level: what K rows of weight add up to, less a target.
+
+    r[b] = bias + sum_i values[b, i] * weight[latents[b, i]] - target[b]
+
+Without bias and target this is sparse decoding. The squared error and its gradients that need
+nothing but r come in the same pass:
+
+    L = scale * sum_b |r[b]|^2,     dL/dbias = 2 scale sum_b r[b],     dL/dtarget = -2 scale r.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from .launch import cdiv, launch, tl, triton
+from .tiles import (
+    Batch,
+    add_to_bias,
+    gather_levels,
+    is_wide,
+    levels_in_a_tile,
+    store_losses,
+    widened,
+)
+
+
+@triton.jit(do_not_specialize=["bias_rows", "B", "K", "F"])
+def _residual_kernel(
+    latents,
+    values,
+    weight,
+    bias,  # or None
+    target,  # or None
+    loss_parts,  # [slices, B], or None
+    residual,  # or None
+    grad_bias,  # or None; float32, zeroed: [bias_rows, D], parts
+    grad_target,  # or None
+    scale,
+    bias_rows,
+    B,
+    K,
+    F,
+    D,
+    stride_wf,
+    stride_wd,
+    BLOCK_D: tl.constexpr,
+    LEVELS: tl.constexpr,
+    EVEN: tl.constexpr,  # whether the blocks divide B, K and D
+    WIDE: tl.constexpr,  # whether an offset takes 64 bits
+):
+    sample = tl.program_id(0).to(tl.int64) * 2
+    slice_ = tl.program_id(1).to(tl.int64)
+    column = tl.arange(0, 2 * BLOCK_D)
+    b = sample + column // BLOCK_D
+    d = slice_ * BLOCK_D + column % BLOCK_D
+    in_slice = d < D
+    bd = b * D + d
+    bd_mask = (b < B) & in_slice
+    weight_slice = weight + d * stride_wd
+
+    r = tl.zeros([2 * BLOCK_D], tl.float32)
+    if target is not None:
+        r = -tl.load(target + bd, mask=bd_mask, other=0.0).to(tl.float32)
+    if bias is not None:
+        r += tl.load(bias + d, mask=in_slice, other=0.0).to(tl.float32)
+    for first in range(0, K, LEVELS):
+        _, v, w = gather_levels(
+            first,
+            latents,
+            values,
+            weight_slice,
+            sample,
+            in_slice,
+            B,
+            K,
+            F,
+            stride_wf,
+            BLOCK_D,
+            LEVELS,
+            EVEN,
+            WIDE,
+        )
+        r += tl.sum(widened(v, BLOCK_D) * w, 0)
+    r = tl.where(bd_mask, r, 0.0)  # beyond the batch the bias is no error
+    if loss_parts is not None:
+        store_losses(loss_parts, r * r, scale, slice_, sample, B, BLOCK_D)
+    if residual is not None:
+        tl.store(residual + bd, r, mask=bd_mask)
+    if grad_target is not None:
+        tl.store(grad_target + bd, (-2.0 * scale) * r, mask=bd_mask)
+    if grad_bias is not None:
+        add_to_bias(grad_bias, r, 2.0 * scale, slice_, bias_rows, D, BLOCK_D)
+
+
+SLICE_BYTES = 256  # of a row of weight
+NUM_WARPS = 1
+
+
+def slice_width(weight: torch.Tensor) -> int:
+    """Return the number of columns that a program takes of `weight`."""
+    return SLICE_BYTES // weight.element_size()
+
+
+class Outputs(NamedTuple):
+    """The tensors that are written, or added to; None for one that is not wanted.
+
+    Attributes:
+        loss_parts: parts of the loss, [slices, B], float32.
+        residual: r, [B, D], float32.
+        grad_bias: [bias_rows, D], float32, zeroed: parts of the gradient.
+        grad_target: [B, D].
+    """
+
+    loss_parts: torch.Tensor | None = None
+    residual: torch.Tensor | None = None
+    grad_bias: torch.Tensor | None = None
+    grad_target: torch.Tensor | None = None
+
+
+def residual(batch: Batch, outputs: Outputs, *, scale: float = 1.0) -> None:
+    """Write a batch's residual, and what comes with it."""
+    n_samples, k, n_latents, d_in = batch.sizes()
+    block = slice_width(batch.weight)
+    levels = levels_in_a_tile(k)
+    launch(
+        _residual_kernel,
+        (cdiv(n_samples, 2), cdiv(d_in, block)),
+        (*batch, *outputs),
+        (scale,),
+        (
+            1 if outputs.grad_bias is None else len(outputs.grad_bias),
+            *(n_samples, k, n_latents, d_in),
+            *batch.weight.stride(),
+        ),
+        BLOCK_D=block,
+        LEVELS=levels,
+        EVEN=n_samples % 2 == 0 and k % levels == 0 and d_in % block == 0,
+        WIDE=is_wide(batch.weight),
+        num_warps=NUM_WARPS,
+    )

@@ -1,0 +1,102 @@
+"""The sparse products of a code with dense matrices.
+
+    gather:  out[b] = sum_t values[b, t] weight[latents[b, t]]               the decoder, [B, D]
+    scatter: out[f] = sum over the pairs (b, t) of f of values[b, t] rows[b]      gradients, [F, D]
+
+In dense algebra, with the code as a matrix of shape [B, F], they are code @ weight and
+code.T @ rows. A third product, dots[b, t] = weight[latents[b, t]] . rows[b], belongs to the decoder
+losses alone, which compute it beside another one.
+
+Whether Triton or PyTorch computes a product is decided here.
+"""
+
+import torch
+
+from .codes import Code, InvertedIndex
+from .kernels import residual as residual_kernel
+from .kernels.sums import sum_by_latent
+from .kernels.tiles import Batch
+from .policy import accumulation_dtype, no_autocast
+
+# A chunk's [b, K, D] tensors have about this many elements. On a CPU 2^18 (1 MiB in float32) keeps
+# the handful of them in the second-level cache; a GPU wants enough work to fill it.
+CPU_CHUNK_ELEMENTS = 2**18
+GPU_CHUNK_ELEMENTS = 2**24
+
+
+def chunk_samples(code: Code, width: int) -> int:
+    """Return of how many samples the rows of weight, [b, K, width], are held at once."""
+    is_cpu = code.latents.device.type == "cpu"
+    elements = CPU_CHUNK_ELEMENTS if is_cpu else GPU_CHUNK_ELEMENTS
+    return max(1, elements // (code.latents.shape[1] * width))
+
+
+def gather(
+    code: Code, weight: torch.Tensor, *, use_triton: bool, target: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return sum_t values[b, t] * weight[latents[b, t]], less `target` where there is one.
+
+    Args:
+        code: of B samples.
+        weight: [F, D].
+        use_triton: whether the kernels compute it.
+        target: [B, D] or None.
+
+    Returns:
+        [B, D], float32; float64 where an input is float64.
+    """
+    tensors = [weight, code.values] if target is None else [weight, code.values, target]
+    dtype = accumulation_dtype(*tensors)
+    n_samples, d_in = len(code.latents), weight.shape[1]
+    out = weight.new_empty((n_samples, d_in), dtype=dtype)
+    if use_triton:
+        batch = Batch(
+            code.latents.contiguous(),
+            code.values.contiguous(),
+            weight,
+            None,
+            None if target is None else target.contiguous(),
+        )
+        residual_kernel.residual(batch, residual_kernel.Outputs(residual=out))
+        return out
+    n_rows = chunk_samples(code, d_in)
+    with no_autocast(weight.device):
+        for start in range(0, n_samples, n_rows):
+            chunk = slice(start, start + n_rows)
+            rows = weight[code.latents[chunk].long()].to(dtype)  # [b, K, D]
+            sums = torch.bmm(code.values[chunk].to(dtype).unsqueeze(1), rows).squeeze(1)
+            out[chunk] = sums if target is None else sums - target[chunk].to(dtype)
+    return out
+
+
+def scatter(
+    index: InvertedIndex,
+    values: torch.Tensor,
+    rows: torch.Tensor,
+    *,
+    out: torch.Tensor,
+    use_triton: bool,
+) -> None:
+    """Write out[f] = sum over the pairs (b, t) that chose f of values[b, t] * rows[b].
+
+    Args:
+        index: of a code of B samples.
+        values: [B, K].
+        rows: [B, D], contiguous.
+        out: [F, D], contiguous, of any floating dtype.
+        use_triton: whether the kernels compute it.
+    """
+    if use_triton:
+        sum_by_latent(index, values.contiguous(), rows, sums=out)
+        return
+    dtype = accumulation_dtype(rows, values)
+    with no_autocast(rows.device):
+        sums = torch.nn.functional.embedding_bag(
+            index.samples.to(index.starts.dtype),
+            rows.to(dtype),
+            index.starts[1:],
+            mode="sum",
+            per_sample_weights=values.flatten()[index.pairs].to(dtype),
+            include_last_offset=True,
+        )
+    out.copy_(sums)

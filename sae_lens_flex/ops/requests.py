@@ -1,0 +1,83 @@
+"""What is asked of a decoder loss, and what it returns.
+
+With r_j the residual of level j, c_j the level's weight and
+
+    r_j = bias + sum_{i <= j} values[b, i] weight[latents[b, i]] - target,
+    L = scale * sum_b sum_j c_j |r_j|^2,      g_j = 2 scale c_j r_j,      S_t = sum_{j >= t} g_j,
+
+the gradients are
+
+    dL/dweight[f] = sum over the pairs (b, t) that chose f of values[b, t] S_t,
+    dL/dvalues[b, t] = weight[latents[b, t]] . S_t,
+    dL/dtarget[b] = -S_1,      dL/dbias = sum_b S_1[b].
+
+L is a scalar, so all of them are known in the forward pass, up to the factor that arrives in the
+backward pass.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+
+from .codes import Code, InvertedIndex
+
+Levels = torch.Tensor | Literal["every", "last"]
+"""The level weights c_j: [K]; or "every" for 1 / K each; or "last" for 1 at level K alone."""
+
+
+class Wanted(NamedTuple):
+    """Which outputs of a decoder loss to compute; of a gradient the dtype, or None for not."""
+
+    residual: bool = False
+    weight: torch.dtype | None = None
+    values: torch.dtype | None = None
+    bias: torch.dtype | None = None
+    target: torch.dtype | None = None
+
+
+@dataclass(frozen=True)
+class DecoderLoss:
+    """The request: a loss and which of its gradients to compute.
+
+    Attributes:
+        code: latents and decode coefficients, [B, K] each, in the order of the levels.
+        weight: what is read of the decoder, [F, D]: itself, or a copy in a lower precision, since
+            reading is most of what a loss does.
+        bias: [D], or None for no bias.
+        target: [B, D].
+        levels: the level weights.
+        scale: multiplies the loss. It is given, not taken from B, because B may be a share of the
+            batch over which the loss averages.
+        wanted: which outputs to compute.
+        index: the inverted index of the code, where it is at hand.
+        deterministic: whether the results must be the same from run to run.
+    """
+
+    code: Code
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    target: torch.Tensor
+    levels: Levels
+    scale: float
+    wanted: Wanted
+    index: InvertedIndex | None = None
+    deterministic: bool = False
+
+
+class LossAndGradients(NamedTuple):
+    """The result; None for what was not wanted.
+
+    Attributes:
+        loss: scalar, float32 (float64 for float64 inputs).
+        residual: r_K, [B, D], in the loss's dtype.
+        weight: the gradient of weight, [F, D]; values: of the coefficients, [B, K]; bias: [D];
+            target: [B, D].
+    """
+
+    loss: torch.Tensor
+    residual: torch.Tensor | None = None
+    weight: torch.Tensor | None = None
+    values: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    target: torch.Tensor | None = None

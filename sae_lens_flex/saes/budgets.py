@@ -1,0 +1,220 @@
+"""Budgets: how many of its largest latents an SAE keeps, chosen at run time."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from sae_lens.saes.sae import SAE
+from sae_lens.saes.topk_sae import TopK
+from typing_extensions import override
+
+from ..ops.codes import Code
+from ..ops.losses import prefix_residuals
+from ..ops.policy import accumulation_dtype, computes_by_triton
+from .checks import check_integer, check_number
+from .normalization import take_output_map
+
+
+def doubling_budgets(k: int) -> list[int]:
+    """Return 1, 2, 4, ... up to and including k."""
+    return [*(2**n for n in range(k.bit_length()) if 2**n < k), k]
+
+
+def check_budgets(name: str, budgets: Any, k: int) -> list[int]:
+    """Return `budgets` as ascending ints within 1..k, or raise a ValueError that names it."""
+    expected = f"expected ascending integers within 1..k ({k}) without repeats"
+    levels = budgets.tolist() if hasattr(budgets, "tolist") else budgets  # a tensor or array
+    if not isinstance(levels, (list, tuple, range)):
+        raise ValueError(f"{name} is {budgets!r}, {expected}")
+    checked = [check_integer(f"an element of {name}", level, k, "k") for level in levels]
+    if not checked or checked != sorted(set(checked)):
+        raise ValueError(f"{name} is {budgets!r}, {expected}")
+    return checked
+
+
+def check_trained_budgets(budgets: Any, k: int) -> list[int]:
+    """Return the budgets of a loss as `check_budgets` does; the last of them is k."""
+    checked = check_budgets("budgets", budgets, k)
+    if checked[-1] != k:
+        raise ValueError(f"budgets is {budgets!r}, expected its last to be k ({k})")
+    return checked
+
+
+class RuntimeTopK(TopK):
+    """SAELens's TopK, whose k is a budget that was set, or the config's k."""
+
+    def __init__(self, sae: SAE[Any]) -> None:
+        self._budget: int | None = None
+        # In a list, because a module would become a submodule, and this one is the SAE's own.
+        self._sae = [sae]
+        super().__init__(sae.cfg.k)
+        self._budget = None
+
+    @property
+    def k(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The number of latents to keep.
+
+        Raises:
+            ValueError: where the config's k was set below the budget.
+        """
+        highest = self._sae[0].cfg.k
+        if self._budget is None:
+            return highest
+        return check_integer("budget", self._budget, highest, "k")
+
+    @k.setter
+    def k(self, k: int) -> None:
+        self._budget = k
+
+
+class RuntimeBudget(SAE[Any]):
+    """
+    Lets an SAE with a TopK activation function keep fewer than cfg.k latents.
+
+    `encode`, and all that calls it, keeps the `budget` largest latents. The config, and so a saved
+    SAE, knows nothing of it.
+    """
+
+    activation_fn: TopK
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # SAELens's normalization functions hold the SAE that made them: a copy needs its own.
+        self._setup_activation_normalization()
+
+    @override
+    def get_activation_fn(self) -> TopK:
+        return RuntimeTopK(self)
+
+    @property
+    def budget(self) -> int:
+        """Number of latents that `encode` keeps, 1..cfg.k; cfg.k until it is set."""
+        return self.activation_fn.k
+
+    @budget.setter
+    def budget(self, budget: int) -> None:
+        self.activation_fn.k = check_integer("budget", budget, self.cfg.k, "k")
+
+    @contextmanager
+    def at_budget(self, budget: int) -> Iterator[None]:
+        """Keep `budget` latents within the `with` block, then what was kept before."""
+        name = "_budget" if isinstance(self.activation_fn, RuntimeTopK) else "k"
+        previous = getattr(self.activation_fn, name)
+        self.budget = budget
+        try:
+            yield
+        finally:
+            setattr(self.activation_fn, name, previous)
+
+    def encode_levels(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Encode `x` and sort the latents that are kept: a prefix of them is a smaller budget.
+
+        Args:
+            x: activations, [..., d_in].
+
+        Returns:
+            The activations of the kept latents, descending, and the latents, each [..., budget].
+
+        Raises:
+            ValueError: for an `x` of another width.
+        """
+        width = x.shape[-2:].numel() if self.hook_z_reshaping_mode else x.shape[-1]
+        if width != self.cfg.d_in:
+            raise ValueError(
+                f"x has shape {list(x.shape)}, expected {self.cfg.d_in} values an activation"
+            )
+        take_output_map(self)  # what an `encode` without a `decode` may have left
+        acts, latents = self.encode(x).topk(self.budget)
+        return acts, latents
+
+    @torch.no_grad()
+    def encode_adaptive(self, x: torch.Tensor, tolerance: float) -> torch.Tensor:
+        """Encode each activation with as few latents as its reconstruction needs.
+
+        Keeps the first j latents of an activation, j the smallest with
+
+            |residual at level j|^2 <= tolerance * |x - b_dec|^2,
+
+        or all `budget` of them where no level reaches it. With an output normalization, b_dec is
+        taken where the reconstruction is: scaled and shifted like the output.
+
+        Args:
+            x: activations, [..., d_in].
+            tolerance: the share of the squared norm that may be left over, at least 0.
+
+        Returns:
+            Feature activations, [..., d_sae], without gradients.
+
+        Raises:
+            ValueError: for an `x` of another width, or an impossible tolerance.
+        """
+        tolerance = check_number("tolerance", tolerance)
+        acts, latents = self.encode_levels(x)  # [..., k]
+        k = acts.shape[-1]
+        output_map = take_output_map(self)
+        target = self.reshape_fn_in(x).to(accumulation_dtype(self.W_dec))
+        target = target - output_map.apply(self.b_dec.to(target.dtype))  # [..., d_in]
+        vals = self._decode_coefficients(acts, latents)
+        if output_map.scale is not None:
+            vals = vals * output_map.scale
+        target = target.reshape(-1, self.cfg.d_in)
+        allowed = tolerance * target.square().sum(-1)
+        kept = torch.full_like(allowed, k, dtype=torch.int64)
+        for level, residual in prefix_residuals(
+            Code(latents.reshape(-1, k), vals.reshape(-1, k)),
+            self.W_dec,
+            target,
+            range(1, k + 1),
+            use_triton=self._computes_by_triton(),
+        ):
+            reached = residual.square().sum(-1) <= allowed
+            kept = torch.where(reached, kept.clamp(max=level), kept)
+        levels = torch.arange(k, device=x.device)
+        acts = acts.where(levels < kept.view(*acts.shape[:-1], 1), 0)
+        return acts.new_zeros(*acts.shape[:-1], self.cfg.d_sae).scatter_(-1, latents, acts)
+
+    @torch.no_grad()
+    def decode_levels(
+        self, acts: torch.Tensor, latents: torch.Tensor, budgets: Sequence[int] | None = None
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """Reconstruct at several budgets what `encode_levels` has just encoded.
+
+        All of them together cost what the largest alone does.
+
+        Args:
+            acts, latents: the result of `encode_levels`, [..., budget].
+            budgets: ascending, within 1..budget. None takes 1, 2, 4, ... and the last.
+
+        Returns:
+            An iterator over each budget and its reconstruction, [..., d_in], without gradients.
+        """
+        shape, k = acts.shape[:-1], acts.shape[-1]
+        budgets = doubling_budgets(k) if budgets is None else check_budgets("budgets", budgets, k)
+        output_map = take_output_map(self)
+        latents, acts = latents.reshape(-1, k), acts.reshape(-1, k)
+        b_dec = self.b_dec.to(accumulation_dtype(self.W_dec))
+        residuals = prefix_residuals(
+            Code(latents, self._decode_coefficients(acts, latents)),
+            self.W_dec,
+            -b_dec.expand(len(latents), -1),
+            budgets,
+            use_triton=self._computes_by_triton(),
+        )
+
+        def reconstructions() -> Iterator[tuple[int, torch.Tensor]]:
+            for budget, decoded in residuals:
+                decoded = decoded.to(self.dtype).view(*shape, self.cfg.d_in)
+                decoded = output_map.apply(self.hook_sae_recons(decoded))
+                yield budget, self.reshape_fn_out(decoded, self.d_head)
+
+        return reconstructions()
+
+    def _computes_by_triton(self) -> bool:
+        return computes_by_triton(getattr(self.cfg, "backend", "auto"), self.W_dec)
+
+    def _decode_coefficients(self, acts: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        """Return what the latents' decoder rows are multiplied by."""
+        if self.cfg.rescale_acts_by_decoder_norm:
+            return acts / self.W_dec.norm(dim=-1)[latents]
+        return acts

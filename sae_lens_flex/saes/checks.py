@@ -1,0 +1,46 @@
+"""Checks of what users give, with errors that name it."""
+
+import math
+import operator
+from numbers import Real
+from typing import Any
+
+
+def check_integer(name: str, value: Any, highest: int | None = None, highest_name: str = "") -> int:
+    """Return `value` as an int in 1..highest, or raise a ValueError that names it."""
+    bound = "at least 1" if highest is None else f"within 1..{highest_name} ({highest})"
+    message = f"{name} is {value!r}, expected an integer {bound}"
+    if value is None:
+        raise ValueError(f"{name} is missing, expected an integer {bound}")
+    if isinstance(value, bool):
+        raise ValueError(message)
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise ValueError(message) from None
+    if number < 1 or (highest is not None and number > highest):
+        raise ValueError(message)
+    return number
+
+
+def check_number(name: str, value: Any, *, is_positive: bool = False) -> float:
+    """Return `value` as a finite float >= 0 (> 0), or raise a ValueError that names it."""
+    bound = "above 0" if is_positive else "of at least 0"
+    message = f"{name} is {value!r}, expected a finite number {bound}"
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ValueError(message)
+    try:
+        number = float(value)
+    except OverflowError:
+        raise ValueError(message) from None
+    if not math.isfinite(number) or number < 0 or (is_positive and number == 0):
+        raise ValueError(message)
+    return number
+
+
+def check_bool(name: str, value: Any) -> None:
+    """Raise a ValueError that names `value` where it is no bool."""
+    if value is None:
+        raise ValueError(f"{name} is missing, expected true or false")
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} is {value!r}, expected true or false")

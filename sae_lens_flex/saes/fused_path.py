@@ -1,0 +1,96 @@
+"""Whether a training step can take the fused path: what a user changed is honoured.
+
+The fused path computes what SAELens's own methods and functions would. So it is right only while
+these are what the SAE resolves to: on the object, in a subclass, in a mixin before the base.
+"""
+
+from typing import Any
+
+import torch
+from sae_lens.saes import sae as saelens
+from sae_lens.saes.topk_sae import SparseHookPoint, TopK
+from transformer_lens.hook_points import HookPoint
+
+from .budgets import RuntimeTopK
+
+# Methods that the fused path computes instead of calling.
+METHODS = (
+    "encode_with_hidden_pre",
+    "decode",
+    "process_sae_in",
+    "calculate_aux_loss",
+    "calculate_topk_aux_loss",
+)
+# Functions that SAELens sets on the object, by the method of SAELens's SAE that makes them.
+FUNCTIONS = {
+    "reshape_fn_in": "SAE.turn_off_forward_pass_hook_z_reshaping.",
+    "reshape_fn_out": "SAE.turn_off_forward_pass_hook_z_reshaping.",
+    "run_time_activation_norm_fn_in": "SAE._setup_activation_normalization.",
+    "run_time_activation_norm_fn_out": "SAE._setup_activation_normalization.",
+}
+# With one of these replaced, an output at a lower level is not a prefix of SAELens's sum.
+OF_DECODING = ("decode", "mse_loss_fn", "reshape_fn_out", "run_time_activation_norm_fn_out")
+SKIPPED_HOOK_POINTS = ("hook_sae_acts_pre", "hook_sae_acts_post", "hook_sae_recons")
+
+_TOPK_FORWARD = TopK.forward
+
+
+def replaced(sae: Any, own: dict[str, Any]) -> list[str]:
+    """Return the names of what is not SAELens's own, or ours, any more.
+
+    Args:
+        sae: a training SAE.
+        own: our architectures' functions for each name of METHODS.
+    """
+    attributes = vars(sae)
+    names = [
+        name for name in METHODS if name in attributes or getattr(type(sae), name) is not own[name]
+    ]
+    names += [name for name, maker in FUNCTIONS.items() if not _is_saelens(sae, name, maker)]
+    if sae.mse_loss_fn is not saelens.mse_loss:
+        names.append("mse_loss_fn")
+    if not _is_topk(sae.activation_fn):
+        names.append("activation_fn")
+    return names
+
+
+def hooked(sae: Any) -> list[str]:
+    """Return the hook points that the fused path skips and on which something hangs."""
+    return [name for name in SKIPPED_HOOK_POINTS if not _is_bare(getattr(sae, name))]
+
+
+def _is_saelens(sae: Any, name: str, maker: str) -> bool:
+    function = getattr(sae, name)
+    if getattr(function, "__module__", None) != saelens.__name__:
+        return False
+    if not getattr(function, "__qualname__", "").startswith(maker):
+        return False
+    # A normalization function keeps its results on the SAE that it was made for.
+    cells = [cell.cell_contents for cell in function.__closure__ or ()]
+    return all(cell is sae for cell in cells if isinstance(cell, torch.nn.Module))
+
+
+def _is_topk(activation_fn: Any) -> bool:
+    return (
+        type(activation_fn) in (TopK, RuntimeTopK)
+        and TopK.forward is _TOPK_FORWARD
+        and "forward" not in vars(activation_fn)
+        and not _has_hooks(activation_fn)
+    )
+
+
+def _is_bare(point: Any) -> bool:
+    return (
+        type(point) in (HookPoint, SparseHookPoint)
+        and "forward" not in vars(point)
+        and not _has_hooks(point)
+    )
+
+
+def _has_hooks(module: torch.nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )

@@ -1,0 +1,68 @@
+"""The latents that a step kept, in the form in which SAELens's trainer counts them."""
+
+from typing import Any
+
+import torch
+
+from ..ops.codes import Code
+
+
+def feature_acts(code: Code, n_latents: int, *, is_sparse: bool) -> torch.Tensor:
+    """Return a code as a [B, F] tensor.
+
+    Args:
+        code: latents and activations, [B, K] each.
+        n_latents: F.
+        is_sparse: whether to return a sparse COO tensor where the device has them; elsewhere, as on
+            MPS, a dense one.
+    """
+    shape = (len(code.latents), n_latents)
+    if is_sparse and code.latents.device.type in ("cpu", "cuda"):
+        return _sparse(code, shape)
+    return code.values.new_zeros(shape).scatter_(-1, code.latents, code.values)
+
+
+def _sparse(code: Code, shape: tuple[int, int]) -> torch.Tensor:
+    rows = torch.arange(shape[0], device=code.latents.device).unsqueeze(-1)
+    coordinates = torch.stack((rows.expand_as(code.latents), code.latents)).flatten(1)
+    return SparseActs.of(coordinates, code.values.flatten(), shape)
+
+
+class SparseActs(torch.Tensor):
+    """
+    A sparse COO tensor, [batch, d_sae], whose sum over the batch is a dense tensor.
+
+    The trainer counts firing by two such sums a step. PyTorch's own result is sparse: to make it,
+    it sorts all coordinates and waits for the device.
+    """
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            if func is torch.Tensor.sum and (*args[1:], *kwargs.values()) in ((0,), (-2,)):
+                values = args[0]._values()
+                if values.is_floating_point():
+                    # In 16 bits a sum of ones would stop at 256 or 2048.
+                    dtype = torch.promote_types(values.dtype, torch.float32)
+                    sums = values.new_zeros(args[0].shape[1], dtype=dtype)
+                    sums.index_add_(0, args[0]._indices()[1], values.to(dtype))
+                    return sums.to(values.dtype)
+            if func in (torch.Tensor.bool, torch.Tensor.float) and len(args) == 1 and not kwargs:
+                acts = args[0]  # The result shares its indices.
+                return cls.of(acts._indices(), func(acts._values()), acts.shape)
+            return func(*args, **kwargs)
+
+    @classmethod
+    def of(
+        cls, indices: torch.Tensor, values: torch.Tensor, shape: tuple[int, int]
+    ) -> torch.Tensor:
+        """Return the tensor of `shape` with `values`, [n], at `indices`, [2, n]."""
+        acts = torch.sparse_coo_tensor(indices, values, shape, check_invariants=False)
+        return torch.Tensor._make_subclass(cls, acts)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.detach().__reduce_ex__(protocol)  # An ordinary tensor is copied and saved.
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        return self.detach().clone()

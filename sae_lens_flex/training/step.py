@@ -1,0 +1,240 @@
+"""A training step: losses and all gradients of a TopK or HierarchicalTopK SAE.
+
+    rows = x - b_dec                                        what is encoded (x alone without
+                                                            `apply_b_dec_to_input`)
+    h = rows @ W_enc + b_enc
+    latents[b] = the k largest of h[b] * norms              norms = |W_dec[f]|, or 1
+    v = relu(h[b, latents[b]])                              decode coefficients
+    mse_loss = 1 / B sum_b sum_j c_j |x_hat_j[b] - target[b]|^2
+    x_hat_j = output_scale (sum_{i <= j} v_i W_dec[latents_i] + b_dec)
+
+SAELens reports latents as h * norms and divides by the norms again to decode, so in the product the
+norms cancel, in the value and in the gradient. The output scale, of each sample, comes from a
+normalization of the input; without one it is 1. Only the kept pre-activations have a gradient,
+
+    g[b, t] = dL/dv[b, t] where h[b, latents[b, t]] > 0, else 0,
+
+so with the products of `ops.products`
+
+    dL/dW_enc = scatter(g, rows).T,     dL/db_enc[f] = sum of g over the pairs of f,
+    dL/dx = gather(g, W_enc.T),         dL/db_dec = that of the decoder - W_enc @ dL/db_enc.
+
+Nothing of shape [B, F] outlives a chunk of the batch. The auxiliary loss on dead latents is added
+in `dead`, and autograd in `node`.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from ..ops.codes import Code
+from ..ops.kernels.norms import norms_and_copy
+from ..ops.losses import decoder_loss
+from ..ops.policy import accumulation_dtype, gradient_dtype, in_dtype, no_autocast
+from ..ops.products import gather, scatter
+from ..ops.requests import DecoderLoss, Wanted
+from ..ops.selection import Encoder, select
+from .dead import Dead, DeadGradients, auxiliary_loss
+from .encoder import encoder_rows, minus_product
+from .requests import Gradients, Inputs, Spec, WantedGradients, Weights
+
+
+class Reconstruction(NamedTuple):
+    """What a step computes before it looks at the dead latents.
+
+    Attributes:
+        mse_loss: scalar.
+        gradients: of `mse_loss`.
+        residual: output minus input at level k, [B, D].
+        code: the kept latents and their pre-activations h, [B, k] each, in the order of the levels.
+        hidden_pre: h * norms of the kept latents, [B, k].
+        norms: [F], or None for 1.
+    """
+
+    mse_loss: torch.Tensor
+    gradients: Gradients
+    residual: torch.Tensor
+    code: Code
+    hidden_pre: torch.Tensor
+    norms: torch.Tensor | None
+
+
+class StepResult(NamedTuple):
+    """What a step computes.
+
+    Attributes:
+        main: the reconstruction, `mse_loss` and its gradients.
+        auxiliary_loss: scalar, or None where no latent is dead.
+        auxiliary_gradients: of that loss.
+    """
+
+    main: Reconstruction
+    auxiliary_loss: torch.Tensor | None
+    auxiliary_gradients: DeadGradients | None
+
+
+Reconstruct = Callable[[Weights, Inputs, Spec, WantedGradients], Reconstruction]
+
+
+@torch.no_grad()
+def step(
+    weights: Weights,
+    inputs: Inputs,
+    spec: Spec,
+    *,
+    wanted: WantedGradients,
+    dead: Dead | None = None,
+    reconstruct_by: Reconstruct | None = None,
+) -> StepResult:
+    """Compute a training step.
+
+    Args:
+        weights: the parameters, which are only read.
+        inputs: a batch of B samples.
+        spec: the settings.
+        wanted: which gradients to compute.
+        dead: the dead latents and the auxiliary loss's coefficient; None for no such loss.
+        reconstruct_by: calls `reconstruct`, or replays a recording of it. None calls it.
+    """
+    main = (reconstruct_by or reconstruct)(weights, inputs, spec, wanted)
+    if dead is None:
+        return StepResult(main, None, None)
+    # Only now the host has to know how many latents are dead: all else is launched.
+    latents = dead.latents()
+    if len(latents) == 0:
+        return StepResult(main, None, None)
+    loss, gradients = auxiliary_loss(
+        weights,
+        inputs.encoder_input,
+        -main.residual,
+        latents=latents,
+        norms=main.norms,
+        coefficient=dead.coefficient,
+        spec=spec,
+        wanted=wanted,
+    )
+    return StepResult(main, loss, gradients)
+
+
+def reconstruct(
+    weights: Weights, inputs: Inputs, spec: Spec, wanted: WantedGradients
+) -> Reconstruction:
+    """Encode a batch, reconstruct it and differentiate the error.
+
+    It waits for nothing and asks nothing of the device, so it can be recorded as a CUDA graph.
+    """
+    with no_autocast(weights.W_dec.device):  # `spec` says in which dtype products are computed
+        return _reconstruct(weights, inputs, spec, wanted)
+
+
+def _reconstruct(
+    weights: Weights, inputs: Inputs, spec: Spec, wanted: WantedGradients
+) -> Reconstruction:
+    W_enc, b_enc, W_dec, b_dec = weights
+    x, target, scale, level_weights = inputs  # [B, D], [B, D], [B, 1], [k]
+    n_latents = W_dec.shape[0]
+    backend = {"use_triton": spec.use_triton}
+    sum_dtype = accumulation_dtype(W_dec, target)
+
+    # --- encode
+    norms, read = _norms_and_copy(W_dec, spec)  # [F] or None, [F, D]
+    rows = encoder_rows(x, b_dec, spec)  # [B, D]
+    code = select(rows, Encoder(W_enc, b_enc, norms), spec.k, **backend)  # [B, k]
+    index = None
+    if wanted.W_enc:
+        index = code.by_latent(n_latents, deterministic=spec.deterministic, **backend)
+    hidden_pre = code.values if norms is None else code.values * norms.take(code.latents)
+
+    # --- decode: vals @ W_dec[latents] + bias is to be the target
+    acts = code.values.relu()  # [B, k]
+    vals, bias = acts, b_dec
+    if scale is not None:
+        vals, bias = acts * scale, None
+        target = target - scale * b_dec.to(target.dtype)
+    wants_encoder = wanted.any_of_encoder(spec)
+    wants_scaled = scale is not None and (wanted.b_dec or wanted.output_scale)
+    decoded = decoder_loss(
+        DecoderLoss(
+            code=code.with_values(vals),
+            weight=read,
+            bias=bias,
+            target=target,
+            levels=spec.levels if level_weights is None else level_weights,
+            scale=1 / spec.n_samples,  # SAELens sums over D and averages over samples.
+            wanted=Wanted(
+                residual=True,
+                weight=gradient_dtype(W_dec.dtype) if wanted.W_dec else None,
+                values=sum_dtype if wants_encoder or wanted.output_scale else None,
+                bias=sum_dtype if wanted.b_dec and scale is None else None,
+                target=target.dtype if wanted.target or wants_scaled else None,
+            ),
+            index=index,
+            deterministic=spec.deterministic,
+        ),
+        **backend,
+    )
+    del read  # A copy, if it is one, is not to add to the encoder's gradient at the peak of memory.
+    grad_vals, grad_b_dec, grad_scale = decoded.values, decoded.bias, None
+    if scale is not None:
+        scale = scale.to(sum_dtype)
+        if wanted.b_dec:
+            grad_b_dec = -(scale * decoded.target).sum(0)  # [D]
+        if wanted.output_scale:
+            grad_scale = (grad_vals * acts).sum(-1, keepdim=True)  # [B, 1]
+            grad_scale -= (decoded.target * b_dec).sum(-1, keepdim=True)
+        if grad_vals is not None:
+            grad_vals = grad_vals * scale
+
+    # --- back through the encoder
+    grad_W_enc = grad_b_enc = grad_x = None
+    if wants_encoder:
+        # `masked_fill` leaves a NaN where h is NaN, as the gradient of relu does.
+        g = code.with_values(grad_vals.masked_fill(code.values <= 0, 0))  # [B, k]
+        if index is not None:
+            grad_W_enc = W_enc.new_empty(W_enc.shape[::-1], dtype=gradient_dtype(W_enc.dtype))
+            scatter(index, g.values, rows, out=grad_W_enc, **backend)  # [F, D]
+            grad_W_enc = grad_W_enc.T  # [D, F]
+        if wanted.b_enc or (wanted.b_dec and spec.apply_b_dec_to_input):
+            grad_b_enc = b_enc.new_zeros(n_latents, dtype=sum_dtype)
+            grad_b_enc.index_add_(0, g.latents.flatten(), g.values.flatten())  # [F]
+        if wanted.b_dec and spec.apply_b_dec_to_input:
+            grad_b_dec = minus_product(grad_b_dec, W_enc, grad_b_enc)
+        if wanted.encoder_input:
+            grad_x = in_dtype(gather(g, W_enc.T, **backend), gradient_dtype(x.dtype))  # [B, D]
+    return Reconstruction(
+        mse_loss=decoded.loss,
+        gradients=Gradients(
+            W_enc=grad_W_enc,
+            b_enc=_if(wanted.b_enc, grad_b_enc, b_enc),
+            W_dec=decoded.weight,
+            b_dec=_if(wanted.b_dec, grad_b_dec, b_dec),
+            encoder_input=grad_x,
+            target=_if(wanted.target, decoded.target, inputs.target),
+            output_scale=_if(wanted.output_scale, grad_scale, inputs.output_scale),
+        ),
+        residual=decoded.residual,
+        code=code,
+        hidden_pre=hidden_pre,
+        norms=norms,
+    )
+
+
+def _norms_and_copy(W_dec: torch.Tensor, spec: Spec) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Return the norms by which latents are compared, or None, and what is read of W_dec.
+
+    SAELens decodes in autocast's dtype. Where that is lower than the weight's, the kernels read a
+    rounded copy. By PyTorch reading a copy would gain nothing.
+    """
+    rescales = spec.rescale_acts_by_decoder_norm
+    if spec.use_triton and spec.product_dtype.itemsize < W_dec.itemsize:
+        norms, copy = norms_and_copy(W_dec, spec.product_dtype)
+        return norms if rescales else None, copy
+    return W_dec.norm(dim=-1) if rescales else None, W_dec
+
+
+def _if(is_wanted: bool, gradient: torch.Tensor | None, of: torch.Tensor) -> torch.Tensor | None:
+    """Return a gradient in the dtype in which it is kept, or None where it is not wanted."""
+    if not is_wanted or gradient is None:
+        return None
+    return in_dtype(gradient, gradient_dtype(of.dtype))
