@@ -22,7 +22,7 @@ from .saes import (
 from .saes.registration import register_architectures
 from .sharing import export_topk, from_topk, upload
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "BudgetMetrics",
