@@ -102,28 +102,30 @@ def auxiliary_loss(
         spec: settings of the step.
         wanted: which gradients to compute.
     """
-    W_enc_rows = weights.W_enc.T.index_select(0, latents)  # [n, D]
-    W_dec = weights.W_dec.index_select(0, latents)  # [n, D]
+    d_in, device = weights.W_dec.shape[1], weights.W_dec.device
     b_enc = weights.b_enc.index_select(0, latents)  # [n]
     norms = None if norms is None else norms[latents]  # [n]
-    n_dead, half_width = len(latents), W_dec.shape[1] // 2
+    n_dead, half_width = len(latents), d_in // 2
     k = min(n_dead, half_width)
     factor = coefficient * min(n_dead / half_width, 1.0)
-    dtype, sum_dtype = spec.product_dtype, accumulation_dtype(encoder_input, W_dec)
+    dtype, sum_dtype = spec.product_dtype, accumulation_dtype(encoder_input, weights.W_dec)
     n_samples = len(encoder_input)
 
-    def zeros(is_wanted: bool, like: torch.Tensor) -> torch.Tensor | None:
-        return torch.zeros_like(like, dtype=sum_dtype) if is_wanted else None
+    def zeros(is_wanted: bool, *shape: int) -> torch.Tensor | None:
+        return torch.zeros(shape, dtype=sum_dtype, device=device) if is_wanted else None
+
+    def rows_of(weight: torch.Tensor) -> torch.Tensor:
+        return in_dtype(weight.index_select(0, latents), dtype)  # [n, D]
 
     wants_encoder = wanted.any_of_encoder(spec)
     through_b_dec = wanted.b_dec and spec.apply_b_dec_to_input
-    grad_W_enc, grad_W_dec = zeros(wanted.W_enc, W_enc_rows), zeros(wanted.W_dec, W_dec)
-    grad_b_enc = zeros(wanted.b_enc or through_b_dec, b_enc)
-    grad_x = zeros(wanted.encoder_input, encoder_input)
+    grad_W_enc, grad_W_dec = zeros(wanted.W_enc, n_dead, d_in), zeros(wanted.W_dec, n_dead, d_in)
+    grad_b_enc = zeros(wanted.b_enc or through_b_dec, n_dead)
+    grad_x = zeros(wanted.encoder_input, n_samples, d_in)
     loss = target.new_zeros((), dtype=sum_dtype)
-    with no_autocast(W_dec.device):
+    with no_autocast(device):
         rows = encoder_rows(encoder_input, weights.b_dec, spec)  # [B, D]
-        encoder, decoder = in_dtype(W_enc_rows, dtype), in_dtype(W_dec, dtype)  # [n, D]
+        encoder, decoder = rows_of(weights.W_enc.T), rows_of(weights.W_dec)  # [n, D]
         n_rows = chunk_rows(n_samples, n_dead, dtype, rows.device)
         for start in range(0, n_samples, n_rows):
             chunk = slice(start, start + n_rows)
@@ -137,11 +139,13 @@ def auxiliary_loss(
                 acts.scatter_(-1, kept.latents, in_dtype(kept.values, dtype))
             else:
                 acts = (products + b_enc).to(dtype)
+            del products  # With tensors of [b, n] the peak of memory is here.
             error = (acts @ decoder).to(sum_dtype) - target[chunk]  # [b, D]
             loss += error.square().sum()
             s = error.mul_(2 * factor / spec.n_samples).to(dtype)
             if grad_W_dec is not None:
                 grad_W_dec += acts.T @ s
+            del acts
             if not wants_encoder:
                 continue
             g = s @ decoder.T  # [b, n]
@@ -155,8 +159,11 @@ def auxiliary_loss(
                 grad_x[chunk] = (g @ encoder).to(sum_dtype)
         grad_b_dec = None
         if through_b_dec and grad_b_enc is not None:
-            zero = weights.b_dec.new_zeros(weights.b_dec.shape, dtype=sum_dtype)
-            grad_b_dec = minus_product(zero, W_enc_rows.to(sum_dtype).T, grad_b_enc)
+            del encoder, decoder
+            # Unrounded, since it is a sum over all dead latents.
+            W_enc_rows = weights.W_enc.T.index_select(0, latents).to(sum_dtype)
+            zero = weights.b_dec.new_zeros(d_in, dtype=sum_dtype)
+            grad_b_dec = minus_product(zero, W_enc_rows.T, grad_b_enc)
     gradients = DeadGradients(
         latents=latents,
         W_enc=grad_W_enc,
