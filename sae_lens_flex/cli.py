@@ -1,4 +1,4 @@
-"""The command line: `sae-lens-flex` and `python -m sae_lens_flex`."""
+"""The command line: `sae-lens-flex`, or `python -m sae_lens_flex`."""
 
 import argparse
 import contextlib
@@ -86,7 +86,7 @@ Save a trained SAE at one budget as an ordinary SAELens TopK SAE, which loads wi
 An earlier export in DIR is replaced; any other SAE there is left alone, and that is an error.
 """
 
-# TransformerLens's messages list every model that it knows.
+# A longer message is cut. Some of TransformerLens's list every model that it knows.
 MESSAGE_WIDTH = 400
 
 FIGURE_SUFFIXES = (".html", ".png", ".svg", ".pdf")
@@ -100,7 +100,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line on `argv`, or on the process's arguments; return the exit code."""
+    """Run the command line on `argv`, or on the process's arguments. Return the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     shows_traceback = argv[:1] == ["--traceback"]
     if shows_traceback:
@@ -141,7 +141,10 @@ def _in_one_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _naming(what: str) -> Iterator[None]:
-    """Say what could not be read, which the libraries below often do not."""
+    """Put `what` before the message of an error in the block.
+
+    The libraries' own messages often do not say which model, dataset or SAE could not be read.
+    """
     try:
         yield
     except Exception as error:
@@ -150,7 +153,11 @@ def _naming(what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Keep what libraries log and warn while they load from burying the line that matters."""
+    """Silence what libraries log and warn while they load something.
+
+    If loading fails, the line that says why would be lost among it. If it succeeds, the warnings
+    are given afterwards.
+    """
     transformers.utils.logging.disable_progress_bar()
     huggingface_hub.utils.logging.set_verbosity_error()
     datasets.logging.set_verbosity(logging.CRITICAL)
@@ -187,9 +194,13 @@ def train(argv: list[str]) -> int:
 
 
 def _make_paths_absolute(cfg: Any) -> None:
-    """Let the SAE name local directories so that they are found from anywhere."""
+    """Replace paths of local directories in the config by absolute ones.
+
+    The SAE records them, and a sweep from another working directory has to find them.
+    """
     names = ["dataset_path"]
-    if cfg.model_class_name == "AutoModelForCausalLM":  # others take names, not directories
+    # Models of other classes have names, not directories.
+    if cfg.model_class_name == "AutoModelForCausalLM":
         names.append("model_name")
     for name in names:
         path = getattr(cfg, name)
@@ -198,7 +209,11 @@ def _make_paths_absolute(cfg: Any) -> None:
 
 
 def _check_activations(runner: LanguageModelSAETrainingRunner) -> None:
-    """Run the model on one prompt: the first step of training would fail much less clearly."""
+    """Raise if the model does not give the activations that the SAE is to read.
+
+    The model runs on one prompt for this. Without the check the first step of training would fail,
+    with a message that names neither the hook point nor `d_in`.
+    """
     cfg, model = runner.cfg, runner.model
     if runner.activations_store.cached_activations_path is not None:
         return
@@ -227,7 +242,7 @@ def _parse_train_arguments(argv: list[str]) -> Any:
     except SystemExit as stop:
         if not stop.code:
             raise
-        # argparse has printed the usage of some hundred flags before the line that matters
+        # argparse has printed the usage of some hundred flags, and then the error as the last line.
         raise ValueError(
             messages.getvalue().strip().splitlines()[-1].partition("error: ")[2]
         ) from None
@@ -358,7 +373,15 @@ def export(argv: list[str]) -> int:
 
 
 def _missing_directory(name: str, flag: str) -> str:
-    """Say what may be wrong with a name that the SAE's metadata or `flag` gives."""
+    """Return what may be wrong with the name of a model or a dataset, for an error's message.
+
+    Args:
+        name: from the SAE's metadata or the flag.
+        flag: the flag that names another.
+
+    Returns:
+        A remark in parentheses if the name looks like a path of no directory, else "".
+    """
     if Path(name).exists() or not {"/", os.sep} & set(name):
         return ""
     if Path(name).is_absolute():
@@ -370,7 +393,7 @@ def _missing_directory(name: str, flag: str) -> str:
 
 
 def _parser(command: str, flags: str, description: str, example: str) -> OneLineParser:
-    """Return a parser with the arguments that name an SAE."""
+    """Return a command's parser, with the two arguments that name an SAE."""
     prog = f"sae-lens-flex {command}"
     parser = OneLineParser(
         prog=prog,

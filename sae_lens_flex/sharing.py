@@ -1,4 +1,4 @@
-"""From and to other SAEs: start from a TopK SAE, export one at a fixed budget, upload."""
+"""SAEs from and to others: start from a TopK SAE, export one at a fixed budget, upload."""
 
 import json
 from dataclasses import fields
@@ -21,11 +21,12 @@ from .saes.hierarchical_topk import (
     HierarchicalTopKTrainingSAEConfig,
 )
 
-# What SAELens's trainer measured at the SAE's own k, in metadata.
+# Metadata that SAELens's trainer measured at the SAE's own k. At another budget it is wrong.
 MEASURED_AT_K = ("l0", "num_dead_features")
-# The key in an export's metadata by which a later export knows that it may replace it.
+# An export has this key in its metadata. A later export replaces an SAE that has it, and no other.
 EXPORT_KEY = "sae_lens_flex_export"
-# The HTTP library's own errors, whichever library huggingface_hub is built on.
+# huggingface_hub sends with requests before its version 1, and with httpx since. Its own error
+# derives from that library's.
 HTTP_ERRORS: Any = HfHubHTTPError.__bases__
 
 
@@ -34,22 +35,22 @@ def export_topk(
 ) -> Path:
     """Save an SAE at a fixed budget as an ordinary SAELens "topk" SAE.
 
-    What is saved loads with SAELens alone, `SAE.load_from_disk(path)`, and encodes and reconstructs
-    as `sae` does at that budget. Its metadata is that of `sae`, without the L0 and the dead latents
-    measured at k, and with `sae_lens_flex_export`, which says what was exported.
+    `SAE.load_from_disk(path)` loads it with SAELens alone. It encodes and reconstructs as `sae`
+    does at that budget. Its metadata is that of `sae`, but for two things: the L0 and the number of
+    dead latents, which were measured at k, are left out, and `sae_lens_flex_export` is added, which
+    says what was exported.
 
     Args:
-        sae: the SAE, which is left as it is.
-        path: the directory to write: a new one, one without an SAE, or one that an earlier export
-            wrote, which is replaced.
+        sae: the SAE. It is not changed.
+        path: the directory to write. An earlier export in it is replaced.
         budget: latents to keep, 1..k.
 
     Returns:
         The directory.
 
     Raises:
-        ValueError: if `path` holds another SAE, or `budget` is not within 1..k.
-        NotADirectoryError: if `path` is a file, or lies in one.
+        ValueError: if `path` holds an SAE that is no export, or `budget` is not within 1..k.
+        NotADirectoryError: if `path` is a file, or lies below one.
     """
     _check_hierarchical(sae)
     budget = check_integer("budget", budget, sae.cfg.k, "k")
@@ -97,21 +98,27 @@ def _metadata_without(sae: SAE[Any], *names: str) -> Any:
 def from_topk(
     sae: TopKSAE | TopKTrainingSAE, **training_fields: Any
 ) -> HierarchicalTopKTrainingSAE:
-    """Start training for every budget from a TopK SAE, which the result reproduces exactly at k.
+    """Make an SAE that starts training for every budget from a TopK SAE.
 
         sae = sae_lens_flex.from_topk(SAE.from_pretrained(release, sae_id))
         LanguageModelSAETrainingRunner(cfg, override_sae=sae).run()
 
-    A saved `hierarchical_topk` SAE is trained on in the same way. It does not hold the fields of
-    its training, such as `budgets`: they are given again.
+    At budget k the new SAE reconstructs exactly as the given one. The given one may also be a saved
+    `hierarchical_topk` SAE, which is then trained on. A saved SAE does not hold the fields of its
+    training, such as `budgets`, so they have to be given again.
 
     Args:
-        sae: a TopK or `hierarchical_topk` SAE, for inference or in training, whose weights are
+        sae: a TopK or `hierarchical_topk` SAE, for inference or in training. Its weights are
             copied.
-        training_fields: fields of HierarchicalTopKTrainingSAEConfig that the SAE does not settle,
-            such as `budgets`, `backend` or `aux_loss_coefficient`. If that coefficient is not
-            given, it is that of an SAE in training; with the normalizations that do not go with an
-            auxiliary loss it is 0.
+        training_fields: fields of HierarchicalTopKTrainingSAEConfig that the SAE does not have,
+            such as `budgets`, `backend` or `aux_loss_coefficient`. If
+            `aux_loss_coefficient` is not given, it is that of an SAE in training, and the config's
+            default for a saved SAE. It is then 0 with the normalizations "layer_norm" and
+            "constant_norm_rescale", which do not go with an auxiliary loss.
+
+    Raises:
+        TypeError: if `sae` is of another architecture, or a field is unknown.
+        ValueError: for a field that the SAE has, such as `k`.
     """
     if not isinstance(sae, (TopKSAE, TopKTrainingSAE)):
         raise TypeError(f"sae is a {type(sae).__name__}, expected a TopKSAE or a TopKTrainingSAE")
@@ -143,21 +150,21 @@ def upload(
 ) -> None:
     """Upload an SAE to the Hugging Face hub, where `SAE.from_pretrained(repo_id, sae_id)` finds it.
 
-    Uses SAELens's uploader, which makes the repository if there is none. A training SAE goes up in
-    its inference form. The model card becomes `{sae_id}/README.md`, and the repository's README.md
-    if that does not exist yet.
+    SAELens's uploader sends it, and makes the repository if there is none. A training SAE is sent
+    in its inference form. A model card is written to `{sae_id}/README.md`. It is also written to
+    README.md of the repository if there is none yet.
 
     Args:
         sae: the SAE.
         repo_id: the repository, "user/name".
-        sae_id: the SAE's folder in it.
-        sweep: what `sweep_budgets` measured, for the model card's table.
+        sae_id: the SAE's folder in the repository.
+        sweep: the result of `sweep_budgets`, which the model card then shows as a table.
         revision: the branch.
 
     Raises:
-        ValueError, TypeError: for arguments that do not fit, before anything is sent.
+        ValueError, TypeError: for arguments that do not fit. Nothing has been sent then.
         ConnectionError: if the hub cannot be reached.
-        HfHubHTTPError: huggingface_hub's, if the hub refuses.
+        HfHubHTTPError: if the hub refuses. The class is huggingface_hub's.
     """
     _check_hierarchical(sae)
     validate_repo_id(repo_id)
