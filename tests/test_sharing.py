@@ -1,4 +1,4 @@
-"""SAEs from and to other SAEs and the Hugging Face hub."""
+"""SAEs exported to TopK, started from TopK, and uploaded to the Hugging Face hub."""
 
 import json
 from collections.abc import Iterator
@@ -54,7 +54,7 @@ def _one_thread_and_seed() -> None:
 
 
 def make_sae(kind: str, rescale: bool = True, **fields: Any) -> Any:
-    """An SAE with random weights whose every parameter matters."""
+    """Return an SAE with random weights and biases. An output that left one out would be off."""
     sae_class, cfg_class = CLASSES[kind]
     sae = sae_class(
         cfg_class(
@@ -222,7 +222,8 @@ def test_from_topk_reproduces_the_sae_exactly_at_k(kind, rescale) -> None:
     assert sae.cfg.metadata.model_name == "gpt2"
     assert torch.equal(sae.encode(x), source.encode(x))
     assert torch.equal(sae(x), source(x))
-    with torch.no_grad():  # a copy: training leaves the source alone
+    # The weights are copies, so training leaves the source alone.
+    with torch.no_grad():
         sae.W_dec.add_(1)
     assert all(torch.equal(value, before[name]) for name, value in source.state_dict().items())
 
@@ -380,12 +381,12 @@ def test_uploaded_saes_have_a_card_and_load_from_the_hub(hub: Hub, tmp_path: Pat
             for name in ("README.md", "cfg.json", "sae_weights.safetensors")
         ),
     }
-    # the inference form: no field of training is there
+    # The training SAE was sent in its inference form, without the fields of training.
     assert json.loads(files["layer_0/cfg.json"])["architecture"] == "hierarchical_topk"
     assert "aux_loss_coefficient" not in json.loads(files["layer_0/cfg.json"])
     card = files["layer_0/README.md"].decode()
     assert card == model_card(training, "someone/saes", "layer_0", a_sweep())
-    # the second SAE's card goes beside it; the repository's stays
+    # The second upload wrote the card of its own SAE, and left the repository's as it was.
     assert files["README.md"] == files["layer_0/README.md"]
     assert "layer_1" in files["layer_1/README.md"].decode()
 

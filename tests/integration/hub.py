@@ -17,14 +17,13 @@ class Hub:
     """
     Answers what `upload` and `SAE.from_pretrained` ask of the hub.
 
-    Its files lie in `files`, by repository and path; a test may add to them. `gets` are the paths
-    that were fetched, `commits` the messages of uploads. Uploads need `TOKEN`.
+    Its files lie in `files`, by repository and path; a test may add to them. `gets` has the paths
+    that were fetched. An upload needs `TOKEN`.
     """
 
     def __init__(self) -> None:
         self.files: dict[str, dict[str, bytes]] = {}
         self.gets: list[str] = []
-        self.commits: list[str] = []
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -68,9 +67,7 @@ class Hub:
                     repo = path.removeprefix("/api/models/").partition("/commit/")[0]
                     for line in map(json.loads, body.splitlines()):
                         value = line["value"]
-                        if line["key"] == "header":
-                            hub.commits.append(value["summary"])
-                        else:
+                        if line["key"] != "header":
                             hub.files[repo][value["path"]] = base64.b64decode(value["content"])
                     commit = {"commitOid": COMMIT, "commitUrl": f"{hub.url}/{repo}/commit/0"}
                     self.answer(200, {"success": True, **commit})

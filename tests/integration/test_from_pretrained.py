@@ -1,4 +1,4 @@
-"""`SAE.from_pretrained` from a stand-in for the Hugging Face hub, and configs that cannot be."""
+"""`SAE.from_pretrained` from a stand-in for the hub, and saved configs that have to be refused."""
 
 import json
 import shutil
@@ -189,7 +189,7 @@ def test_training_checkpoint_with_an_impossible_value_is_refused(
 def test_training_checkpoint_without_what_it_was_trained_with_is_refused(
     architecture: str, field: str, tmp_path: Path
 ):
-    # d_sae is above 100, SAELens's default for k
+    # SAELens's default for k is 100. With a smaller d_sae it would be refused in any case.
     cfg = training_sae_config(architecture, d_sae=128, rescale_acts_by_decoder_norm=False)
     TrainingSAE.from_dict(cfg.to_dict()).save_model(tmp_path / "checkpoint")
     path = edited(tmp_path / "checkpoint", tmp_path / "sae", **{field: MISSING})
