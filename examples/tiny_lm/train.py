@@ -1,6 +1,6 @@
 """Train the tiny language model of this directory: a GPT-2 of four layers on WordNet's glosses.
 
-It writes a model directory, which transformers, TransformerLens and SAELens load by its path. In it,
+It writes a model directory. transformers, TransformerLens and SAELens load it by its path. In it,
 `training.json` has the held-out loss and the settings of the run.
 
     python examples/tiny_lm/train.py --device cuda --out examples/tiny_lm
