@@ -3,12 +3,14 @@
 import argparse
 import contextlib
 import io
+import json
 import logging
 import os
 import sys
 import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,13 +22,15 @@ import transformers
 from sae_lens import SAE, ActivationsStore, LanguageModelSAETrainingRunner
 from sae_lens.llm_sae_training_runner import InterruptedException, _parse_cfg_args
 from sae_lens.load_model import load_model
+from sae_lens.saes.topk_sae import TopKSAE
 
 from . import __version__
 from .evals import sweep_budgets
 from .evals.batches import flat_activations
 from .ops.policy import uses_triton
 from .saes.budgets import RuntimeBudget, check_budgets
-from .sharing import export_topk
+from .saes.registration import TRAINING_CLASSES
+from .sharing import SETTLED, export_topk, start_training, trained_with
 
 SUMMARY = """\
 usage: sae-lens-flex [--version] [--traceback] COMMAND ...
@@ -55,6 +59,9 @@ Train an SAE with SAELens. The flags are SAELens's own. Those that matter first:
   --k               the largest budget: latents kept per activation
   --budgets         levels in the loss, such as 1 8 64; left out: every one of 1..k
   --model_name, --hook_name, --dataset_path, --is_dataset_tokenized
+  --from_pretrained_path
+                    a saved SAE to train on. Flags of the SAE that are left out are as it was
+                    trained. --d_in, --d_sae, --k and the like must be its own.
   --training_tokens, --train_batch_size_tokens, --lr, --device, --autocast
   --output_path     where to save the SAE (left out: "output")
   --log_to_wandb    "false" trains without Weights & Biases
@@ -174,23 +181,101 @@ def train(argv: list[str]) -> int:
         return 0
     if not argv:
         raise ValueError("no flags given (see sae-lens-flex train --help)")
-    cfg = _parse_train_arguments(argv)
+    pretrained, flags = _pretrained(argv)
+    cfg = _parse_train_arguments([*flags, *argv])
+    sae = None if pretrained is None else _start(pretrained, cfg)
+    del pretrained  # Its weights would take as much memory as the new SAE's.
     _make_paths_absolute(cfg)
-    uses_triton(getattr(cfg.sae, "backend", "auto"), _device(cfg.device))  # raises if it cannot
+    uses_triton(getattr(cfg.sae, "backend", "auto"), _device(cfg.device))  # It may raise.
     with _quietly():
         names = [f"model {cfg.model_name}", f"dataset {cfg.dataset_path}"]
         if cfg.model_class_name == "AutoModelForCausalLM" and not Path(cfg.model_name).is_dir():
             names[0] += " (not a directory here)"
         with _naming(", ".join(names)):
-            runner = LanguageModelSAETrainingRunner(cfg)
+            runner = LanguageModelSAETrainingRunner(cfg, override_sae=sae)
         _check_activations(runner)
     if cfg.output_path is not None:
         Path(cfg.output_path).mkdir(parents=True, exist_ok=True)
-    sae: Any = runner.run()
+    trained: Any = runner.run()
     where = "not saved" if cfg.output_path is None else cfg.output_path
-    k = f", k={sae.cfg.k}" if hasattr(sae.cfg, "k") else ""
-    print(f"{where}: a {sae.cfg.get_inference_config_class().architecture()} SAE{k}")
+    k = f", k={trained.cfg.k}" if hasattr(trained.cfg, "k") else ""
+    print(f"{where}: a {trained.cfg.get_inference_config_class().architecture()} SAE{k}")
     return 0
+
+
+def _pretrained(argv: list[str]) -> tuple[Any, list[str]]:
+    """Load the SAE that --from_pretrained_path names, if this package is to train it.
+
+    SAELens would train it with its saved config, and ignore flags such as --budgets.
+
+    Returns:
+        The SAE, and flags that describe it. The user's flags have to follow them, because the last
+        of two equal flags counts. None and no flags if no SAE is named, or SAELens is to load it.
+    """
+    parser = OneLineParser("sae-lens-flex train", add_help=False)
+    parser.add_argument("--from_pretrained_path", nargs="?")
+    parser.add_argument("--architecture", "--sae", nargs="?")
+    for name in ("d_in", "d_sae", "k", "normalize_activations"):
+        parser.add_argument(f"--{name}", *(["-k"] if name == "k" else []), nargs="?")
+    given = vars(parser.parse_known_args(argv)[0])
+    path, architecture = given.pop("from_pretrained_path"), given.pop("architecture")
+    if path is None:
+        return None, []
+    if not Path(path, "cfg.json").is_file():
+        raise ValueError(
+            f"from_pretrained_path is {path!r}, expected the directory of an SAE: there is no "
+            "cfg.json in it"
+        )
+    with _naming(path):
+        saved = json.loads(Path(path, "cfg.json").read_text())
+        saved_as = saved.get("architecture")
+        is_flex = saved.get("metadata", {}).get("training_architecture") == "flex_topk"
+    if architecture is None:
+        # A flex_topk SAE is saved as "topk" for inference.
+        architecture = "flex_topk" if saved_as == "topk" and is_flex else saved_as
+    if architecture not in TRAINING_CLASSES:
+        if saved_as in TRAINING_CLASSES:
+            raise ValueError(
+                f"architecture is {architecture!r}, expected {saved_as!r} as the SAE in {path!r}"
+            )
+        return None, []
+    with _naming(path), _quietly():
+        sae = SAE.load_from_disk(path)
+        if not isinstance(sae, TopKSAE):
+            raise ValueError(f"it holds a {type(sae).__name__}, expected a TopKSAE")
+        known = trained_with(sae, TRAINING_CLASSES[architecture][1])
+    known |= {name: getattr(sae.cfg, name) for name in SETTLED}
+    # These flags come first. With a wrong one of them, the error might name another flag.
+    for name, text in given.items():
+        if text is not None and text != str(known[name]):
+            raise ValueError(
+                f"{name} is {text}, expected {known[name]} as the SAE in {path!r} has it"
+            )
+    return sae, ["--architecture", architecture, *_as_flags(known)]
+
+
+def _as_flags(sae_fields: dict[str, Any]) -> Iterator[str]:
+    """Return the flags that give an SAE's config these fields."""
+    for name, value in sae_fields.items():
+        if name == "normalize_activations" and value == "constant_norm_rescale":
+            continue  # SAELens's flag does not take this value. `_start` sets it.
+        if name == "budgets" and value is None:
+            continue  # The flag alone would mean an empty list. Other flags alone mean None.
+        # --dtype is the run's.
+        yield "--sae.dtype" if name == "dtype" else f"--{name}"
+        if isinstance(value, list):
+            yield from map(str, value)
+        elif value is not None:
+            yield str(value)
+
+
+def _start(pretrained: Any, cfg: Any) -> Any:
+    """Make the SAE that the flags describe, with the weights of `pretrained`."""
+    # Not every normalization has a flag.
+    normalization = pretrained.cfg.normalize_activations
+    cfg.sae = replace(cfg.sae, normalize_activations=normalization)
+    with _naming(cfg.from_pretrained_path):
+        return start_training(pretrained, cfg.sae)
 
 
 def _make_paths_absolute(cfg: Any) -> None:

@@ -1,10 +1,10 @@
 """SAEs from and to others: start from a TopK SAE, export one at a fixed budget, upload."""
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub import HfApi
@@ -20,11 +20,16 @@ from .saes.hierarchical_topk import (
     HierarchicalTopKTrainingSAE,
     HierarchicalTopKTrainingSAEConfig,
 )
+from .saes.registration import TRAINING_CLASSES
 
 # Metadata that SAELens's trainer measured at the SAE's own k. At another budget it is wrong.
 MEASURED_AT_K = ("l0", "num_dead_features")
 # An export has this key in its metadata. A later export replaces an SAE that has it, and no other.
 EXPORT_KEY = "sae_lens_flex_export"
+# These fields belong to the weights. With other values the weights would be another SAE's.
+SETTLED = tuple(
+    field.name for field in fields(TopKSAEConfig) if field.name not in ("device", "metadata")
+)
 # huggingface_hub sends with requests before its version 1, and with httpx since. Its own error
 # derives from that library's.
 HTTP_ERRORS: Any = HfHubHTTPError.__bases__
@@ -103,38 +108,91 @@ def from_topk(
         sae = sae_lens_flex.from_topk(SAE.from_pretrained(release, sae_id))
         LanguageModelSAETrainingRunner(cfg, override_sae=sae).run()
 
-    At budget k the new SAE reconstructs exactly as the given one. The given one may also be a saved
-    `hierarchical_topk` SAE, which is then trained on. A saved SAE does not hold the fields of its
-    training, such as `budgets`, so they have to be given again.
+    At budget k the new SAE reconstructs exactly as the given one. The given one may also be a
+    `hierarchical_topk` SAE, saved or in training, which is then trained on.
 
     Args:
         sae: a TopK or `hierarchical_topk` SAE, for inference or in training. Its weights are
             copied.
-        training_fields: fields of HierarchicalTopKTrainingSAEConfig that the SAE does not have,
-            such as `budgets`, `backend` or `aux_loss_coefficient`. If
-            `aux_loss_coefficient` is not given, it is that of an SAE in training, and the config's
-            default for a saved SAE. It is then 0 with the normalizations "layer_norm" and
-            "constant_norm_rescale", which do not go with an auxiliary loss.
+        training_fields: fields of HierarchicalTopKTrainingSAEConfig that do not belong to the
+            weights, such as `budgets`, `backend` or `aux_loss_coefficient`. A field that is not
+            given is as the SAE was trained, if that is known, and has its default otherwise. Of a
+            `hierarchical_topk` SAE all fields are known. Of a `flex_topk` SAE, and of an SAE that
+            `export_topk` wrote, all but `budgets` are. Of SAELens's `topk` in training
+            `aux_loss_coefficient` is, but it is 0 with "layer_norm" and "constant_norm_rescale",
+            which do not go with an auxiliary loss.
 
     Raises:
-        TypeError: if `sae` is of another architecture, or a field is unknown.
-        ValueError: for a field that the SAE has, such as `k`.
+        TypeError: for an SAE of another architecture, or a field that the config does not have.
+        ValueError: for a field that belongs to the weights, such as `k`, or an impossible value.
     """
     if not isinstance(sae, (TopKSAE, TopKTrainingSAE)):
         raise TypeError(f"sae is a {type(sae).__name__}, expected a TopKSAE or a TopKTrainingSAE")
-    settled = {field.name for field in fields(TopKSAEConfig)} - {"metadata"}
+    own = {name: getattr(sae.cfg, name) for name in (*SETTLED, "device")}
     for name in training_fields:
-        if name in settled:
+        if name in (*own, "metadata"):
             raise ValueError(f"{name} is given, expected the SAE's own: {getattr(sae.cfg, name)!r}")
-    if sae.cfg.normalize_activations in ("layer_norm", "constant_norm_rescale"):
-        training_fields.setdefault("aux_loss_coefficient", 0.0)
-    elif isinstance(sae, TopKTrainingSAE):
-        training_fields.setdefault("aux_loss_coefficient", sae.cfg.aux_loss_coefficient)
-    cfg = HierarchicalTopKTrainingSAEConfig(
-        **{name: getattr(sae.cfg, name) for name in settled}, **training_fields
-    )
-    cfg.metadata = _metadata_without(sae, *MEASURED_AT_K, EXPORT_KEY)
-    started = HierarchicalTopKTrainingSAE(cfg)
+    fields_of_training = trained_with(sae, HierarchicalTopKTrainingSAEConfig) | training_fields
+    cfg = HierarchicalTopKTrainingSAEConfig(**own, **fields_of_training)
+    return cast(HierarchicalTopKTrainingSAE, start_training(sae, cfg))
+
+
+def trained_with(sae: TopKSAE | TopKTrainingSAE, config_class: type[Any]) -> dict[str, Any]:
+    """Return what is known of how an SAE was trained, as fields of a training config.
+
+    Args:
+        sae: an SAE in training, or one for inference. The metadata of the latter may say how it was
+            trained.
+        config_class: the class of the training config. No other fields are returned.
+
+    Raises:
+        ValueError: if the metadata is not as SAELens writes it.
+    """
+    if isinstance(sae, TopKTrainingSAE):
+        architecture = sae.cfg.architecture()
+        known = sae.cfg.get_training_architecture_details()
+    else:
+        architecture = sae.cfg.metadata.training_architecture
+        known = sae.cfg.metadata.get("training_architecture_details", {})
+        if not isinstance(known, dict):
+            raise ValueError(
+                f"training_architecture_details is {known!r} in the SAE's metadata, expected a "
+                "dictionary"
+            )
+    if architecture not in TRAINING_CLASSES:
+        # Of a topk SAE of SAELens only this field is taken over. The others either belong to the
+        # weights, or would make our training slower, as its dense activations would.
+        is_topk = architecture == "topk" or isinstance(sae, TopKTrainingSAE)
+        shared = {"aux_loss_coefficient"} if is_topk else set()
+        known = {name: value for name, value in known.items() if name in shared}
+        if sae.cfg.normalize_activations in ("layer_norm", "constant_norm_rescale"):
+            known["aux_loss_coefficient"] = 0.0
+    names = {field.name for field in fields(config_class)} - {*SETTLED, "device", "metadata"}
+    if not isinstance(sae, (HierarchicalTopKSAE, HierarchicalTopKTrainingSAE)):
+        # The metadata of an export has the budgets of the SAE that was exported. They end with that
+        # SAE's k, not with the export's.
+        names.discard("budgets")
+    return {name: value for name, value in known.items() if name in names}
+
+
+def start_training(sae: TopKSAE | TopKTrainingSAE, cfg: Any) -> TrainingSAE[Any]:
+    """Make the training SAE of a config, with the weights and the metadata of another SAE.
+
+    Args:
+        sae: the SAE. Its weights and its metadata are copied, the latter without what was measured.
+        cfg: the config of one of this package's training SAEs. It is not changed.
+
+    Raises:
+        ValueError: if a field that belongs to the weights is not that of `sae`.
+    """
+    for name in SETTLED:
+        if getattr(cfg, name) != getattr(sae.cfg, name):
+            raise ValueError(
+                f"{name} is {getattr(cfg, name)!r}, expected the SAE's own: "
+                f"{getattr(sae.cfg, name)!r}"
+            )
+    cfg = replace(cfg, metadata=_metadata_without(sae, *MEASURED_AT_K, EXPORT_KEY))
+    started = TRAINING_CLASSES[cfg.architecture()][0](cfg)
     with torch.no_grad():
         started.load_state_dict(sae.state_dict())
     return started

@@ -449,7 +449,7 @@ def test_sae_that_does_not_say_what_it_reads_is_refused(
 def test_wrong_training_flags_are_refused(
     flags: dict[str, Any], words: list[str], train_flags, run, tmp_path: Path, monkeypatch
 ) -> None:
-    monkeypatch.setattr(sae_lens_flex.ops._triton, "INTERPRETED", False)
+    monkeypatch.setattr(sae_lens_flex.ops.kernels.launch, "INTERPRETED", False)
     (tmp_path / "file").write_text("")
     places = {"MISSING": tmp_path / "missing", "FILE": tmp_path / "file"}
     flags = {

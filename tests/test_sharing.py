@@ -270,7 +270,9 @@ def test_from_topk_takes_over_nothing_that_was_measured(tmp_path: Path) -> None:
         assert metadata.training_architecture == "hierarchical_topk"
 
 
-@pytest.mark.parametrize("field", ["k", "d_sae", "rescale_acts_by_decoder_norm", "dtype"])
+@pytest.mark.parametrize(
+    "field", ["k", "d_sae", "rescale_acts_by_decoder_norm", "dtype", "device", "metadata"]
+)
 def test_from_topk_refuses_what_the_sae_settles(field) -> None:
     with pytest.raises(ValueError, match=rf"^{field} is given"):
         from_topk(make_sae("topk"), **{field: 1})

@@ -13,7 +13,7 @@ from ..ops.codes import Code
 from ..ops.losses import prefix_residuals
 from ..ops.policy import accumulation_dtype, computes_by_triton
 from .checks import check_integer, check_number
-from .normalization import take_output_map
+from .normalization import OwnNormalization, take_output_map
 
 
 def doubling_budgets(k: int) -> list[int]:
@@ -68,7 +68,7 @@ class RuntimeTopK(TopK):
         self._budget = k
 
 
-class RuntimeBudget(SAE[Any]):
+class RuntimeBudget(OwnNormalization):
     """
     Lets an SAE with a TopK activation function keep fewer than cfg.k latents.
 
@@ -77,11 +77,6 @@ class RuntimeBudget(SAE[Any]):
     """
 
     activation_fn: TopK
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        # SAELens's normalization functions hold the SAE that made them: a copy needs its own.
-        self._setup_activation_normalization()
 
     @override
     def get_activation_fn(self) -> TopK:

@@ -1,6 +1,7 @@
 """`flex_topk`: SAELens's TopK, with the same losses, trained through the fused kernels."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from typing_extensions import override
 
@@ -34,4 +35,5 @@ class FlexTopKTrainingSAE(FusedTopKTrainingSAE):
 
     @override
     def _step_k(self) -> int:
-        return check_integer("activation_fn.k", self.activation_fn.k, len(self.W_dec), "d_sae")
+        activation_fn: Any = self.activation_fn
+        return check_integer("activation_fn.k", activation_fn.k, len(self.W_dec), "d_sae")

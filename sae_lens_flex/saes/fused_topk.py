@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
@@ -17,6 +17,7 @@ from ..ops.policy import (
     is_deterministic,
     product_dtype,
 )
+from ..ops.requests import Levels
 from ..training.dead import Dead, nonzero_later
 from ..training.firing import feature_acts
 from ..training.graph import Recorder, is_worth_recording
@@ -25,10 +26,10 @@ from ..training.requests import Inputs, Spec, WantedGradients, Weights
 from ..training.step import step
 from .configs import FusedTopKTrainingSAEConfig, check_auxiliary_loss
 from .fused_path import METHODS, hooked, replaced
-from .normalization import OutputMap, take_output_map
+from .normalization import OutputMap, OwnNormalization, take_output_map
 
 
-class FusedTopKTrainingSAE(TopKTrainingSAE):
+class FusedTopKTrainingSAE(OwnNormalization, TopKTrainingSAE):
     """
     SAELens's TopK training SAE, whose step is one function of tensors: `training.step.step`.
 
@@ -70,11 +71,6 @@ class FusedTopKTrainingSAE(TopKTrainingSAE):
 
     _recorder: Recorder | None = None
     _unfused_reasons: tuple[str, ...] = ()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        # SAELens's normalization functions hold the SAE that made them: a copy needs its own.
-        self._setup_activation_normalization()
 
     # --- W_enc latent by latent
 
@@ -153,8 +149,9 @@ class FusedTopKTrainingSAE(TopKTrainingSAE):
         dead = self._dead(step_input.dead_neuron_mask, n_latents)
         inputs, output_map = self._inputs(x)
         k = self._step_k()
-        levels, level_weights = self._levels(k, inputs.target)
-        inputs = inputs._replace(level_weights=level_weights)
+        levels = self._levels(k, inputs.target)
+        if isinstance(levels, torch.Tensor):
+            inputs, levels = inputs._replace(level_weights=levels), "every"
         spec = Spec(
             k=k,
             levels=levels,
@@ -206,11 +203,9 @@ class FusedTopKTrainingSAE(TopKTrainingSAE):
         """Return the number of latents that a training step keeps."""
         raise NotImplementedError
 
-    def _levels(
-        self, k: int, like: torch.Tensor
-    ) -> tuple[Literal["every", "last", "weighted"], torch.Tensor | None]:
-        """Return the spec's levels and, for "weighted", the level weights, [k], as `like`."""
-        return "last", None
+    def _levels(self, k: int, like: torch.Tensor) -> Levels:
+        """Return how the loss weighs its levels; level weights have dtype and device of `like`."""
+        return "last"
 
     def _logging_metrics(
         self, x: torch.Tensor, code: Code, output_map: OutputMap

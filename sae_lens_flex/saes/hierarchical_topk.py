@@ -7,7 +7,7 @@ any budget up to k at run time.
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput, _disable_hooks
@@ -17,6 +17,7 @@ from typing_extensions import override
 from ..ops.codes import Code
 from ..ops.losses import differentiable_loss, prefix_residuals
 from ..ops.policy import accumulation_dtype
+from ..ops.requests import Levels
 from .budgets import RuntimeBudget, check_trained_budgets, doubling_budgets
 from .checks import check_integer
 from .configs import CheckedTopKSAEConfig, FusedTopKTrainingSAEConfig
@@ -124,13 +125,11 @@ class HierarchicalTopKTrainingSAE(RuntimeBudget, FusedTopKTrainingSAE):
         return check_integer("k", self.cfg.k, len(self.W_dec), "d_sae")
 
     @override
-    def _levels(
-        self, k: int, like: torch.Tensor
-    ) -> tuple[Literal["every", "last", "weighted"], torch.Tensor | None]:
+    def _levels(self, k: int, like: torch.Tensor) -> Levels:
         if self.cfg.budgets is None:
-            return "every", None
+            return "every"
         budgets = tuple(check_trained_budgets(self.cfg.budgets, k))
-        return "weighted", _level_weights(budgets, like.device, like.dtype)
+        return _level_weights(budgets, like.device, like.dtype)
 
     @override
     def _logging_metrics(
@@ -195,9 +194,9 @@ class HierarchicalTopKTrainingSAE(RuntimeBudget, FusedTopKTrainingSAE):
         if step_input.is_logging_step:
             metrics = self._metrics_of(x.reshape(-1, d_in), code, flat_map)
 
-        _, level_weights = self._levels(k, sae_out)
-        if level_weights is None:
-            level_weights = sae_out.new_full((k,), 1 / k)
+        levels = self._levels(k, sae_out)
+        weighted = isinstance(levels, torch.Tensor)
+        level_weights = levels if weighted else sae_out.new_full((k,), 1 / k)
         loss_at_k = self.mse_loss_fn(sae_out, x).sum(dim=-1).mean()
         if set(OF_DECODING) & set(replaced(self, OWN)):
             below_k = self._losses_by_decode(feature_acts, x, latents, level_weights, undoing)

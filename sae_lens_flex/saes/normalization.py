@@ -10,6 +10,7 @@ map of each sample:
 from typing import Any, NamedTuple
 
 import torch
+from sae_lens.saes.sae import SAE
 
 ATTRIBUTES = ("ln_mu", "ln_std", "x_norm_coeff")
 
@@ -47,3 +48,15 @@ def take_output_map(sae: Any) -> OutputMap:
     for name in output_attributes(sae):
         delattr(sae, name)
     return output_map
+
+
+class OwnNormalization(SAE[Any]):
+    """Gives a copy of an SAE normalization functions of its own.
+
+    SAELens's functions keep their results on the SAE that made them, and a copy would take these
+    functions over.
+    """
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._setup_activation_normalization()

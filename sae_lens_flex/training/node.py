@@ -61,7 +61,7 @@ def attach_step(
     def again(*saved: torch.Tensor) -> StepResult:
         return step(
             Weights(*saved[:4]),
-            Inputs(*saved[4:], inputs.level_weights),
+            Inputs(saved[4], saved[5], saved[6], inputs.level_weights),
             replace(spec, deterministic=is_deterministic()),
             wanted=wanted,
             dead=dead,

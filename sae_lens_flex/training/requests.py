@@ -33,8 +33,7 @@ class Inputs(NamedTuple):
         target: what is to be reconstructed, less the shift of the output, [B, D], float32 or
             float64.
         output_scale: by which the output is multiplied, [B, 1], or None for 1.
-        level_weights: c_j, [k], not differentiated; None where the spec's levels are "every" or
-            "last".
+        level_weights: c_j, [k], not differentiated. None for the weights that the spec names.
     """
 
     encoder_input: torch.Tensor
@@ -49,8 +48,8 @@ class Spec:
 
     Attributes:
         k: latents to keep of each sample.
-        levels: "every" weighs each level 1 / k, "last" level k alone; "weighted" takes the inputs'
-            level weights.
+        levels: "every" weighs each level 1 / k, "last" level k alone. Level weights among the
+            inputs take their place.
         n_samples: B of the batch that the losses average over.
         rescale_acts_by_decoder_norm: whether latents are compared by h * norms.
         apply_b_dec_to_input: whether b_dec is subtracted from the input.
@@ -61,7 +60,7 @@ class Spec:
     """
 
     k: int
-    levels: Literal["every", "last", "weighted"]
+    levels: Literal["every", "last"]
     n_samples: int
     rescale_acts_by_decoder_norm: bool
     apply_b_dec_to_input: bool

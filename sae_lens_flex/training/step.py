@@ -133,17 +133,16 @@ def _reconstruct(
 ) -> Reconstruction:
     W_enc, b_enc, W_dec, b_dec = weights
     x, target, scale, level_weights = inputs  # [B, D], [B, D], [B, 1], [k]
-    n_latents = W_dec.shape[0]
-    backend = {"use_triton": spec.use_triton}
+    n_latents, use_triton = W_dec.shape[0], spec.use_triton
     sum_dtype = accumulation_dtype(W_dec, target)
 
     # --- encode
     norms, read = _norms_and_copy(W_dec, spec)  # [F] or None, [F, D]
     rows = encoder_rows(x, b_dec, spec)  # [B, D]
-    code = select(rows, Encoder(W_enc, b_enc, norms), spec.k, **backend)  # [B, k]
+    code = select(rows, Encoder(W_enc, b_enc, norms), spec.k, use_triton=use_triton)  # [B, k]
     index = None
     if wanted.W_enc:
-        index = code.by_latent(n_latents, deterministic=spec.deterministic, **backend)
+        index = code.by_latent(n_latents, deterministic=spec.deterministic, use_triton=use_triton)
     hidden_pre = code.values if norms is None else code.values * norms.take(code.latents)
 
     # --- decode: vals @ W_dec[latents] + bias is to be the target
@@ -172,46 +171,46 @@ def _reconstruct(
             index=index,
             deterministic=spec.deterministic,
         ),
-        **backend,
+        use_triton=use_triton,
     )
     del read  # A copy, if it is one, is not to add to the encoder's gradient at the peak of memory.
     grad_vals, grad_b_dec, grad_scale = decoded.values, decoded.bias, None
     if scale is not None:
         scale = scale.to(sum_dtype)
-        if wanted.b_dec:
+        if wanted.b_dec and decoded.target is not None:
             grad_b_dec = -(scale * decoded.target).sum(0)  # [D]
-        if wanted.output_scale:
+        if wanted.output_scale and grad_vals is not None and decoded.target is not None:
             grad_scale = (grad_vals * acts).sum(-1, keepdim=True)  # [B, 1]
             grad_scale -= (decoded.target * b_dec).sum(-1, keepdim=True)
-        if grad_vals is not None:
-            grad_vals = grad_vals * scale
+        grad_vals = None if grad_vals is None else grad_vals * scale
 
     # --- back through the encoder
     grad_W_enc = grad_b_enc = grad_x = None
-    if wants_encoder:
+    if wants_encoder and grad_vals is not None:
         # `masked_fill` leaves a NaN where h is NaN, as the gradient of relu does.
         g = code.with_values(grad_vals.masked_fill(code.values <= 0, 0))  # [B, k]
         if index is not None:
             grad_W_enc = W_enc.new_empty(W_enc.shape[::-1], dtype=gradient_dtype(W_enc.dtype))
-            scatter(index, g.values, rows, out=grad_W_enc, **backend)  # [F, D]
+            scatter(index, g.values, rows, out=grad_W_enc, use_triton=use_triton)  # [F, D]
             grad_W_enc = grad_W_enc.T  # [D, F]
         if wanted.b_enc or (wanted.b_dec and spec.apply_b_dec_to_input):
             grad_b_enc = b_enc.new_zeros(n_latents, dtype=sum_dtype)
             grad_b_enc.index_add_(0, g.latents.flatten(), g.values.flatten())  # [F]
-        if wanted.b_dec and spec.apply_b_dec_to_input:
+        if grad_b_dec is not None and grad_b_enc is not None and spec.apply_b_dec_to_input:
             grad_b_dec = minus_product(grad_b_dec, W_enc, grad_b_enc)
         if wanted.encoder_input:
-            grad_x = in_dtype(gather(g, W_enc.T, **backend), gradient_dtype(x.dtype))  # [B, D]
+            grad_x = gather(g, W_enc.T, use_triton=use_triton)  # [B, D]
+    assert decoded.residual is not None
     return Reconstruction(
         mse_loss=decoded.loss,
         gradients=Gradients(
             W_enc=grad_W_enc,
-            b_enc=_if(wanted.b_enc, grad_b_enc, b_enc),
+            b_enc=_kept(grad_b_enc, b_enc) if wanted.b_enc else None,
             W_dec=decoded.weight,
-            b_dec=_if(wanted.b_dec, grad_b_dec, b_dec),
-            encoder_input=grad_x,
-            target=_if(wanted.target, decoded.target, inputs.target),
-            output_scale=_if(wanted.output_scale, grad_scale, inputs.output_scale),
+            b_dec=_kept(grad_b_dec, b_dec),
+            encoder_input=_kept(grad_x, x),
+            target=_kept(decoded.target, inputs.target) if wanted.target else None,
+            output_scale=_kept(grad_scale, inputs.output_scale),
         ),
         residual=decoded.residual,
         code=code,
@@ -233,8 +232,8 @@ def _norms_and_copy(W_dec: torch.Tensor, spec: Spec) -> tuple[torch.Tensor | Non
     return W_dec.norm(dim=-1) if rescales else None, W_dec
 
 
-def _if(is_wanted: bool, gradient: torch.Tensor | None, of: torch.Tensor) -> torch.Tensor | None:
-    """Return a gradient in the dtype in which it is kept, or None where it is not wanted."""
-    if not is_wanted or gradient is None:
+def _kept(gradient: torch.Tensor | None, of: torch.Tensor | None) -> torch.Tensor | None:
+    """Return the gradient of a tensor in the dtype in which it is kept until the backward pass."""
+    if gradient is None or of is None:
         return None
     return in_dtype(gradient, gradient_dtype(of.dtype))
