@@ -20,7 +20,7 @@ from sae_lens.util import (
     get_special_token_ids,
 )
 from tqdm.auto import tqdm
-from transformer_lens.HookedRootModule import HookedRootModule
+from transformer_lens.HookedTransformer import HookedRootModule
 
 from .saes.budgets import RuntimeBudget, check_budgets, doubling_budgets
 from .saes.checks import check_integer
