@@ -5,6 +5,7 @@ import contextlib
 import io
 import json
 import logging
+import math
 import os
 import sys
 import textwrap
@@ -63,6 +64,9 @@ Train an SAE with SAELens. The flags are SAELens's own. Those that matter first:
                     a saved SAE to train on. Flags of the SAE that are left out are as it was
                     trained. --d_in, --d_sae, --k and the like must be its own.
   --training_tokens, --train_batch_size_tokens, --lr, --device, --autocast
+  --n_batches_in_buffer
+                    prompts of --context_size tokens that SAELens shuffles together (left out: 20,
+                    or eight times as many as a batch takes, where 20 are less than a batch)
   --output_path     where to save the SAE (left out: "output")
   --log_to_wandb    "false" trains without Weights & Biases
 
@@ -183,6 +187,7 @@ def train(argv: list[str]) -> int:
         raise ValueError("no flags given (see sae-lens-flex train --help)")
     pretrained, flags = _pretrained(argv)
     cfg = _parse_train_arguments([*flags, *argv])
+    _fit_buffer(cfg, argv)
     sae = None if pretrained is None else _start(pretrained, cfg)
     del pretrained  # Its weights would take as much memory as the new SAE's.
     _make_paths_absolute(cfg)
@@ -276,6 +281,29 @@ def _start(pretrained: Any, cfg: Any) -> Any:
     cfg.sae = replace(cfg.sae, normalize_activations=normalization)
     with _naming(cfg.from_pretrained_path):
         return start_training(pretrained, cfg.sae)
+
+
+def _fit_buffer(cfg: Any, argv: list[str]) -> None:
+    """Let the buffer hold a training batch, without which SAELens cannot start.
+
+    SAELens's own defaults do not fit together: 20 prompts of 128 tokens, and batches of 4096.
+    """
+    parser = OneLineParser("sae-lens-flex train", add_help=False)
+    parser.add_argument("--n_batches_in_buffer", nargs="?")
+    is_given = parser.parse_known_args(argv)[0].n_batches_in_buffer is not None
+    tokens_per_prompt = len(range(cfg.context_size)[slice(*cfg.seqpos_slice)])
+    prompts_per_batch = math.ceil(cfg.train_batch_size_tokens / tokens_per_prompt)
+    if cfg.n_batches_in_buffer >= prompts_per_batch:
+        return
+    if is_given:
+        raise ValueError(
+            f"--n_batches_in_buffer is {cfg.n_batches_in_buffer}, expected at least "
+            f"{prompts_per_batch}: that many prompts of {tokens_per_prompt} tokens "
+            f"(--context_size) make a batch of --train_batch_size_tokens "
+            f"({cfg.train_batch_size_tokens})"
+        )
+    # SAELens keeps half of the buffer back for shuffling, and serves the rest.
+    cfg.n_batches_in_buffer = 8 * prompts_per_batch
 
 
 def _make_paths_absolute(cfg: Any) -> None:

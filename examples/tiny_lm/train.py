@@ -77,6 +77,15 @@ def load_tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
     )
 
 
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, path: Path) -> None:
+    """Save a tokenizer that transformers 4 and 5 load."""
+    tokenizer.save_pretrained(path)
+    # transformers 5 writes its own name of the class, which transformers 4 does not know.
+    config_path = path / "tokenizer_config.json"
+    config = json.loads(config_path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    config_path.write_text(json.dumps(config, indent=2) + "\n")
+
+
 def tokenize(documents: list[str], tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
     """Concatenate the tokens of all documents, each followed by <|endoftext|>."""
     end = tokenizer.eos_token_id
@@ -221,7 +230,7 @@ def main() -> None:
 
     # The config says float32, the dtype of `model`, so the float16 weights load as float32.
     model.save_pretrained(args.out, state_dict=best_weights)
-    tokenizer.save_pretrained(args.out)
+    save_tokenizer(tokenizer, args.out)
 
     # The saved weights are rounded, and the recorded loss is theirs.
     saved_model = GPT2LMHeadModel.from_pretrained(args.out).to(args.device)
