@@ -4,11 +4,12 @@
     python examples/run_sae_lens.py --model gpt2 --dataset monology/pile-uncopyrighted
     python examples/run_sae_lens.py --preset gemma-2-2b
 
-Without arguments it takes the tiny model and the text of examples/tiny_lm, needs no network and is
-done within 2 minutes on 2 CPU cores. The other two are for a GPU.
+Without arguments it takes the model and the text of examples/tiny_lm. It then needs no network, and
+is done within 2 minutes on 2 CPU cores. The other two commands are for a GPU.
 """
 
 import argparse
+import math
 from pathlib import Path
 
 from datasets import load_dataset
@@ -36,10 +37,11 @@ PRESETS = {
         d_sae=2048,
         k=32,
         tokens=400_000,
+        context_size=128,
         batch_size=1024,
         lr=6e-3,
     ),
-    # for models that TransformerLens knows
+    # For any model that TransformerLens knows.
     "hub": dict(
         model="gpt2",
         model_class="HookedTransformer",
@@ -48,10 +50,11 @@ PRESETS = {
         d_sae=24576,
         k=64,
         tokens=100_000_000,
+        context_size=1024,
         batch_size=4096,
         lr=3e-4,
     ),
-    # the paper's setting (arXiv 2505.24473)
+    # The setting of the paper (arXiv 2505.24473).
     "gemma-2-2b": dict(
         model="google/gemma-2-2b",
         model_class="HookedTransformer",
@@ -60,6 +63,7 @@ PRESETS = {
         d_sae=65536,
         k=128,
         tokens=1_000_000_000,
+        context_size=1024,
         batch_size=4096,
         lr=3e-4,
     ),
@@ -77,6 +81,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--d-sae", type=int, help="latents in the dictionary")
     parser.add_argument("--k", type=int, help="the largest budget")
     parser.add_argument("--tokens", type=int, help="tokens to train on")
+    parser.add_argument("--context-size", type=int, help="tokens in a prompt")
     parser.add_argument("--batch-size", type=int, help="tokens in a batch")
     parser.add_argument("--lr", type=float, help="learning rate")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or mps")
@@ -101,12 +106,16 @@ def announce(args: argparse.Namespace) -> None:
     )
 
 
+def prompts_at_once(args: argparse.Namespace, tokens: int) -> int:
+    return max(1, tokens // args.context_size)
+
+
 def train(args: argparse.Namespace) -> None:
     model_config = AutoConfig.from_pretrained(args.model)
     if args.hook is None:
         args.hook = f"blocks.{model_config.num_hidden_layers // 2}.hook_resid_post"
     cfg = LanguageModelSAERunnerConfig(
-        # The two lines that differ from training a TopK SAE: the import above, and this class.
+        # Two lines differ from training a TopK SAE: the import above, and this class.
         sae=sae_lens_flex.HierarchicalTopKTrainingSAEConfig(
             d_in=model_config.hidden_size,
             d_sae=args.d_sae,
@@ -117,6 +126,10 @@ def train(args: argparse.Namespace) -> None:
         hook_name=args.hook,
         dataset_path=args.dataset,
         is_dataset_tokenized=False,
+        context_size=args.context_size,
+        # prompts that are shuffled together: SAELens's 20 can hold fewer tokens than a batch
+        n_batches_in_buffer=math.ceil(16 * args.batch_size / args.context_size),
+        store_batch_size_prompts=prompts_at_once(args, tokens=4096),
         training_tokens=args.tokens,
         train_batch_size_tokens=args.batch_size,
         lr=args.lr,
@@ -141,7 +154,10 @@ def evaluate(args: argparse.Namespace) -> None:
         HELD_OUT_DOCUMENTS
     )
     store = ActivationsStore.from_sae(model, sae, dataset=held_out_text, device=args.device)
-    sweep = sae_lens_flex.sweep_budgets(sae, store, n_batches=4, batch_size_prompts=16)
+    # Prompts are few at a time: the model's logits of a token are as many as its vocabulary.
+    sweep = sae_lens_flex.sweep_budgets(
+        sae, store, n_batches=4, batch_size_prompts=prompts_at_once(args, tokens=2048)
+    )
 
     columns = ["budget", "explained_variance", "ce_loss_score"]
     print(f"\nOne SAE, measured on the same {sweep.n_tokens} held-out tokens at every budget:\n")

@@ -1,14 +1,17 @@
-"""The command line: `sae-lens-flex` and `python -m sae_lens_flex`."""
+"""The command line: `sae-lens-flex`, or `python -m sae_lens_flex`."""
 
 import argparse
 import contextlib
 import io
+import json
 import logging
+import math
 import os
 import sys
 import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,12 +23,15 @@ import transformers
 from sae_lens import SAE, ActivationsStore, LanguageModelSAETrainingRunner
 from sae_lens.llm_sae_training_runner import InterruptedException, _parse_cfg_args
 from sae_lens.load_model import load_model
+from sae_lens.saes.topk_sae import TopKSAE
 
 from . import __version__
-from .budgets import flat_activations, sweep_budgets
+from .evals import sweep_budgets
+from .evals.batches import flat_activations
 from .ops.policy import uses_triton
 from .saes.budgets import RuntimeBudget, check_budgets
-from .sharing import export_topk
+from .saes.registration import TRAINING_CLASSES
+from .sharing import SETTLED, export_topk, start_training, trained_with
 
 SUMMARY = """\
 usage: sae-lens-flex [--version] [--traceback] COMMAND ...
@@ -54,7 +60,13 @@ Train an SAE with SAELens. The flags are SAELens's own. Those that matter first:
   --k               the largest budget: latents kept per activation
   --budgets         levels in the loss, such as 1 8 64; left out: every one of 1..k
   --model_name, --hook_name, --dataset_path, --is_dataset_tokenized
+  --from_pretrained_path
+                    a saved SAE to train on. Flags of the SAE that are left out are as it was
+                    trained. --d_in, --d_sae, --k and the like must be its own.
   --training_tokens, --train_batch_size_tokens, --lr, --device, --autocast
+  --n_batches_in_buffer
+                    prompts of --context_size tokens that SAELens shuffles together (left out: 20,
+                    or eight times as many as a batch takes, where 20 are less than a batch)
   --output_path     where to save the SAE (left out: "output")
   --log_to_wandb    "false" trains without Weights & Biases
 
@@ -85,7 +97,7 @@ Save a trained SAE at one budget as an ordinary SAELens TopK SAE, which loads wi
 An earlier export in DIR is replaced; any other SAE there is left alone, and that is an error.
 """
 
-# TransformerLens's messages list every model that it knows.
+# A longer message is cut. Some of TransformerLens's list every model that it knows.
 MESSAGE_WIDTH = 400
 
 FIGURE_SUFFIXES = (".html", ".png", ".svg", ".pdf")
@@ -99,7 +111,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line on `argv`, or on the process's arguments; return the exit code."""
+    """Run the command line on `argv`, or on the process's arguments. Return the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     shows_traceback = argv[:1] == ["--traceback"]
     if shows_traceback:
@@ -140,7 +152,10 @@ def _in_one_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _naming(what: str) -> Iterator[None]:
-    """Say what could not be read, which the libraries below often do not."""
+    """Put `what` before the message of an error in the block.
+
+    The libraries' own messages often do not say which model, dataset or SAE could not be read.
+    """
     try:
         yield
     except Exception as error:
@@ -149,7 +164,11 @@ def _naming(what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Keep what libraries log and warn while they load from burying the line that matters."""
+    """Silence what libraries log and warn while they load something.
+
+    If loading fails, the line that says why would be lost among it. If it succeeds, the warnings
+    are given afterwards.
+    """
     transformers.utils.logging.disable_progress_bar()
     huggingface_hub.utils.logging.set_verbosity_error()
     datasets.logging.set_verbosity(logging.CRITICAL)
@@ -166,29 +185,135 @@ def train(argv: list[str]) -> int:
         return 0
     if not argv:
         raise ValueError("no flags given (see sae-lens-flex train --help)")
-    cfg = _parse_train_arguments(argv)
+    pretrained, flags = _pretrained(argv)
+    cfg = _parse_train_arguments([*flags, *argv])
+    _fit_buffer(cfg, argv)
+    sae = None if pretrained is None else _start(pretrained, cfg)
+    del pretrained  # Its weights would take as much memory as the new SAE's.
     _make_paths_absolute(cfg)
-    uses_triton(getattr(cfg.sae, "backend", "auto"), _device(cfg.device))  # raises if it cannot
+    uses_triton(getattr(cfg.sae, "backend", "auto"), _device(cfg.device))  # It may raise.
     with _quietly():
         names = [f"model {cfg.model_name}", f"dataset {cfg.dataset_path}"]
         if cfg.model_class_name == "AutoModelForCausalLM" and not Path(cfg.model_name).is_dir():
             names[0] += " (not a directory here)"
         with _naming(", ".join(names)):
-            runner = LanguageModelSAETrainingRunner(cfg)
+            runner = LanguageModelSAETrainingRunner(cfg, override_sae=sae)
         _check_activations(runner)
     if cfg.output_path is not None:
         Path(cfg.output_path).mkdir(parents=True, exist_ok=True)
-    sae: Any = runner.run()
+    trained: Any = runner.run()
     where = "not saved" if cfg.output_path is None else cfg.output_path
-    k = f", k={sae.cfg.k}" if hasattr(sae.cfg, "k") else ""
-    print(f"{where}: a {sae.cfg.get_inference_config_class().architecture()} SAE{k}")
+    k = f", k={trained.cfg.k}" if hasattr(trained.cfg, "k") else ""
+    print(f"{where}: a {trained.cfg.get_inference_config_class().architecture()} SAE{k}")
     return 0
 
 
+def _pretrained(argv: list[str]) -> tuple[Any, list[str]]:
+    """Load the SAE that --from_pretrained_path names, if this package is to train it.
+
+    SAELens would train it with its saved config, and ignore flags such as --budgets.
+
+    Returns:
+        The SAE, and flags that describe it. The user's flags have to follow them, because the last
+        of two equal flags counts. None and no flags if no SAE is named, or SAELens is to load it.
+    """
+    parser = OneLineParser("sae-lens-flex train", add_help=False)
+    parser.add_argument("--from_pretrained_path", nargs="?")
+    parser.add_argument("--architecture", "--sae", nargs="?")
+    for name in ("d_in", "d_sae", "k", "normalize_activations"):
+        parser.add_argument(f"--{name}", *(["-k"] if name == "k" else []), nargs="?")
+    given = vars(parser.parse_known_args(argv)[0])
+    path, architecture = given.pop("from_pretrained_path"), given.pop("architecture")
+    if path is None:
+        return None, []
+    if not Path(path, "cfg.json").is_file():
+        raise ValueError(
+            f"from_pretrained_path is {path!r}, expected the directory of an SAE: there is no "
+            "cfg.json in it"
+        )
+    with _naming(path):
+        saved = json.loads(Path(path, "cfg.json").read_text())
+        saved_as = saved.get("architecture")
+        is_flex = saved.get("metadata", {}).get("training_architecture") == "flex_topk"
+    if architecture is None:
+        # A flex_topk SAE is saved as "topk" for inference.
+        architecture = "flex_topk" if saved_as == "topk" and is_flex else saved_as
+    if architecture not in TRAINING_CLASSES:
+        if saved_as in TRAINING_CLASSES:
+            raise ValueError(
+                f"architecture is {architecture!r}, expected {saved_as!r} as the SAE in {path!r}"
+            )
+        return None, []
+    with _naming(path), _quietly():
+        sae = SAE.load_from_disk(path)
+        if not isinstance(sae, TopKSAE):
+            raise ValueError(f"it holds a {type(sae).__name__}, expected a TopKSAE")
+        known = trained_with(sae, TRAINING_CLASSES[architecture][1])
+    known |= {name: getattr(sae.cfg, name) for name in SETTLED}
+    # These flags come first. With a wrong one of them, the error might name another flag.
+    for name, text in given.items():
+        if text is not None and text != str(known[name]):
+            raise ValueError(
+                f"{name} is {text}, expected {known[name]} as the SAE in {path!r} has it"
+            )
+    return sae, ["--architecture", architecture, *_as_flags(known)]
+
+
+def _as_flags(sae_fields: dict[str, Any]) -> Iterator[str]:
+    """Return the flags that give an SAE's config these fields."""
+    for name, value in sae_fields.items():
+        if name == "normalize_activations" and value == "constant_norm_rescale":
+            continue  # SAELens's flag does not take this value. `_start` sets it.
+        if name == "budgets" and value is None:
+            continue  # The flag alone would mean an empty list. Other flags alone mean None.
+        # --dtype is the run's.
+        yield "--sae.dtype" if name == "dtype" else f"--{name}"
+        if isinstance(value, list):
+            yield from map(str, value)
+        elif value is not None:
+            yield str(value)
+
+
+def _start(pretrained: Any, cfg: Any) -> Any:
+    """Make the SAE that the flags describe, with the weights of `pretrained`."""
+    # Not every normalization has a flag.
+    normalization = pretrained.cfg.normalize_activations
+    cfg.sae = replace(cfg.sae, normalize_activations=normalization)
+    with _naming(cfg.from_pretrained_path):
+        return start_training(pretrained, cfg.sae)
+
+
+def _fit_buffer(cfg: Any, argv: list[str]) -> None:
+    """Let the buffer hold a training batch, without which SAELens cannot start.
+
+    SAELens's own defaults do not fit together: 20 prompts of 128 tokens, and batches of 4096.
+    """
+    parser = OneLineParser("sae-lens-flex train", add_help=False)
+    parser.add_argument("--n_batches_in_buffer", nargs="?")
+    is_given = parser.parse_known_args(argv)[0].n_batches_in_buffer is not None
+    tokens_per_prompt = len(range(cfg.context_size)[slice(*cfg.seqpos_slice)])
+    prompts_per_batch = math.ceil(cfg.train_batch_size_tokens / tokens_per_prompt)
+    if cfg.n_batches_in_buffer >= prompts_per_batch:
+        return
+    if is_given:
+        raise ValueError(
+            f"--n_batches_in_buffer is {cfg.n_batches_in_buffer}, expected at least "
+            f"{prompts_per_batch}: that many prompts of {tokens_per_prompt} tokens "
+            f"(--context_size) make a batch of --train_batch_size_tokens "
+            f"({cfg.train_batch_size_tokens})"
+        )
+    # SAELens keeps half of the buffer back for shuffling, and serves the rest.
+    cfg.n_batches_in_buffer = 8 * prompts_per_batch
+
+
 def _make_paths_absolute(cfg: Any) -> None:
-    """Let the SAE name local directories so that they are found from anywhere."""
+    """Replace paths of local directories in the config by absolute ones.
+
+    The SAE records them, and a sweep from another working directory has to find them.
+    """
     names = ["dataset_path"]
-    if cfg.model_class_name == "AutoModelForCausalLM":  # others take names, not directories
+    # Models of other classes have names, not directories.
+    if cfg.model_class_name == "AutoModelForCausalLM":
         names.append("model_name")
     for name in names:
         path = getattr(cfg, name)
@@ -197,7 +322,11 @@ def _make_paths_absolute(cfg: Any) -> None:
 
 
 def _check_activations(runner: LanguageModelSAETrainingRunner) -> None:
-    """Run the model on one prompt: the first step of training would fail much less clearly."""
+    """Raise if the model does not give the activations that the SAE is to read.
+
+    The model runs on one prompt for this. Without the check the first step of training would fail,
+    with a message that names neither the hook point nor `d_in`.
+    """
     cfg, model = runner.cfg, runner.model
     if runner.activations_store.cached_activations_path is not None:
         return
@@ -226,7 +355,7 @@ def _parse_train_arguments(argv: list[str]) -> Any:
     except SystemExit as stop:
         if not stop.code:
             raise
-        # argparse has printed the usage of some hundred flags before the line that matters
+        # argparse has printed the usage of some hundred flags, and then the error as the last line.
         raise ValueError(
             messages.getvalue().strip().splitlines()[-1].partition("error: ")[2]
         ) from None
@@ -357,7 +486,15 @@ def export(argv: list[str]) -> int:
 
 
 def _missing_directory(name: str, flag: str) -> str:
-    """Say what may be wrong with a name that the SAE's metadata or `flag` gives."""
+    """Return what may be wrong with the name of a model or a dataset, for an error's message.
+
+    Args:
+        name: from the SAE's metadata or the flag.
+        flag: the flag that names another.
+
+    Returns:
+        A remark in parentheses if the name looks like a path of no directory, else "".
+    """
     if Path(name).exists() or not {"/", os.sep} & set(name):
         return ""
     if Path(name).is_absolute():
@@ -369,7 +506,7 @@ def _missing_directory(name: str, flag: str) -> str:
 
 
 def _parser(command: str, flags: str, description: str, example: str) -> OneLineParser:
-    """Return a parser with the arguments that name an SAE."""
+    """Return a command's parser, with the two arguments that name an SAE."""
     prog = f"sae-lens-flex {command}"
     parser = OneLineParser(
         prog=prog,

@@ -1,4 +1,4 @@
-"""The command line: what it does, and that every kind of wrong input is told in one line."""
+"""The command line: what it does, and one line of error for every kind of wrong input."""
 
 import json
 import os
@@ -25,7 +25,7 @@ import sae_lens_flex
 from sae_lens_flex import BudgetSweep, HierarchicalTopKSAE, HierarchicalTopKTrainingSAEConfig
 from sae_lens_flex.cli import _parse_train_arguments, main
 
-hf_model_dir, text_dir = toy.hf_model_dir, toy.text_dir
+hf_model_dir, text_dir, step_losses = toy.hf_model_dir, toy.text_dir, toy.step_losses
 
 D_IN, D_SAE, K = toy.D_IN, 32, 8
 HOOK_NAME = "transformer.h.0"
@@ -54,7 +54,7 @@ def run(capfd: pytest.CaptureFixture[str]) -> Callable[..., SimpleNamespace]:
 
 
 def assert_refused(result: SimpleNamespace, *words: str) -> None:
-    """Check for exit code 2 and one short line on stderr that holds the words."""
+    """Check that the exit code is 2, and stderr one short line in which the words are."""
     assert result.code == 2, result.err
     assert len(result.err.splitlines()) == 1, result.err
     assert result.err.startswith("sae-lens-flex")
@@ -99,7 +99,7 @@ def as_arguments(flags: dict[str, Any]) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def trained(train_flags: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The SAE of a tiny run, made by the command line."""
+    """Return the directory of an SAE that the command line trained."""
     path = tmp_path_factory.mktemp("trained")
     flags = train_flags | {"--output_path": path}
     assert main(list(map(str, ["train", *as_arguments(flags)]))) == 0
@@ -177,6 +177,33 @@ def test_training_ends_with_what_was_saved(train_flags, run, tmp_path: Path) -> 
     assert result.out.splitlines()[-1] == f"{tmp_path / 'sae'}: a hierarchical_topk SAE, k={K}"
     result = run("train", *as_arguments(flags | {"--architecture": "flex_topk"}))
     assert result.out.splitlines()[-1] == f"{tmp_path / 'sae'}: a topk SAE, k={K}"
+
+
+def test_buffer_holds_a_batch_unless_a_flag_says_its_size(
+    train_flags, run, tmp_path: Path, step_losses
+) -> None:
+    # 20 prompts, SAELens's default, are less than a batch of 24 prompts
+    batch_size = 24 * toy.CONTEXT_SIZE
+    flags = train_flags | {
+        "--n_batches_in_buffer": None,
+        "--train_batch_size_tokens": batch_size,
+        "--training_tokens": 2 * batch_size,
+        "--output_path": tmp_path / "sae",
+    }
+    result = run("train", *as_arguments(flags))
+    assert result.code == 0, result.err
+    assert len(step_losses["hierarchical_topk"]) == 2
+    runner_cfg = json.loads((tmp_path / "sae" / "runner_cfg.json").read_text())
+    assert runner_cfg["n_batches_in_buffer"] == 8 * 24
+
+
+def test_buffer_that_holds_a_batch_is_as_saelens_has_it(train_flags, run, tmp_path: Path) -> None:
+    flags = train_flags | {"--output_path": tmp_path / "sae", "--training_tokens": BATCH_SIZE}
+    for n_batches, expected in ((None, 20), (BATCH_SIZE // toy.CONTEXT_SIZE, 4)):
+        result = run("train", *as_arguments(flags | {"--n_batches_in_buffer": n_batches}))
+        assert result.code == 0, result.err
+        runner_cfg = json.loads((tmp_path / "sae" / "runner_cfg.json").read_text())
+        assert runner_cfg["n_batches_in_buffer"] == expected
 
 
 def test_sae_trained_with_relative_paths_is_swept_from_anywhere(
@@ -440,6 +467,10 @@ def test_sae_that_does_not_say_what_it_reads_is_refused(
         ({"--dataset_path": "MISSING"}, ["missing"]),
         ({"--dataset_path": None}, ["dataset_path"]),
         ({"--context_size": 10**5}, ["100000"]),
+        (
+            {"--n_batches_in_buffer": BATCH_SIZE // toy.CONTEXT_SIZE - 1},
+            ["--n_batches_in_buffer is 3", "at least 4", "--context_size", "--train_batch_size"],
+        ),
         ({"--hook_name": ""}, []),
         ({"--output_path": "FILE"}, ["file"]),
         ({"--device": "gpu"}, ["gpu"]),
@@ -449,7 +480,7 @@ def test_sae_that_does_not_say_what_it_reads_is_refused(
 def test_wrong_training_flags_are_refused(
     flags: dict[str, Any], words: list[str], train_flags, run, tmp_path: Path, monkeypatch
 ) -> None:
-    monkeypatch.setattr(sae_lens_flex.ops._triton, "INTERPRETED", False)
+    monkeypatch.setattr(sae_lens_flex.ops.kernels.launch, "INTERPRETED", False)
     (tmp_path / "file").write_text("")
     places = {"MISSING": tmp_path / "missing", "FILE": tmp_path / "file"}
     flags = {

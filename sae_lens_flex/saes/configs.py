@@ -121,8 +121,27 @@ class FusedTopKTrainingSAEConfig(TopKTrainingSAEConfig):
     @override
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any]) -> Self:
-        if "metadata" in config_dict:  # a saved config, in which nothing may be guessed
+        """
+        Make a config from a dictionary, that of a saved SAE for instance.
+
+        The config of an SAE saved for inference has no fields of training. SAELens keeps them in
+        its metadata. They are taken from there if this architecture has trained the SAE.
+
+        Raises:
+            ValueError: if a saved config lacks what must not be guessed, or a value is impossible.
+        """
+        if "metadata" in config_dict:  # the SAE was saved, so a default would be a guess
             for name in ("k", "rescale_acts_by_decoder_norm"):
                 if name not in config_dict:
                     raise ValueError(f"{name} is missing from the saved config")
+            metadata = config_dict["metadata"]
+            architecture = config_dict.get("architecture", cls.architecture())
+            if metadata.get("training_architecture") == architecture:
+                details = metadata.get("training_architecture_details", {})
+                if not isinstance(details, dict):
+                    raise ValueError(
+                        f"training_architecture_details is {details!r} in the saved config's "
+                        "metadata, expected a dictionary"
+                    )
+                config_dict = {**details, **config_dict}
         return super().from_dict(config_dict)

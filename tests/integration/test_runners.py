@@ -202,7 +202,8 @@ def test_runner_trains_with_every_normalization(
         dead_feature_window=5,
     )
     assert_losses_fall(step_losses[architecture])
-    # what the trainer estimated is folded into the weights: the SAE takes raw activations
+    # The runner has folded the trainer's estimates into the weights, so the SAE takes raw
+    # activations.
     assert explained_variance(sae, activations, K) > 0.5
 
 
