@@ -24,12 +24,10 @@ def cells(record: dict[str, Any]) -> dict[str, dict[str, float]]:
         for result in content["results"]:
             adam = "+fused_adam" if result["fused_adam"] else ""
             found[f"{case} {result['architecture']}{adam}"] = result
-    for row in record.get("rows", []):
-        labels = (
-            row.get(name) for name in ("implementation", "loss", *"BKFD", "indices", "weight")
-        )
-        name = " ".join(str(label) for label in labels)
-        found[name + (" deterministic" if row.get("deterministic") else "")] = row
+    names = ("implementation", "loss", *"BKFD", "indices", "weight", "deterministic")
+    for table in record.values():
+        for row in table.get("rows", []) if isinstance(table, dict) else []:
+            found[" ".join(str(row[name]) for name in names if name in row)] = row
     return found
 
 

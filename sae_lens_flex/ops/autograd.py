@@ -15,12 +15,12 @@ None for an output on which nothing depends, and with a function that returns th
 
 class _Node(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, name: str, give: Give, outputs: Any, saves: bool, *inputs: Any) -> Any:
+    def forward(ctx: Any, name: str, give: Give, compute: Any, saves: bool, *inputs: Any) -> Any:
         ctx.name, ctx.give = name, give
         ctx.set_materialize_grads(False)  # They would be zeros where nothing depends on an output.
         if saves:
             ctx.save_for_backward(*inputs)
-        return outputs
+        return compute()
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
@@ -30,7 +30,7 @@ class _Node(torch.autograd.Function):
 
 def attach(
     name: str,
-    outputs: tuple[torch.Tensor, ...],
+    compute: Callable[[], tuple[torch.Tensor, ...]],
     inputs: Sequence[torch.Tensor | None],
     give: Give,
     *,
@@ -40,7 +40,7 @@ def attach(
 
     Args:
         name: of the function that the user called, for errors.
-        outputs: scalars that were computed without autograd.
+        compute: returns the scalars. It is called without autograd.
         inputs: what they depend on.
         give: returns the inputs' gradients.
         saves: whether `give` may ask for the inputs. Autograd then keeps them, and raises where one

@@ -121,7 +121,7 @@ def _by_walk(request: DecoderLoss) -> LossAndGradients:
     loss, bias = outputs["loss"], outputs.get("grad_bias")
     weight, values = outputs.get("grad_weight"), outputs.get("grad_values")
     if bias is not None:
-        bias = bias.sum(0) if bias_rows > 1 else bias[0]
+        bias = bias.sum(0) if bias_rows > 1 else grad_bias  # which is flat
     return LossAndGradients(
         loss=loss if is_small else loss.sum(),
         residual=outputs.get("residual"),

@@ -126,12 +126,13 @@ def differentiable_loss(
         )
         return decoder_loss(request, use_triton=use_triton)
 
-    # Detached, for a subtraction in here is not to be recorded.
-    with torch.no_grad():
-        result = compute(*inputs)
     if not any(flags):
-        return result.loss
-    held: list[LossAndGradients] = [result]
+        return compute(*inputs).loss
+    held: list[LossAndGradients] = []
+
+    def compute_and_hold() -> tuple[torch.Tensor, ...]:
+        held.append(compute(*inputs))
+        return (held[0].loss,)
 
     def give(grad_outputs: Sequence[torch.Tensor | None], saved: Any) -> Sequence[Any]:
         (factor,) = grad_outputs
@@ -149,7 +150,7 @@ def differentiable_loss(
         scale_in_place(gradients, factor)
         return gradients
 
-    return attach(name, (result.loss,), inputs, give, saves=repeats)[0]
+    return attach(name, compute_and_hold, inputs, give, saves=repeats)[0]
 
 
 def _dtypes(

@@ -23,7 +23,7 @@ from ..training.firing import feature_acts
 from ..training.graph import Recorder, is_worth_recording
 from ..training.node import attach_step
 from ..training.requests import Inputs, Spec, WantedGradients, Weights
-from ..training.step import step
+from ..training.step import begin_step, finish_step
 from .configs import FusedTopKTrainingSAEConfig, check_auxiliary_loss
 from .fused_path import METHODS, hooked, replaced
 from .normalization import OutputMap, OwnNormalization, take_output_map
@@ -165,29 +165,30 @@ class FusedTopKTrainingSAE(OwnNormalization, TopKTrainingSAE):
             matmul_precision=torch.get_float32_matmul_precision(),
         )
         wanted = _wanted(weights, inputs)
-        result = step(
+        main = begin_step(
             weights,
             inputs,
             spec,
             wanted=wanted,
-            dead=dead,
-            reconstruct_by=self._recorder_of(weights, inputs, spec, wanted),
+            by=self._recorder_of(weights, inputs, spec, wanted),
         )
-        main = result.main
+        # What is reported is launched before the host waits for the number of dead latents.
+        sae_out = (x.detach() + main.residual).to(self.dtype)
+        acts = feature_acts(
+            Code(main.code.latents, main.hidden_pre.relu()),
+            n_latents,
+            is_sparse=self.cfg.use_sparse_activations,
+        )
         metrics = {}
         if step_input.is_logging_step:
             metrics = self._logging_metrics(x, main.code, output_map)
+        result = finish_step(main, weights, inputs, spec, wanted=wanted, dead=dead)
         losses = attach_step(result, weights, inputs, spec, wanted=wanted, dead=dead)
-        sae_out = (x.detach() + main.residual).to(self.dtype)
         auxiliary = losses.auxiliary
         return TrainStepOutput(
             sae_in=x,
             sae_out=sae_out,
-            feature_acts=feature_acts(
-                Code(main.code.latents, main.hidden_pre.relu()),
-                n_latents,
-                is_sparse=self.cfg.use_sparse_activations,
-            ),
+            feature_acts=acts,
             hidden_pre=main.hidden_pre,
             loss=losses.total,
             losses={

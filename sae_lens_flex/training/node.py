@@ -70,10 +70,10 @@ def attach_step(
     tensors = (*weights, *inputs[:3])
     give = _Gradients(result, again, weights, inputs).give
     if auxiliary is None:
-        (mse,) = attach(NAME, (mse,), tensors, give, saves=True)
+        (mse,) = attach(NAME, lambda: (result.main.mse_loss,), tensors, give, saves=True)
         return Losses(mse, mse, None)
     outputs = (mse + auxiliary, mse, auxiliary)
-    return Losses(*attach(NAME, outputs, tensors, give, saves=True))
+    return Losses(*attach(NAME, lambda: outputs, tensors, give, saves=True))
 
 
 class _Gradients:

@@ -77,7 +77,6 @@ class StepResult(NamedTuple):
 Reconstruct = Callable[[Weights, Inputs, Spec, WantedGradients], Reconstruction]
 
 
-@torch.no_grad()
 def step(
     weights: Weights,
     inputs: Inputs,
@@ -85,7 +84,6 @@ def step(
     *,
     wanted: WantedGradients,
     dead: Dead | None = None,
-    reconstruct_by: Reconstruct | None = None,
 ) -> StepResult:
     """Compute a training step.
 
@@ -95,14 +93,49 @@ def step(
         spec: the settings.
         wanted: which gradients to compute.
         dead: the dead latents and the auxiliary loss's coefficient; None for no such loss.
-        reconstruct_by: calls `reconstruct`, or replays a recording of it. None calls it.
     """
-    main = (reconstruct_by or reconstruct)(weights, inputs, spec, wanted)
-    if dead is None:
-        return StepResult(main, None, None)
-    # Only now the host has to know how many latents are dead: all else is launched.
-    latents = dead.latents()
-    if len(latents) == 0:
+    main = begin_step(weights, inputs, spec, wanted=wanted)
+    return finish_step(main, weights, inputs, spec, wanted=wanted, dead=dead)
+
+
+@torch.no_grad()
+def begin_step(
+    weights: Weights,
+    inputs: Inputs,
+    spec: Spec,
+    *,
+    wanted: WantedGradients,
+    by: Reconstruct | None = None,
+) -> Reconstruction:
+    """Launch the part of a step that does not depend on the number of dead latents.
+
+    Args:
+        weights, inputs, spec, wanted: as in `step`.
+        by: calls `reconstruct`, or replays a recording of it. None calls it.
+    """
+    return (by or reconstruct)(weights, inputs, spec, wanted)
+
+
+@torch.no_grad()
+def finish_step(
+    main: Reconstruction,
+    weights: Weights,
+    inputs: Inputs,
+    spec: Spec,
+    *,
+    wanted: WantedGradients,
+    dead: Dead | None,
+) -> StepResult:
+    """Add the auxiliary loss. The host waits here for the number of dead latents.
+
+    What the caller launches between `begin_step` and this keeps the device busy meanwhile.
+
+    Args:
+        main: what `begin_step` returned for the other arguments.
+        weights, inputs, spec, wanted, dead: as in `step`.
+    """
+    latents = None if dead is None else dead.latents()
+    if dead is None or latents is None or len(latents) == 0:
         return StepResult(main, None, None)
     loss, gradients = auxiliary_loss(
         weights,

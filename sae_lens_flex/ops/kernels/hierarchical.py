@@ -308,7 +308,7 @@ def walk(
     n_samples, k, n_latents, d_in = batch.sizes()
     slices = range(cdiv(d_in, BLOCK_D)) if slices is None else slices
     tile = levels_in_a_tile(k)
-    n_rows = 0 if outputs.grad_weight is None else len(outputs.grad_weight)
+    n_rows = 0 if outputs.grad_weight is None else outputs.grad_weight.shape[0]
     gradients = outputs.grad_weight, outputs.grad_values, outputs.grad_bias, outputs.grad_target
     # The slices vary slowest, so the slice at work stays in the second-level cache.
     launch(
@@ -324,7 +324,7 @@ def walk(
         (scale / k if isinstance(levels, str) and levels == "every" else scale,),
         (
             slices.start,
-            1 if outputs.grad_bias is None else len(outputs.grad_bias),
+            1 if outputs.grad_bias is None else outputs.grad_bias.shape[0],
             n_rows - 1,
             *(n_samples, k, n_latents, d_in),
             *batch.weight.stride(),

@@ -128,7 +128,7 @@ def residual(batch: Batch, outputs: Outputs, *, scale: float = 1.0) -> None:
         (*batch, *outputs),
         (scale,),
         (
-            1 if outputs.grad_bias is None else len(outputs.grad_bias),
+            1 if outputs.grad_bias is None else outputs.grad_bias.shape[0],
             *(n_samples, k, n_latents, d_in),
             *batch.weight.stride(),
         ),
