@@ -133,7 +133,8 @@ def _first_of_equals(compared: torch.Tensor, kth: torch.Tensor, k: int) -> torch
     is_above = (compared > kth) | (is_nan & ~kth_is_nan)
     is_equal = (compared == kth) | (is_nan & kth_is_nan)
     n_wanted = k - is_above.sum(-1, keepdim=True)
-    is_kept = is_above | (is_equal & (is_equal.cumsum(-1) <= n_wanted))  # k in each row
+    place = is_equal.cumsum(-1, dtype=torch.int32)  # F is less than 2^31
+    is_kept = is_above | (is_equal & (place <= n_wanted))  # k in each row
     if compared.is_cuda:  # without waiting for the device to count them
         latents = is_kept.nonzero_static(size=len(compared) * k)[:, 1]
     else:
