@@ -14,6 +14,7 @@ import torch
 from .codes import Code
 from .kernels import selection as kernels
 from .kernels.launch import cdiv
+from .policy import is_deterministic
 
 # A chunk of the batch has this many bytes of pre-activations. On a CPU they stay in the caches. A
 # GPU wants products that fill it, and enough rows to make it worth reading W_enc once more.
@@ -117,6 +118,8 @@ def largest(compared: torch.Tensor, k: int) -> torch.Tensor:
     Which of equal values `torch.topk` returns, and in which order, is not defined. On a
     CPU the rows that hold no equal values keep its choice, and only the others are computed again.
     """
+    if compared.is_cuda and is_deterministic():  # which `cumsum` on a GPU is not
+        return compared.sort(dim=-1, descending=True, stable=True).indices[:, :k]
     values, indices = compared.topk(min(k + 1, compared.shape[1]))
     has_equals = ((values[:, 1:] == values[:, :-1]) | values[:, 1:].isnan()).any(-1)
     if compared.device.type == "cpu":

@@ -245,7 +245,7 @@ def test_compiled_training_takes_the_same_steps(
 ):
     counters.clear()
     for compile_sae in (False, True):
-        assert not counters["stats"]["unique_graphs"]
+        assert not counters["frames"]["total"]
         torch.manual_seed(0)
         run(
             training_sae_config("hierarchical_topk"),
@@ -254,7 +254,7 @@ def test_compiled_training_takes_the_same_steps(
             compile_sae=compile_sae,
             dead_feature_window=5,
         )
-    assert counters["stats"]["unique_graphs"]
+    assert counters["frames"]["total"]  # It was compiled; the step itself is called as it is.
     losses = torch.tensor(step_losses["hierarchical_topk"]).view(2, -1)
     assert_losses_fall(losses[1].tolist())
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-3, atol=0)
