@@ -29,7 +29,7 @@ from saes.comparison import (
 from sae_lens_flex.saes import fused_topk
 from sae_lens_flex.training import graph
 from sae_lens_flex.training.graph import ORDINARY_CALLS, Recorder
-from sae_lens_flex.training.requests import Inputs
+from sae_lens_flex.training.requests import Inputs, Weights
 from sae_lens_flex.training.step import reconstruct
 
 from .comparison import ALL, case
@@ -53,11 +53,12 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
 class Recomputed:
     """Stands for a recording where there are no CUDA graphs.
 
-    As a recording it reads the inputs from memory of its own, and leaves the results in memory of
-    its own, which the next replay overwrites.
+    As a recording it reads the weights where they lay, takes the inputs from memory of its own, and
+    leaves the results in memory of its own, which the next replay overwrites.
     """
 
     def __init__(self, weights: Any, inputs: Inputs, spec: Any, wanted: Any) -> None:
+        weights = Weights(*(weight.detach() for weight in weights))
         self.arguments = weights, spec, wanted
         self.inputs = graph._map_inputs(torch.zeros_like, inputs)
         self.result = reconstruct(weights, self.inputs, spec, wanted)
@@ -342,6 +343,29 @@ def test_recording_waits_longer_every_time_that_conditions_change(monkeypatch) -
         assert len(called) - n_before == n_called
         assert recorder.has_recorded
     assert recorded == [3, 9, 21]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_loss_gradients_latents_and_hidden_pre_outlast_the_next_call(device, monkeypatch) -> None:
+    if device == "cpu":
+        Replays(device, monkeypatch)
+    some = case(("torch" if device == "cpu" else "triton", device), has_scale=True)
+    recorder, batches, kept = Recorder(), [], []
+    for call in range(N_STEPS):
+        inputs = some.inputs._replace(
+            encoder_input=some.inputs.encoder_input.roll(call, -1),
+            target=some.inputs.target + call,
+        )
+        batches.append(inputs)
+        kept.append(recorder(some.weights, inputs, some.spec, ALL))
+    assert recorder.has_recorded
+    for inputs, result in zip(batches, kept, strict=True):
+        expected = reconstruct(some.weights, inputs, some.spec, ALL)
+        assert torch.equal(result.code.latents, expected.code.latents)
+        assert_close(result.mse_loss, expected.mse_loss, name="mse_loss")
+        assert_close(result.hidden_pre, expected.hidden_pre, name="hidden_pre")
+        for gradient, expected_gradient in zip(result.gradients, expected.gradients, strict=True):
+            assert_close(gradient, expected_gradient)
 
 
 # --- what a recording depends on
