@@ -55,7 +55,8 @@ N_PROGRAMS, N_ACTIONS = 200, 20
 # On a GPU: ten times as many, in parts that may run beside each other.
 N_PARTS, N_PROGRAMS_PER_PART = 8, 250
 
-TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10, torch.bfloat16: 3e-2}
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10, torch.bfloat16: 1e-1}
+AUTOCAST_TOLERANCE = 5e-2
 # How far apart latents have to be that are compared, relative to the largest pre-activation.
 MARGIN, LOW_MARGIN = 1e-4, 2e-2
 N_CANDIDATES = 8  # random activations for each of a batch
@@ -127,11 +128,11 @@ def scaled(original, x) -> Any:
 
 
 def shifted(original, x) -> Any:
-    return original(x) + 0.1
+    return original(x) + 0.5
 
 
 def shifted_heads(original, x, d_head) -> Any:
-    return original(x, d_head) + 0.1
+    return original(x, d_head) + 0.5
 
 
 FUNCTIONS = {
@@ -344,7 +345,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=1e-3, momentum=0.9),
 }
 
-lasting = st.sampled_from((0, 0, 1, 3))  # how many more actions see what was done
+lasting = st.sampled_from((0, 1, 3, 6))  # how many more actions see what was done
 seeds = st.integers(0, 2**16)
 
 
@@ -466,7 +467,9 @@ class TwinMachine(RuleBasedStateMachine):
 
     @property
     def tolerance(self) -> float:
-        return TOLERANCE[torch.bfloat16 if self.is_low else self.dtype]
+        if self.autocasts and self.dtype == torch.float32:
+            return AUTOCAST_TOLERANCE
+        return TOLERANCE[self.dtype]
 
     # --- batches
 
