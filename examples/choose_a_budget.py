@@ -1,14 +1,16 @@
 # %% [markdown]
 # # One SAE, every budget: from training to choosing k
 #
-# This trains one `hierarchical_topk` SAE and, on the same activations, a TopK SAE for each of
-# several k; measures all of them on the same held-out tokens; and then picks and uses a budget.
-# The cells run in order in a notebook editor that knows `# %%`, or as a script:
+# This trains one `hierarchical_topk` SAE. On the same activations it trains a TopK SAE for each of
+# several k. It measures all of them on the same held-out tokens. Then it picks a budget and uses
+# it.
+# Run the cells in order in a notebook editor that knows `# %%`, or all of them as a script:
 #
 #     python examples/choose_a_budget.py
 #
-# It uses the language model and text of `examples/tiny_lm`, needs no network and takes about 7
-# minutes on 2 CPU cores; with `--tokens 100000` one, and the SAEs are worse.
+# The language model and the text are those of `examples/tiny_lm`, so no network is needed. It takes
+# about 7 minutes on 2 CPU cores. With `--tokens 100000` it takes one minute, but the SAEs are
+# worse.
 
 # %%
 import argparse
@@ -32,10 +34,10 @@ parser = argparse.ArgumentParser(description="Train SAEs, compare their budgets,
 parser.add_argument("--tokens", type=int, default=1_500_000, help="tokens to train on")
 parser.add_argument("--n-batches", type=int, default=16, help="batches of 16 prompts to measure on")
 parser.add_argument("--output", type=Path, default=Path("output/budgets"), help="where to write")
-# a notebook's process has arguments of its own
+# In a notebook the process's arguments are not meant for this file.
 args = parser.parse_args([] if hasattr(builtins, "__IPYTHON__") else None)
 
-# a notebook runs in its file's directory
+# A notebook has no `__file__`. It runs in the directory of its file.
 TINY_LM = (Path(__file__).parent if "__file__" in globals() else Path.cwd()) / "tiny_lm"
 HOOK = "transformer.h.1"  # the residual stream after the second of four layers
 D_IN, D_SAE, K = 192, 2048, 32
@@ -43,8 +45,8 @@ D_IN, D_SAE, K = 192, 2048, 32
 # %% [markdown]
 # ## Train
 #
-# SAELens's `MultiSAETrainingRunner` feeds every SAE the same batches. `flex_topk` is SAELens's own
-# TopK, trained faster.
+# SAELens's `MultiSAETrainingRunner` gives every SAE the same batches. `flex_topk` is SAELens's own
+# TopK, but trains faster.
 
 # %%
 text = load_dataset(str(TINY_LM / "wordnet_glosses"), streaming=True)
@@ -80,8 +82,8 @@ MultiSAETrainingRunner(cfg, override_dataset=text["train"]).run()
 # %% [markdown]
 # ## Compare
 #
-# One call measures them all, each at its budgets, on the same tokens, of text that neither the SAEs
-# nor the language model were trained on.
+# One call measures every SAE at each of its budgets, all on the same tokens. Neither the SAEs nor
+# the language model were trained on this text.
 
 # %%
 saes = {name: SAE.load_from_disk(args.output / "saes" / name) for name in cfg.saes}
@@ -98,7 +100,8 @@ print(f"{sweep.n_tokens} tokens; the figure is {args.output / 'sweep.html'}")
 # %% [markdown]
 # ## Choose
 #
-# The smallest budget that reaches what you ask for, here nine tenths of what the largest reaches:
+# `smallest_budget` returns the smallest budget that explains the share of the variance that you ask
+# for. Here that is nine tenths of what the largest budget explains:
 
 # %%
 sae = saes["hierarchical"]
@@ -107,7 +110,8 @@ budget = sae_lens_flex.smallest_budget(sweep, explained_variance=0.9 * best, sae
 print(f"{budget} of {K} latents explain 0.9 of the variance that {K} do")
 
 # %% [markdown]
-# Use it, for a while or for good; or let every activation take as many latents as it needs:
+# Use it within a `with` block, or for good with `sae.budget = budget`. Or let every activation take
+# as many latents as it needs, with `encode_adaptive`:
 
 # %%
 activations = store.get_activations(store.get_batch_tokens(8)).flatten(0, -2)
@@ -123,7 +127,8 @@ print(
 # %% [markdown]
 # ## Share
 #
-# At a fixed budget it is an ordinary SAELens TopK SAE, which loads without this package:
+# `export_topk` saves the SAE at a fixed budget, as an ordinary TopK SAE of SAELens. That one loads
+# without this package:
 
 # %%
 path = sae_lens_flex.export_topk(sae, args.output / f"topk_at_{budget}", budget=budget)

@@ -4,8 +4,8 @@
     python examples/run_sae_lens.py --model gpt2 --dataset monology/pile-uncopyrighted
     python examples/run_sae_lens.py --preset gemma-2-2b
 
-Without arguments it takes the tiny model and the text of examples/tiny_lm, needs no network and is
-done within 2 minutes on 2 CPU cores. The other two are for a GPU.
+Without arguments it takes the model and the text of examples/tiny_lm. It then needs no network, and
+is done within 2 minutes on 2 CPU cores. The other two commands are for a GPU.
 """
 
 import argparse
@@ -41,7 +41,7 @@ PRESETS = {
         batch_size=1024,
         lr=6e-3,
     ),
-    # for models that TransformerLens knows
+    # For any model that TransformerLens knows.
     "hub": dict(
         model="gpt2",
         model_class="HookedTransformer",
@@ -54,7 +54,7 @@ PRESETS = {
         batch_size=4096,
         lr=3e-4,
     ),
-    # the paper's setting (arXiv 2505.24473)
+    # The setting of the paper (arXiv 2505.24473).
     "gemma-2-2b": dict(
         model="google/gemma-2-2b",
         model_class="HookedTransformer",
@@ -115,7 +115,7 @@ def train(args: argparse.Namespace) -> None:
     if args.hook is None:
         args.hook = f"blocks.{model_config.num_hidden_layers // 2}.hook_resid_post"
     cfg = LanguageModelSAERunnerConfig(
-        # The two lines that differ from training a TopK SAE: the import above, and this class.
+        # Two lines differ from training a TopK SAE: the import above, and this class.
         sae=sae_lens_flex.HierarchicalTopKTrainingSAEConfig(
             d_in=model_config.hidden_size,
             d_sae=args.d_sae,

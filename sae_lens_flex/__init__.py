@@ -3,7 +3,7 @@
 Importing this package registers the architectures "hierarchical_topk" and "flex_topk" in SAELens.
 """
 
-from .budgets import BudgetMetrics, BudgetSweep, smallest_budget, sweep_budgets
+from .evals import BudgetMetrics, BudgetSweep, smallest_budget, sweep_budgets
 from .ops import (
     hierarchical_sae_loss,
     topk_sae_loss,
@@ -22,7 +22,7 @@ from .saes import (
 from .saes.registration import register_architectures
 from .sharing import export_topk, from_topk, upload
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "BudgetMetrics",

@@ -1,4 +1,4 @@
-"""`python -m sae_lens_flex`: the command line."""
+"""The command line, as `python -m sae_lens_flex`."""
 
 import sys
 

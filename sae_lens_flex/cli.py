@@ -1,4 +1,4 @@
-"""The command line: `sae-lens-flex` and `python -m sae_lens_flex`."""
+"""The command line: `sae-lens-flex`, or `python -m sae_lens_flex`."""
 
 import argparse
 import contextlib
@@ -26,7 +26,8 @@ from sae_lens.load_model import load_model
 from sae_lens.saes.topk_sae import TopKSAE
 
 from . import __version__
-from .budgets import flat_activations, sweep_budgets
+from .evals import sweep_budgets
+from .evals.batches import flat_activations
 from .ops.policy import uses_triton
 from .saes.budgets import RuntimeBudget, check_budgets
 from .saes.registration import TRAINING_CLASSES
@@ -96,7 +97,7 @@ Save a trained SAE at one budget as an ordinary SAELens TopK SAE, which loads wi
 An earlier export in DIR is replaced; any other SAE there is left alone, and that is an error.
 """
 
-# TransformerLens's messages list every model that it knows.
+# A longer message is cut. Some of TransformerLens's list every model that it knows.
 MESSAGE_WIDTH = 400
 
 FIGURE_SUFFIXES = (".html", ".png", ".svg", ".pdf")
@@ -110,7 +111,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line on `argv`, or on the process's arguments; return the exit code."""
+    """Run the command line on `argv`, or on the process's arguments. Return the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     shows_traceback = argv[:1] == ["--traceback"]
     if shows_traceback:
@@ -151,7 +152,10 @@ def _in_one_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _naming(what: str) -> Iterator[None]:
-    """Say what could not be read, which the libraries below often do not."""
+    """Put `what` before the message of an error in the block.
+
+    The libraries' own messages often do not say which model, dataset or SAE could not be read.
+    """
     try:
         yield
     except Exception as error:
@@ -160,7 +164,11 @@ def _naming(what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Keep what libraries log and warn while they load from burying the line that matters."""
+    """Silence what libraries log and warn while they load something.
+
+    If loading fails, the line that says why would be lost among it. If it succeeds, the warnings
+    are given afterwards.
+    """
     transformers.utils.logging.disable_progress_bar()
     huggingface_hub.utils.logging.set_verbosity_error()
     datasets.logging.set_verbosity(logging.CRITICAL)
@@ -181,9 +189,9 @@ def train(argv: list[str]) -> int:
     cfg = _parse_train_arguments([*flags, *argv])
     _fit_buffer(cfg, argv)
     sae = None if pretrained is None else _start(pretrained, cfg)
-    del pretrained  # it is as large as the SAE
+    del pretrained  # Its weights would take as much memory as the new SAE's.
     _make_paths_absolute(cfg)
-    uses_triton(getattr(cfg.sae, "backend", "auto"), _device(cfg.device))  # raises if it cannot
+    uses_triton(getattr(cfg.sae, "backend", "auto"), _device(cfg.device))  # It may raise.
     with _quietly():
         names = [f"model {cfg.model_name}", f"dataset {cfg.dataset_path}"]
         if cfg.model_class_name == "AutoModelForCausalLM" and not Path(cfg.model_name).is_dir():
@@ -203,11 +211,11 @@ def train(argv: list[str]) -> int:
 def _pretrained(argv: list[str]) -> tuple[Any, list[str]]:
     """Load the SAE that --from_pretrained_path names, if this package is to train it.
 
-    SAELens would train it by its saved config alone: flags such as --budgets would do nothing.
+    SAELens would train it with its saved config, and ignore flags such as --budgets.
 
     Returns:
-        The SAE, and flags that say what is known of it. The user's flags are to come after these,
-        for the last one counts. None and no flags where SAELens is to load it, or there is none.
+        The SAE, and flags that describe it. The user's flags have to follow them, because the last
+        of two equal flags counts. None and no flags if no SAE is named, or SAELens is to load it.
     """
     parser = OneLineParser("sae-lens-flex train", add_help=False)
     parser.add_argument("--from_pretrained_path", nargs="?")
@@ -242,7 +250,7 @@ def _pretrained(argv: list[str]) -> tuple[Any, list[str]]:
             raise ValueError(f"it holds a {type(sae).__name__}, expected a TopKSAE")
         known = trained_with(sae, TRAINING_CLASSES[architecture][1])
     known |= {name: getattr(sae.cfg, name) for name in SETTLED}
-    # Checked before the other flags, which may not be possible with a wrong one of these.
+    # These flags come first. With a wrong one of them, the error might name another flag.
     for name, text in given.items():
         if text is not None and text != str(known[name]):
             raise ValueError(
@@ -252,13 +260,14 @@ def _pretrained(argv: list[str]) -> tuple[Any, list[str]]:
 
 
 def _as_flags(sae_fields: dict[str, Any]) -> Iterator[str]:
-    """Say fields of an SAE's config in flags."""
+    """Return the flags that give an SAE's config these fields."""
     for name, value in sae_fields.items():
         if name == "normalize_activations" and value == "constant_norm_rescale":
-            continue  # no flag can say it
+            continue  # SAELens's flag does not take this value. `_start` sets it.
         if name == "budgets" and value is None:
-            continue  # without values the flag is an empty list; other flags are None then
-        yield "--sae.dtype" if name == "dtype" else f"--{name}"  # --dtype is the run's
+            continue  # The flag alone would mean an empty list. Other flags alone mean None.
+        # --dtype is the run's.
+        yield "--sae.dtype" if name == "dtype" else f"--{name}"
         if isinstance(value, list):
             yield from map(str, value)
         elif value is not None:
@@ -266,8 +275,9 @@ def _as_flags(sae_fields: dict[str, Any]) -> Iterator[str]:
 
 
 def _start(pretrained: Any, cfg: Any) -> Any:
-    """Make the SAE that the flags describe with the weights of `pretrained`."""
-    normalization = pretrained.cfg.normalize_activations  # it may have no flag
+    """Make the SAE that the flags describe, with the weights of `pretrained`."""
+    # Not every normalization has a flag.
+    normalization = pretrained.cfg.normalize_activations
     cfg.sae = replace(cfg.sae, normalize_activations=normalization)
     with _naming(cfg.from_pretrained_path):
         return start_training(pretrained, cfg.sae)
@@ -297,9 +307,13 @@ def _fit_buffer(cfg: Any, argv: list[str]) -> None:
 
 
 def _make_paths_absolute(cfg: Any) -> None:
-    """Let the SAE name local directories so that they are found from anywhere."""
+    """Replace paths of local directories in the config by absolute ones.
+
+    The SAE records them, and a sweep from another working directory has to find them.
+    """
     names = ["dataset_path"]
-    if cfg.model_class_name == "AutoModelForCausalLM":  # others take names, not directories
+    # Models of other classes have names, not directories.
+    if cfg.model_class_name == "AutoModelForCausalLM":
         names.append("model_name")
     for name in names:
         path = getattr(cfg, name)
@@ -308,7 +322,11 @@ def _make_paths_absolute(cfg: Any) -> None:
 
 
 def _check_activations(runner: LanguageModelSAETrainingRunner) -> None:
-    """Run the model on one prompt: the first step of training would fail much less clearly."""
+    """Raise if the model does not give the activations that the SAE is to read.
+
+    The model runs on one prompt for this. Without the check the first step of training would fail,
+    with a message that names neither the hook point nor `d_in`.
+    """
     cfg, model = runner.cfg, runner.model
     if runner.activations_store.cached_activations_path is not None:
         return
@@ -337,7 +355,7 @@ def _parse_train_arguments(argv: list[str]) -> Any:
     except SystemExit as stop:
         if not stop.code:
             raise
-        # argparse has printed the usage of some hundred flags before the line that matters
+        # argparse has printed the usage of some hundred flags, and then the error as the last line.
         raise ValueError(
             messages.getvalue().strip().splitlines()[-1].partition("error: ")[2]
         ) from None
@@ -468,7 +486,15 @@ def export(argv: list[str]) -> int:
 
 
 def _missing_directory(name: str, flag: str) -> str:
-    """Say what may be wrong with a name that the SAE's metadata or `flag` gives."""
+    """Return what may be wrong with the name of a model or a dataset, for an error's message.
+
+    Args:
+        name: from the SAE's metadata or the flag.
+        flag: the flag that names another.
+
+    Returns:
+        A remark in parentheses if the name looks like a path of no directory, else "".
+    """
     if Path(name).exists() or not {"/", os.sep} & set(name):
         return ""
     if Path(name).is_absolute():
@@ -480,7 +506,7 @@ def _missing_directory(name: str, flag: str) -> str:
 
 
 def _parser(command: str, flags: str, description: str, example: str) -> OneLineParser:
-    """Return a parser with the arguments that name an SAE."""
+    """Return a command's parser, with the two arguments that name an SAE."""
     prog = f"sae-lens-flex {command}"
     parser = OneLineParser(
         prog=prog,

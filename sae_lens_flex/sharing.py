@@ -1,4 +1,4 @@
-"""From and to other SAEs: start from a TopK SAE, export one at a fixed budget, upload."""
+"""SAEs from and to others: start from a TopK SAE, export one at a fixed budget, upload."""
 
 import json
 from dataclasses import fields, replace
@@ -12,7 +12,7 @@ from huggingface_hub.utils import HfHubHTTPError, validate_repo_id
 from sae_lens import SAE, TrainingSAE, upload_saes_to_huggingface
 from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig, TopKTrainingSAE
 
-from .budgets import BudgetSweep
+from .evals import BudgetSweep
 from .saes.budgets import doubling_budgets
 from .saes.checks import check_integer
 from .saes.hierarchical_topk import (
@@ -22,15 +22,16 @@ from .saes.hierarchical_topk import (
 )
 from .saes.registration import TRAINING_CLASSES
 
-# What SAELens's trainer measured at the SAE's own k, in metadata.
+# Metadata that SAELens's trainer measured at the SAE's own k. At another budget it is wrong.
 MEASURED_AT_K = ("l0", "num_dead_features")
-# The key in an export's metadata by which a later export knows that it may replace it.
+# An export has this key in its metadata. A later export replaces an SAE that has it, and no other.
 EXPORT_KEY = "sae_lens_flex_export"
-# The fields that an SAE settles: with other values its weights would be another SAE's.
+# These fields belong to the weights. With other values the weights would be another SAE's.
 SETTLED = tuple(
     field.name for field in fields(TopKSAEConfig) if field.name not in ("device", "metadata")
 )
-# The HTTP library's own errors, whichever library huggingface_hub is built on.
+# huggingface_hub sends with requests before its version 1, and with httpx since. Its own error
+# derives from that library's.
 HTTP_ERRORS: Any = HfHubHTTPError.__bases__
 
 
@@ -39,22 +40,22 @@ def export_topk(
 ) -> Path:
     """Save an SAE at a fixed budget as an ordinary SAELens "topk" SAE.
 
-    What is saved loads with SAELens alone, `SAE.load_from_disk(path)`, and encodes and reconstructs
-    as `sae` does at that budget. Its metadata is that of `sae`, without the L0 and the dead latents
-    measured at k, and with `sae_lens_flex_export`, which says what was exported.
+    `SAE.load_from_disk(path)` loads it with SAELens alone. It encodes and reconstructs as `sae`
+    does at that budget. Its metadata is that of `sae`, but for two things: the L0 and the number of
+    dead latents, which were measured at k, are left out, and `sae_lens_flex_export` is added, which
+    says what was exported.
 
     Args:
-        sae: the SAE, which is left as it is.
-        path: the directory to write: a new one, one without an SAE, or one that an earlier export
-            wrote, which is replaced.
+        sae: the SAE. It is not changed.
+        path: the directory to write. An earlier export in it is replaced.
         budget: latents to keep, 1..k.
 
     Returns:
         The directory.
 
     Raises:
-        ValueError: if `path` holds another SAE, or `budget` is not within 1..k.
-        NotADirectoryError: if `path` is a file, or lies in one.
+        ValueError: if `path` holds an SAE that is no export, or `budget` is not within 1..k.
+        NotADirectoryError: if `path` is a file, or lies below one.
     """
     _check_hierarchical(sae)
     budget = check_integer("budget", budget, sae.cfg.k, "k")
@@ -102,26 +103,28 @@ def _metadata_without(sae: SAE[Any], *names: str) -> Any:
 def from_topk(
     sae: TopKSAE | TopKTrainingSAE, **training_fields: Any
 ) -> HierarchicalTopKTrainingSAE:
-    """Start training for every budget from a TopK SAE, which the result reproduces exactly at k.
+    """Make an SAE that starts training for every budget from a TopK SAE.
 
         sae = sae_lens_flex.from_topk(SAE.from_pretrained(release, sae_id))
         LanguageModelSAETrainingRunner(cfg, override_sae=sae).run()
 
-    A `hierarchical_topk` SAE, saved or in training, is trained on in the same way.
+    At budget k the new SAE reconstructs exactly as the given one. The given one may also be a
+    `hierarchical_topk` SAE, saved or in training, which is then trained on.
 
     Args:
-        sae: a TopK or `hierarchical_topk` SAE, for inference or in training, whose weights are
+        sae: a TopK or `hierarchical_topk` SAE, for inference or in training. Its weights are
             copied.
-        training_fields: fields of HierarchicalTopKTrainingSAEConfig that the SAE does not settle,
-            such as `budgets`, `backend` or `aux_loss_coefficient`. A field that is not given is as
-            the SAE was trained, where that is known: all fields of a `hierarchical_topk` SAE; all
-            but `budgets` of a `flex_topk` SAE and of an SAE that `export_topk` wrote;
-            `aux_loss_coefficient` of SAELens's `topk`, but 0 with the normalizations that do not go
-            with an auxiliary loss. Any other field has its default.
+        training_fields: fields of HierarchicalTopKTrainingSAEConfig that do not belong to the
+            weights, such as `budgets`, `backend` or `aux_loss_coefficient`. A field that is not
+            given is as the SAE was trained, if that is known, and has its default otherwise. Of a
+            `hierarchical_topk` SAE all fields are known. Of a `flex_topk` SAE, and of an SAE that
+            `export_topk` wrote, all but `budgets` are. Of SAELens's `topk` in training
+            `aux_loss_coefficient` is, but it is 0 with "layer_norm" and "constant_norm_rescale",
+            which do not go with an auxiliary loss.
 
     Raises:
-        TypeError: for an SAE of another kind, or a field that the config does not have.
-        ValueError: for a field that the SAE settles, such as `k`, or an impossible value.
+        TypeError: for an SAE of another architecture, or a field that the config does not have.
+        ValueError: for a field that belongs to the weights, such as `k`, or an impossible value.
     """
     if not isinstance(sae, (TopKSAE, TopKTrainingSAE)):
         raise TypeError(f"sae is a {type(sae).__name__}, expected a TopKSAE or a TopKTrainingSAE")
@@ -135,11 +138,12 @@ def from_topk(
 
 
 def trained_with(sae: TopKSAE | TopKTrainingSAE, config_class: type[Any]) -> dict[str, Any]:
-    """Return those fields of a training config that are known of an SAE's training so far.
+    """Return what is known of how an SAE was trained, as fields of a training config.
 
     Args:
-        sae: an SAE for inference, whose metadata may say how it was trained, or in training.
-        config_class: the class of the training config, which has the fields that are returned.
+        sae: an SAE in training, or one for inference. The metadata of the latter may say how it was
+            trained.
+        config_class: the class of the training config. No other fields are returned.
 
     Raises:
         ValueError: if the metadata is not as SAELens writes it.
@@ -156,7 +160,8 @@ def trained_with(sae: TopKSAE | TopKTrainingSAE, config_class: type[Any]) -> dic
                 "dictionary"
             )
     if architecture not in TRAINING_CLASSES:
-        # Of SAELens's own fields one means the same here; others would slow down the kernels.
+        # Of a topk SAE of SAELens only this field is taken over. The others either belong to the
+        # weights, or would make our training slower, as its dense activations would.
         is_topk = architecture == "topk" or isinstance(sae, TopKTrainingSAE)
         shared = {"aux_loss_coefficient"} if is_topk else set()
         known = {name: value for name, value in known.items() if name in shared}
@@ -164,19 +169,21 @@ def trained_with(sae: TopKSAE | TopKTrainingSAE, config_class: type[Any]) -> dic
             known["aux_loss_coefficient"] = 0.0
     names = {field.name for field in fields(config_class)} - {*SETTLED, "device", "metadata"}
     if not isinstance(sae, (HierarchicalTopKSAE, HierarchicalTopKTrainingSAE)):
-        names.discard("budgets")  # those of the SAE that was exported end with its k
+        # The metadata of an export has the budgets of the SAE that was exported. They end with that
+        # SAE's k, not with the export's.
+        names.discard("budgets")
     return {name: value for name, value in known.items() if name in names}
 
 
 def start_training(sae: TopKSAE | TopKTrainingSAE, cfg: Any) -> TrainingSAE[Any]:
-    """Make the training SAE of a config with the weights and the metadata of another SAE.
+    """Make the training SAE of a config, with the weights and the metadata of another SAE.
 
     Args:
-        sae: the SAE whose weights are copied.
-        cfg: the config of one of this package's training SAEs, which is left as it is.
+        sae: the SAE. Its weights and its metadata are copied, the latter without what was measured.
+        cfg: the config of one of this package's training SAEs. It is not changed.
 
     Raises:
-        ValueError: if the config says otherwise than `sae` where that settles a field.
+        ValueError: if a field that belongs to the weights is not that of `sae`.
     """
     for name in SETTLED:
         if getattr(cfg, name) != getattr(sae.cfg, name):
@@ -201,21 +208,21 @@ def upload(
 ) -> None:
     """Upload an SAE to the Hugging Face hub, where `SAE.from_pretrained(repo_id, sae_id)` finds it.
 
-    Uses SAELens's uploader, which makes the repository if there is none. A training SAE goes up in
-    its inference form. The model card becomes `{sae_id}/README.md`, and the repository's README.md
-    if that does not exist yet.
+    SAELens's uploader sends it, and makes the repository if there is none. A training SAE is sent
+    in its inference form. A model card is written to `{sae_id}/README.md`. It is also written to
+    README.md of the repository if there is none yet.
 
     Args:
         sae: the SAE.
         repo_id: the repository, "user/name".
-        sae_id: the SAE's folder in it.
-        sweep: what `sweep_budgets` measured, for the model card's table.
+        sae_id: the SAE's folder in the repository.
+        sweep: the result of `sweep_budgets`, which the model card then shows as a table.
         revision: the branch.
 
     Raises:
-        ValueError, TypeError: for arguments that do not fit, before anything is sent.
+        ValueError, TypeError: for arguments that do not fit. Nothing has been sent then.
         ConnectionError: if the hub cannot be reached.
-        HfHubHTTPError: huggingface_hub's, if the hub refuses.
+        HfHubHTTPError: if the hub refuses. The class is huggingface_hub's.
     """
     _check_hierarchical(sae)
     validate_repo_id(repo_id)

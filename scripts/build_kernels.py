@@ -2,14 +2,17 @@
 
     python scripts/build_kernels.py OUT
 
-OUT/build/<variant> then holds the sources as they are and metadata.json. They need torch alone, and
-Triton for the functions with the prefix triton_. Where OUT holds an earlier build, it is replaced,
-its README.md too; where it holds anything else, or sources were changed, nothing is written.
+writes OUT/build/<variant> with the sources, unchanged, and metadata.json. The sources need torch
+alone; the functions with the prefix triton_ need Triton too.
+
+An earlier build in OUT is replaced, with its README.md. Nothing is written if OUT holds anything
+else, or an earlier build whose sources were changed.
 """
 
 import argparse
 import hashlib
 import json
+import re
 import shutil
 import sys
 import tomllib
@@ -18,10 +21,10 @@ from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# The backends of the `kernels` package that torch's CUDA and CPU builds select. "cpu" can be chosen
-# on any machine.
+# The `kernels` package picks "cuda" for a torch that was built for CUDA, and "cpu" for one that was
+# built without. A user may ask for "cpu" on any machine.
 BACKENDS = ("cpu", "cuda")
-# The version that the tests load a build with.
+# The tests load a build with this version.
 KERNELS_MINVER = "0.17.0"
 
 README = """\
@@ -54,14 +57,14 @@ Built by `scripts/build_kernels.py` of {name}; see LICENSE and NOTICE.
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports an error in one line."""
+    """An ArgumentParser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def read_sources(directory: Path) -> dict[str, bytes]:
-    """Return the Python files under `directory` by their path in it."""
+    """Return the content of the Python files under `directory`, by their path in it."""
     return {
         path.relative_to(directory).as_posix(): path.read_bytes()
         for path in sorted(directory.rglob("*.py"))
@@ -69,7 +72,10 @@ def read_sources(directory: Path) -> dict[str, bytes]:
 
 
 def kernel_id(name: str, backend: str, sources: dict[str, bytes]) -> str:
-    """Return the name that the sources are imported by: one process can hold several builds."""
+    """Return the name under which the sources are imported.
+
+    It depends on the sources, so that one process can import several builds.
+    """
     digest = hashlib.sha256()
     for path, source in sources.items():
         digest.update(f"{path}\0{len(source)}\0".encode() + source)
@@ -77,10 +83,11 @@ def kernel_id(name: str, backend: str, sources: dict[str, bytes]) -> str:
 
 
 def metadata(project: dict[str, Any], backend: str, sources: dict[str, bytes]) -> dict[str, Any]:
-    """Return metadata.json of one variant.
+    """Return the content of metadata.json, for one variant.
 
-    The package wants a whole number for a version, of which it expects that it changes with the
-    interface: the first part of ours. Triton is not among the Python dependencies that it knows.
+    `kernels` takes a whole number for a version, and expects another number where the interface is
+    another. The first part of our version is such a number. Triton is left out of "python-depends",
+    because `kernels` does not know it.
     """
     return {
         "id": kernel_id(project["name"], backend, sources),
@@ -93,9 +100,17 @@ def metadata(project: dict[str, Any], backend: str, sources: dict[str, bytes]) -
     }
 
 
-def build(root: Path) -> dict[str, bytes]:
-    """Return the files of a build by their path in OUT."""
+def read_project(root: Path) -> dict[str, Any]:
+    """Return the table [project] of pyproject.toml, with the version that the package states."""
     project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    source = (root / "sae_lens_flex" / "__init__.py").read_text(encoding="utf-8")
+    (version,) = re.findall(r'^__version__ = "(.+)"$', source, re.MULTILINE)
+    return {**project, "version": version}
+
+
+def build(root: Path) -> dict[str, bytes]:
+    """Return the content of a build's files, by their path in OUT."""
+    project = read_project(root)
     sources = read_sources(root / "sae_lens_flex" / "ops")
     files = {}
     for backend in BACKENDS:
@@ -115,7 +130,14 @@ def build(root: Path) -> dict[str, bytes]:
 
 
 def is_earlier_build(out: Path, files: dict[str, bytes]) -> bool:
-    """Return whether `out` holds what an earlier run wrote, and nothing else but bytecode."""
+    """Return whether `out` holds what an earlier run wrote, unchanged, and nothing else.
+
+    Bytecode does not count: it appears where a build was imported.
+
+    Args:
+        out: an existing directory.
+        files: the files of the new build, by their path in `out`.
+    """
     if any(path.name not in {"build", *files} for path in out.iterdir()):
         return False
     try:
@@ -135,10 +157,10 @@ def is_earlier_build(out: Path, files: dict[str, bytes]) -> bool:
 
 
 def write(out: Path, files: dict[str, bytes]) -> None:
-    """Write a build to `out`, instead of an earlier one.
+    """Write a build to `out`, in place of an earlier one if there is one.
 
     Raises:
-        FileExistsError: where `out` holds anything but an earlier build.
+        FileExistsError: if `out` is a file, or holds anything but an unchanged earlier build.
     """
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out} is a file, expected a directory or nothing")

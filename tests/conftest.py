@@ -3,12 +3,13 @@ import os
 import pytest
 import torch
 
-# Without a GPU the kernels run in Triton's interpreter, which has to be chosen before the import of
-# triton; with one they are compiled.
+# Without a GPU the kernels run in Triton's interpreter. Triton reads the variable when it is
+# imported. With a GPU the kernels are compiled.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-# The tests' tensors are tiny: on busy cores a second thread makes such steps many times slower.
+# The tests' tensors are too small for two threads. On busy cores a second one makes a step many
+# times slower, because the first waits for it.
 torch.set_num_threads(1)
 
 

@@ -1,4 +1,4 @@
-"""The command line: what it does, and that every kind of wrong input is told in one line."""
+"""The command line: what it does, and one line of error for every kind of wrong input."""
 
 import json
 import os
@@ -54,7 +54,7 @@ def run(capfd: pytest.CaptureFixture[str]) -> Callable[..., SimpleNamespace]:
 
 
 def assert_refused(result: SimpleNamespace, *words: str) -> None:
-    """Check for exit code 2 and one short line on stderr that holds the words."""
+    """Check that the exit code is 2, and stderr one short line in which the words are."""
     assert result.code == 2, result.err
     assert len(result.err.splitlines()) == 1, result.err
     assert result.err.startswith("sae-lens-flex")
@@ -99,7 +99,7 @@ def as_arguments(flags: dict[str, Any]) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def trained(train_flags: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The SAE of a tiny run, made by the command line."""
+    """Return the directory of an SAE that the command line trained."""
     path = tmp_path_factory.mktemp("trained")
     flags = train_flags | {"--output_path": path}
     assert main(list(map(str, ["train", *as_arguments(flags)]))) == 0

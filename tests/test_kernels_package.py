@@ -12,9 +12,12 @@ from pathlib import Path
 import pytest
 from kernels import Metadata
 
+import sae_lens_flex
+
 ROOT = Path(__file__).resolve().parents[1]
 OPS = ROOT / "sae_lens_flex" / "ops"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+VERSION = sae_lens_flex.__version__
 
 WITHOUT_SAELENS = """
 import sys
@@ -65,9 +68,11 @@ def check(losses):
         compare(which, by_triton, torch.float32, 1e-5)
 
         def by_torch(indices, weight, vals, bias, target):
-            return losses.fused_loss.fused_loss(
-                f"{which}_loss", indices, weight, vals, bias, target, backend="torch"
-            )[0]
+            return losses.losses.differentiable_loss(
+                *(indices, weight, vals, bias, target),
+                levels="every" if which == "hierarchical" else "last",
+                backend="torch",
+            )
 
         compare(which, by_torch, torch.float32, 1e-5)
 """
@@ -104,6 +109,15 @@ def run_python(script: str, out: Path) -> None:
     assert result.returncode == 0, result.stderr
 
 
+def files_below(directory: Path, pattern: str = "*") -> dict[str, bytes]:
+    """Return the content of the files in a directory and its folders, by path."""
+    return {
+        path.relative_to(directory).as_posix(): path.read_bytes()
+        for path in directory.rglob(pattern)
+        if path.is_file()
+    }
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("kernels") / "build of ours"
@@ -115,15 +129,16 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_build_holds_the_sources_unchanged_and_says_so(tmp_path: Path):
     out = tmp_path / "new" / "kernels"
     printed = build(out).stdout
-    sources = {path.name: path.read_bytes() for path in OPS.glob("*.py")}
+    sources = files_below(OPS, "*.py")
+    assert "kernels/launch.py" in sources
     for variant in ("torch-cpu", "torch-cuda"):
-        written = {path.name: path.read_bytes() for path in (out / "build" / variant).iterdir()}
+        written = files_below(out / "build" / variant)
         assert written.pop("metadata.json")
         assert written == sources
         assert f"{out / 'build' / variant}: {len(sources) + 1} files" in printed
     for name in ("LICENSE", "NOTICE"):
         assert (out / name).read_bytes() == (ROOT / name).read_bytes()
-    assert f"# {PROJECT['name']} {PROJECT['version']}" in (out / "README.md").read_text()
+    assert f"# {PROJECT['name']} {VERSION}" in (out / "README.md").read_text()
     assert f"{out}: LICENSE, NOTICE, README.md" in printed
 
 
@@ -132,7 +147,7 @@ def test_metadata_is_read_by_kernels(built: Path, backend: str):
     metadata = Metadata.read_from_file(built / "build" / f"torch-{backend}" / "metadata.json")
     assert str(metadata.name) == PROJECT["name"]
     assert metadata.license == PROJECT["license"]
-    assert metadata.version == int(PROJECT["version"].split(".")[0])
+    assert metadata.version == int(VERSION.split(".")[0])
     assert str(metadata.kernels_minver) == "0.17.0"
     assert str(metadata.backend.backend_type) == backend
     assert metadata.id.startswith(f"_sae_lens_flex_{backend}_")
@@ -164,7 +179,7 @@ def test_installed_and_loaded_losses_work_in_one_process(built: Path, first: str
     if first == "loaded":
         imports.reverse()
     compare = "check(loaded); check(sae_lens_flex.ops); check(loaded)"
-    distinct = "assert loaded.fused_loss.NAMESPACE != sae_lens_flex.ops.fused_loss.NAMESPACE"
+    distinct = "assert loaded.losses.NAMESPACE != sae_lens_flex.ops.losses.NAMESPACE"
     run_python("\n".join([CHECK, *imports, distinct, compare]), built)
 
 
@@ -172,7 +187,10 @@ def test_earlier_build_of_other_sources_is_replaced(tmp_path: Path):
     earlier, out = tmp_path / "earlier", tmp_path / "out"
     shutil.copytree(OPS, earlier / "sae_lens_flex" / "ops")
     (earlier / "sae_lens_flex" / "ops" / "gone.py").touch()
-    for name in ("pyproject.toml", "LICENSE", "NOTICE", "scripts/build_kernels.py"):
+    for name in (
+        *("pyproject.toml", "LICENSE", "NOTICE"),
+        *("sae_lens_flex/__init__.py", "scripts/build_kernels.py"),
+    ):
         (earlier / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, earlier / name)
     assert build(out, root=earlier).returncode == 0
@@ -180,14 +198,12 @@ def test_earlier_build_of_other_sources_is_replaced(tmp_path: Path):
     before = json.loads((variant / "metadata.json").read_text())
     assert (variant / "gone.py").exists()
     (variant / "__pycache__").mkdir()
-    (variant / "__pycache__" / "gone.cpython-311.pyc").touch()  # it was imported meanwhile
+    (variant / "__pycache__" / "gone.cpython-311.pyc").touch()  # as an import does
 
     result = build(out)
     assert result.returncode == 0, result.stderr
-    assert sorted(path.name for path in variant.iterdir()) == sorted(
-        ["metadata.json", *(path.name for path in OPS.glob("*.py"))]
-    )
-    # both can be loaded into one process
+    assert files_below(variant).keys() == {"metadata.json", *files_below(OPS, "*.py")}
+    # Under two names, one process can import both.
     assert json.loads((variant / "metadata.json").read_text())["id"] != before["id"]
 
 
@@ -198,14 +214,14 @@ def test_earlier_build_of_other_sources_is_replaced(tmp_path: Path):
 def test_directory_with_other_files_is_refused_in_one_line(tmp_path: Path, stray: str):
     assert build(tmp_path).returncode == 0
     (tmp_path / stray).write_text("mine")
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    before = files_below(tmp_path)
     result = build(tmp_path)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == (
         f"build_kernels: error: {tmp_path} is not empty and not an unchanged earlier build; "
         "nothing was written\n"
     )
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert files_below(tmp_path) == before
 
 
 def test_directory_that_only_looks_like_a_build_is_refused(tmp_path: Path):

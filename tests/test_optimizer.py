@@ -1,6 +1,9 @@
-"""fused_adam, which touches SAELens, and what checkpoints make of it."""
+"""fused_adam: which optimizers it makes, their checkpoints, and what autograd knows of a step."""
 
+import contextlib
 import copy
+import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,9 @@ DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
 every_device = pytest.mark.parametrize("device", DEVICES)
 
 
-def new_trainer(architecture: str = "flex_topk", device: str = "cpu") -> SAETrainer[Any, Any]:
+def new_trainer(
+    architecture: str = "flex_topk", device: str = "cpu", fused: bool = False
+) -> SAETrainer[Any, Any]:
     torch.manual_seed(0)
     fields = {"d_in": D_IN, "d_sae": D_SAE, "k": K, "device": device}
     sae = TrainingSAE.from_dict({"architecture": architecture, **fields})
@@ -30,7 +35,8 @@ def new_trainer(architecture: str = "flex_topk", device: str = "cpu") -> SAETrai
         device=device,
         dead_feature_window=2,
     )
-    return SAETrainer(cfg=cfg, sae=sae, data_provider=iter(()))
+    with sae_lens_flex.fused_adam() if fused else contextlib.nullcontext():
+        return SAETrainer(cfg=cfg, sae=sae, data_provider=iter(()))
 
 
 def take_steps(trainer: SAETrainer[Any, Any], n: int, seed: int = 0) -> None:
@@ -53,7 +59,8 @@ def assert_same_weights(
 
 
 def repeat_tolerance(device: str) -> float:
-    """By how much equal runs may differ: on a GPU atomic additions come in any order."""
+    """Return by how much the weights of equal runs may differ."""
+    # On a GPU atomic additions come in any order.
     return 1e-5 if device == "cuda" else 0
 
 
@@ -88,16 +95,10 @@ def test_blocks_nest_and_end_with_an_error() -> None:
 def test_resumed_run_is_fused_where_the_block_says_so(
     begun_fused, resumed_fused, device, tmp_path: Path
 ) -> None:
-    def made(fused: bool) -> SAETrainer[Any, Any]:
-        if not fused:
-            return new_trainer(device=device)
-        with sae_lens_flex.fused_adam():
-            return new_trainer(device=device)
-
-    trainer = made(begun_fused)
+    trainer = new_trainer(device=device, fused=begun_fused)
     take_steps(trainer, 5)
     trainer.save_checkpoint("halfway", base_path=tmp_path)
-    resumed = made(resumed_fused)
+    resumed = new_trainer(device=device, fused=resumed_fused)
     resumed.load_trainer_state(tmp_path / "halfway")
     resumed.sae.load_weights_from_checkpoint(tmp_path / "halfway")
     assert is_fused(resumed) == resumed_fused
@@ -114,16 +115,10 @@ def test_resumed_run_is_fused_where_the_block_says_so(
 def test_state_passes_between_stock_topk_and_flex_topk(
     begun, resumed, fused, device, tmp_path: Path
 ) -> None:
-    def made(architecture: str) -> SAETrainer[Any, Any]:
-        if not fused:
-            return new_trainer(architecture, device)
-        with sae_lens_flex.fused_adam():
-            return new_trainer(architecture, device)
-
-    trainer = made(begun)
+    trainer = new_trainer(begun, device, fused)
     take_steps(trainer, 5)
     trainer.save_checkpoint("halfway", base_path=tmp_path)
-    other = made(resumed)
+    other = new_trainer(resumed, device, fused)
     other.load_trainer_state(tmp_path / "halfway")
     other.sae.load_weights_from_checkpoint(tmp_path / "halfway")
     for each in (trainer, other):
@@ -132,9 +127,7 @@ def test_state_passes_between_stock_topk_and_flex_topk(
 
 
 def test_its_state_is_as_that_of_plain_adam() -> None:
-    with sae_lens_flex.fused_adam():
-        fused = new_trainer()
-    plain = new_trainer()
+    fused, plain = new_trainer(fused=True), new_trainer()
     for trainer in (fused, plain):
         take_steps(trainer, 2)
     state, expected = fused.optimizer.state_dict(), plain.optimizer.state_dict()
@@ -145,3 +138,60 @@ def test_its_state_is_as_that_of_plain_adam() -> None:
     assert not is_fused(plain)
     assert is_fused(fused)
     assert state["param_groups"] == before["param_groups"]
+
+
+def fused_optimizer(device: str, *shapes: tuple[int, ...]) -> Adam:
+    """Return the optimizer that a trainer would build, of new parameters."""
+    parameters = [torch.nn.Parameter(torch.ones(shape, device=device)) for shape in shapes]
+    with sae_lens_flex.fused_adam():
+        return sae_trainer.Adam(parameters, lr=0.1)
+
+
+def loaded(optimizer: Adam) -> Adam:
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    return optimizer
+
+
+COPIES = {
+    "as-built": lambda optimizer: optimizer,
+    "state-loaded": loaded,
+    "copied": copy.deepcopy,
+    "pickled": lambda optimizer: pickle.loads(pickle.dumps(optimizer)),
+}
+
+
+@every_device
+@pytest.mark.parametrize("made", COPIES.values(), ids=COPIES)
+def test_step_raises_the_version_of_the_parameters_that_it_wrote(
+    made: Callable[[Adam], Adam], device
+) -> None:
+    optimizer = made(fused_optimizer(device, (2, 3), (3,)))
+    written, left_alone = optimizer.param_groups[0]["params"]
+    written.grad = torch.ones_like(written)
+    before = written._version, left_alone._version
+    optimizer.step()
+    assert written[0, 0] < 1
+    assert written._version > before[0]
+    assert left_alone._version == before[1]
+
+
+@every_device
+def test_second_backward_through_a_weight_that_a_step_wrote_raises(device) -> None:
+    optimizer = fused_optimizer(device, (3,))
+    (weight,) = optimizer.param_groups[0]["params"]
+    loss = weight.square().sum()
+    loss.backward(retain_graph=True)
+    assert weight.grad.tolist() == [2, 2, 2]
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_hooks_of_a_step_run_once() -> None:
+    optimizer = fused_optimizer("cpu", (3,))
+    Adam([torch.zeros(1)])  # From here on torch runs hooks around Adam's own step, too.
+    calls = []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+    optimizer.step()
+    assert calls == ["before", "after"]

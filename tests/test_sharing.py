@@ -1,11 +1,7 @@
-"""SAEs from and to other SAEs and the Hugging Face hub."""
+"""SAEs exported to TopK, started from TopK, and uploaded to the Hugging Face hub."""
 
-import base64
-import hashlib
 import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +9,7 @@ import pytest
 import torch
 from integration import conftest as toy
 from integration.flows import activation_batches, make_trainer, run_python, runner_config
+from integration.hub import TOKEN, Hub, running_hub
 from sae_lens import SAE, LanguageModelSAETrainingRunner
 from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
 from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
@@ -57,7 +54,7 @@ def _one_thread_and_seed() -> None:
 
 
 def make_sae(kind: str, rescale: bool = True, **fields: Any) -> Any:
-    """An SAE with random weights whose every parameter matters."""
+    """Return an SAE with random weights and biases. An output that left one out would be off."""
     sae_class, cfg_class = CLASSES[kind]
     sae = sae_class(
         cfg_class(
@@ -225,7 +222,8 @@ def test_from_topk_reproduces_the_sae_exactly_at_k(kind, rescale) -> None:
     assert sae.cfg.metadata.model_name == "gpt2"
     assert torch.equal(sae.encode(x), source.encode(x))
     assert torch.equal(sae(x), source(x))
-    with torch.no_grad():  # a copy: training leaves the source alone
+    # The weights are copies, so training leaves the source alone.
+    with torch.no_grad():
         sae.W_dec.add_(1)
     assert all(torch.equal(value, before[name]) for name, value in source.state_dict().items())
 
@@ -318,112 +316,10 @@ def test_runner_trains_from_topk_and_saves(
     torch.testing.assert_close(loaded(x), trained(x))
 
 
-TOKEN = "hf_test"
-
-
-class Hub:
-    """What `upload` and `from_pretrained` ask of the hub, answered from a dictionary of files."""
-
-    def __init__(self) -> None:
-        self.files: dict[str, dict[str, bytes]] = {}  # by repository
-        self.commits: list[str] = []
-        hub = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_HEAD(self) -> None:
-                self.resolve(has_body=False)
-
-            def do_GET(self) -> None:
-                path = self.path.partition("?")[0]
-                if not path.startswith("/api/models/"):
-                    self.resolve(has_body=True)
-                    return
-                repo = "/".join(path.removeprefix("/api/models/").split("/")[:2])
-                if repo not in hub.files:
-                    self.answer(404, {"error": "not found"}, {"X-Error-Code": "RepoNotFound"})
-                    return
-                siblings = [{"rfilename": name} for name in hub.files[repo]]
-                self.answer(200, {"id": repo, "sha": "0" * 40, "siblings": siblings})
-
-            def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["Content-Length"]))
-                path = self.path.partition("?")[0]
-                if self.headers.get("Authorization") != f"Bearer {TOKEN}":
-                    self.answer(401, {"error": "Invalid username or password."})
-                elif path == "/api/repos/create":
-                    request = json.loads(body)
-                    repo = "/".join(filter(None, (request.get("organization"), request["name"])))
-                    hub.files[repo] = {}
-                    self.answer(200, {"url": f"{hub.url}/{repo}"})
-                elif path == "/api/validate-yaml":
-                    self.answer(200, {"errors": [], "warnings": []})
-                elif "/preupload/" in path:
-                    modes = [
-                        {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
-                        for file in json.loads(body)["files"]
-                    ]
-                    self.answer(200, {"files": modes})
-                elif "/commit/" in path:
-                    repo = path.removeprefix("/api/models/").partition("/commit/")[0]
-                    for line in map(json.loads, body.splitlines()):
-                        value = line["value"]
-                        if line["key"] == "header":
-                            hub.commits.append(value["summary"])
-                        else:
-                            hub.files[repo][value["path"]] = base64.b64decode(value["content"])
-                    commit = {"commitOid": "0" * 40, "commitUrl": f"{hub.url}/{repo}/commit/0"}
-                    self.answer(200, {"success": True, **commit})
-                else:
-                    self.answer(404, {"error": path})
-
-            def resolve(self, has_body: bool) -> None:
-                repo, _, name = self.path.removeprefix("/").partition("/resolve/main/")
-                content = hub.files.get(repo, {}).get(name)
-                headers = {"X-Repo-Commit": "0" * 40}
-                if content is None:
-                    self.answer(404, b"", headers | {"X-Error-Code": "EntryNotFound"})
-                    return
-                headers["ETag"] = f'"{hashlib.sha256(content).hexdigest()}"'
-                self.answer(200, content, headers, has_body)
-
-            def answer(
-                self,
-                status: int,
-                body: Any,
-                headers: dict[str, str] | None = None,
-                has_body: bool = True,
-            ) -> None:
-                content = body if isinstance(body, bytes) else json.dumps(body).encode()
-                self.send_response(status)
-                for name, value in (headers or {}).items():
-                    self.send_header(name, value)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                if has_body:
-                    self.wfile.write(content)
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-        self.thread = threading.Thread(target=self.server.serve_forever, daemon=True)
-        self.thread.start()
-
-    def stop(self) -> None:
-        self.server.shutdown()
-        self.server.server_close()
-        self.thread.join()
-
-
 @pytest.fixture
 def hub() -> Iterator[Hub]:
-    hub = Hub()
-    yield hub
-    hub.stop()
+    with running_hub() as hub:
+        yield hub
 
 
 UPLOAD = """
@@ -487,12 +383,12 @@ def test_uploaded_saes_have_a_card_and_load_from_the_hub(hub: Hub, tmp_path: Pat
             for name in ("README.md", "cfg.json", "sae_weights.safetensors")
         ),
     }
-    # the inference form: no field of training is there
+    # The training SAE was sent in its inference form, without the fields of training.
     assert json.loads(files["layer_0/cfg.json"])["architecture"] == "hierarchical_topk"
     assert "aux_loss_coefficient" not in json.loads(files["layer_0/cfg.json"])
     card = files["layer_0/README.md"].decode()
     assert card == model_card(training, "someone/saes", "layer_0", a_sweep())
-    # the second SAE's card goes beside it; the repository's stays
+    # The second upload wrote the card of its own SAE, and left the repository's as it was.
     assert files["README.md"] == files["layer_0/README.md"]
     assert "layer_1" in files["layer_1/README.md"].decode()
 

@@ -5,13 +5,13 @@ One document per synset, for example::
     teethe: grow teeth; cut the baby teeth; "The little one is teething now"
 
 The documents are shuffled with a fixed seed, so that neighbours are unrelated. The last 5% go to
-`validation.parquet` and are never trained on; the rest go to `train.parquet`. `datasets` reads the
-two file names as the splits "train" and "validation" of the directory that holds them.
+`validation.parquet`, and nothing is trained on them. The rest go to `train.parquet`. From the two
+file names `datasets` takes the splits "train" and "validation" of the directory.
 
     python examples/tiny_lm/make_text.py /usr/share/wordnet
 
-The argument is the directory with WordNet's data.noun, data.verb, data.adj and data.adv (Debian's
-package wordnet-base puts them in /usr/share/wordnet).
+The argument is the directory with WordNet's data.noun, data.verb, data.adj and data.adv. Debian's
+package wordnet-base puts them in /usr/share/wordnet.
 """
 
 import argparse
@@ -31,19 +31,23 @@ ADJECTIVE_POSITION = re.compile(r"\((a|p|ip)\)$")
 
 
 def parse_synset(line: str) -> str:
-    """Make a document of one synset line: offset, file, type, word count, words, ... | gloss."""
+    """Make a document of the line of one synset.
+
+    The line is "offset file type word_count word sense word sense ... | gloss", with word_count in
+    hexadecimal.
+    """
     fields, gloss = line.split(" | ", maxsplit=1)
     words = fields.split(" ")
-    word_count = int(words[3], 16)  # in hexadecimal
+    word_count = int(words[3], 16)
     lemmas = [
         ADJECTIVE_POSITION.sub("", word).replace("_", " ")
-        for word in words[4 : 4 + 2 * word_count : 2]  # each word is followed by a sense number
+        for word in words[4 : 4 + 2 * word_count : 2]
     ]
     return f"{', '.join(lemmas)}: {gloss.strip()}"
 
 
 def read_documents(wordnet_dir: Path) -> list[str]:
-    """Read every synset of the four data files; the licence at their top is indented."""
+    """Read every synset of the four data files. The licence at their top, indented, is left out."""
     documents = []
     for part in PARTS_OF_SPEECH:
         lines = (wordnet_dir / f"data.{part}").read_text(encoding="utf-8").splitlines()
@@ -73,7 +77,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "wordnet_glosses")
     args = parser.parse_args()
 
-    # Sorting first makes the order independent of the files; a set drops exact repeats.
+    # Sorting makes the order independent of the files. The set drops exact repeats.
     documents = sorted(set(read_documents(args.wordnet_dir)))
     random.Random(SEED).shuffle(documents)
     n_train = len(documents) - round(HELD_OUT_SHARE * len(documents))

@@ -1,12 +1,13 @@
 """Train the tiny language model of this directory: a GPT-2 of four layers on WordNet's glosses.
 
-Writes a model directory that transformers, TransformerLens and SAELens load by its path, and
-`training.json` with the held-out loss and how the model came about.
+It writes a model directory. transformers, TransformerLens and SAELens load it by its path. In it,
+`training.json` has the held-out loss and the settings of the run.
 
     python examples/tiny_lm/train.py --device cuda --out examples/tiny_lm
 
-Every training sequence is <|endoftext|> followed by tokens of the concatenated documents, cut at
-arbitrary places: the same kind of sequence that SAELens feeds to a model with `prepend_bos=True`.
+The documents are concatenated and cut at arbitrary places. Every training sequence is
+<|endoftext|> and then such a piece. SAELens gives a model the same kind of sequence with
+`prepend_bos=True`.
 """
 
 import argparse
@@ -110,7 +111,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast, dropout: float) -> GPT2LMHead
 
 
 def make_optimizer(model: GPT2LMHeadModel, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices alone, not on biases and layer norms."""
+    """Return AdamW. Its weight decay acts on matrices, not on biases and layer norms."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [
@@ -121,7 +122,7 @@ def make_optimizer(model: GPT2LMHeadModel, lr: float, weight_decay: float) -> to
 
 
 def learning_rate_factor(step: int, n_steps: int) -> float:
-    """Linear warmup over the first 3% of the steps, then a cosine down to zero."""
+    """Return the factor of a step: a linear warmup over the first 3%, then a cosine to zero."""
     n_warmup = max(1, round(0.03 * n_steps))
     if step < n_warmup:
         return (step + 1) / n_warmup
@@ -129,13 +130,13 @@ def learning_rate_factor(step: int, n_steps: int) -> float:
 
 
 def cut_rows(tokens: torch.Tensor, offset: int = 0) -> torch.Tensor:
-    """Cut the stream into rows of 128 tokens, dropping what does not fill a row."""
+    """Cut the stream into rows, [rows, 128]. Tokens that do not fill a row are dropped."""
     n_rows = (len(tokens) - offset) // CONTEXT_SIZE
     return tokens[offset : offset + n_rows * CONTEXT_SIZE].view(n_rows, CONTEXT_SIZE)
 
 
 def training_batches(tokens: torch.Tensor, epochs: int, batch_size: int) -> Iterator[torch.Tensor]:
-    """Yield every epoch's rows in random order, cut anew at a random offset in each epoch."""
+    """Yield batches, [batch, 128]. Each epoch cuts the rows at another offset and shuffles them."""
     for _ in range(epochs):
         rows = cut_rows(tokens, offset=int(torch.randint(CONTEXT_SIZE, ())))
         n_batches = len(rows) // batch_size
@@ -145,7 +146,7 @@ def training_batches(tokens: torch.Tensor, epochs: int, batch_size: int) -> Iter
 
 
 def token_losses(model: GPT2LMHeadModel, targets: torch.Tensor) -> torch.Tensor:
-    """Nats of every token in `targets`, each row read after <|endoftext|>."""
+    """Return the loss of every token in nats, [rows * 128]. Each row follows <|endoftext|>."""
     begin = torch.full_like(targets[:, :1], model.config.bos_token_id)
     inputs = torch.cat([begin, targets[:, :-1]], dim=1)
     logits = model(inputs, use_cache=False).logits
@@ -156,7 +157,7 @@ def token_losses(model: GPT2LMHeadModel, targets: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def evaluate(model: GPT2LMHeadModel, tokens: torch.Tensor) -> float:
-    """Total nats of a token stream, in float32, read in rows of 128 tokens without overlap."""
+    """Return the total loss of a token stream in nats, read in rows of 128 without overlap."""
     model.eval()
     rows = cut_rows(tokens)
     last_row = tokens[rows.numel() :][None]
@@ -167,7 +168,10 @@ def evaluate(model: GPT2LMHeadModel, tokens: torch.Tensor) -> float:
 
 
 def half_precision_weights(model: GPT2LMHeadModel) -> dict[str, torch.Tensor]:
-    """Copy the weights to the CPU in float16, without the output matrix, which is tied."""
+    """Copy the weights to the CPU in float16.
+
+    The output matrix is left out, because it is the same as that of the embedding.
+    """
     return {
         name: weight.to("cpu", torch.float16, copy=True)
         for name, weight in model.state_dict().items()
@@ -191,7 +195,8 @@ def main() -> None:
 
     model = make_model(tokenizer, args.dropout).to(args.device).train()
     optimizer = make_optimizer(model, args.lr, args.weight_decay)
-    # One row less than the stream holds, so that every epoch fits whatever its offset.
+    # An epoch with an offset may have one row less than the whole stream. Counting on one row less,
+    # every epoch has enough batches.
     steps_per_epoch = (len(train_tokens) // CONTEXT_SIZE - 1) // args.batch_size
     n_steps = args.epochs * steps_per_epoch
     if args.steps is not None:
@@ -227,7 +232,7 @@ def main() -> None:
     model.save_pretrained(args.out, state_dict=best_weights)
     save_tokenizer(tokenizer, args.out)
 
-    # The figures are those of the saved, rounded weights.
+    # The saved weights are rounded, and the recorded loss is theirs.
     saved_model = GPT2LMHeadModel.from_pretrained(args.out).to(args.device)
     held_out_nats = evaluate(saved_model, held_out_tokens)
     options = {name.replace("_", "-"): value for name, value in vars(args).items()}

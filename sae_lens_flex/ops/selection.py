@@ -14,6 +14,7 @@ import torch
 from .codes import Code
 from .kernels import selection as kernels
 from .kernels.launch import cdiv
+from .policy import is_deterministic
 
 # A chunk of the batch has this many bytes of pre-activations. On a CPU they stay in the caches. A
 # GPU wants products that fill it, and enough rows to make it worth reading W_enc once more.
@@ -117,8 +118,10 @@ def largest(compared: torch.Tensor, k: int) -> torch.Tensor:
     Which of equal values `torch.topk` returns, and in which order, is not defined. On a
     CPU the rows that hold no equal values keep its choice, and only the others are computed again.
     """
+    if compared.is_cuda and is_deterministic():  # which `cumsum` on a GPU is not
+        return compared.sort(dim=-1, descending=True, stable=True).indices[:, :k]
     values, indices = compared.topk(min(k + 1, compared.shape[1]))
-    has_equals = (values[:, 1:] == values[:, :-1]).any(-1)
+    has_equals = ((values[:, 1:] == values[:, :-1]) | values[:, 1:].isnan()).any(-1)
     if compared.device.type == "cpu":
         rows = has_equals.nonzero().squeeze(-1)
         if len(rows) > 0:
@@ -128,12 +131,13 @@ def largest(compared: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def _first_of_equals(compared: torch.Tensor, kth: torch.Tensor, k: int) -> torch.Tensor:
-    # `kth` is the k-th largest value of each row, [B, 1]. NaN counts as infinity here.
-    compared = torch.nan_to_num(compared, torch.inf, torch.inf, -torch.inf)
-    kth = torch.nan_to_num(kth, torch.inf, torch.inf, -torch.inf)
-    is_above, is_equal = compared > kth, compared == kth
+    # `kth` is the k-th largest value of each row, [B, 1]. NaN counts as the largest.
+    is_nan, kth_is_nan = compared.isnan(), kth.isnan()
+    is_above = (compared > kth) | (is_nan & ~kth_is_nan)
+    is_equal = (compared == kth) | (is_nan & kth_is_nan)
     n_wanted = k - is_above.sum(-1, keepdim=True)
-    is_kept = is_above | (is_equal & (is_equal.cumsum(-1) <= n_wanted))  # k in each row
+    place = is_equal.cumsum(-1, dtype=torch.int32)  # F is less than 2^31
+    is_kept = is_above | (is_equal & (place <= n_wanted))  # k in each row
     if compared.is_cuda:  # without waiting for the device to count them
         latents = is_kept.nonzero_static(size=len(compared) * k)[:, 1]
     else:

@@ -83,8 +83,8 @@ class FusedTopKTrainingSAE(OwnNormalization, TopKTrainingSAE):
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         state_dict = super().state_dict(*args, **kwargs)
         if not kwargs.get("keep_vars", False):
-            name = kwargs.get("prefix", "") + "W_enc"
-            state_dict[name] = state_dict[name].contiguous()
+            for name, _ in self.named_parameters(prefix=kwargs.get("prefix", "").rstrip(".")):
+                state_dict[name] = state_dict[name].contiguous()
         return state_dict
 
     @override
@@ -118,20 +118,21 @@ class FusedTopKTrainingSAE(OwnNormalization, TopKTrainingSAE):
         return self._unfused_training_forward_pass(step_input)
 
     @override
-    def calculate_aux_loss(
+    def calculate_topk_aux_loss(
         self,
-        step_input: TrainStepInput,
-        feature_acts: torch.Tensor,
-        hidden_pre: torch.Tensor,
+        sae_in: torch.Tensor,
         sae_out: torch.Tensor,
-    ) -> dict[str, torch.Tensor]:
+        hidden_pre: torch.Tensor,
+        dead_neuron_mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        # SAELens's own computes what is then multiplied by 0, and refuses some normalizations.
         if self.cfg.aux_loss_coefficient == 0:
-            return {"auxiliary_reconstruction_loss": sae_out.new_zeros((), dtype=torch.float32)}
-        return super().calculate_aux_loss(
-            step_input=step_input,
-            feature_acts=feature_acts,
-            hidden_pre=hidden_pre,
+            return sae_out.new_zeros(())
+        return super().calculate_topk_aux_loss(
+            sae_in=sae_in,
             sae_out=sae_out,
+            hidden_pre=hidden_pre,
+            dead_neuron_mask=dead_neuron_mask,
         )
 
     def _unfused_training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
@@ -177,10 +178,11 @@ class FusedTopKTrainingSAE(OwnNormalization, TopKTrainingSAE):
         if step_input.is_logging_step:
             metrics = self._logging_metrics(x, main.code, output_map)
         losses = attach_step(result, weights, inputs, spec, wanted=wanted, dead=dead)
+        sae_out = (x.detach() + main.residual).to(self.dtype)
         auxiliary = losses.auxiliary
         return TrainStepOutput(
             sae_in=x,
-            sae_out=(x.detach() + main.residual).to(self.dtype),
+            sae_out=sae_out,
             feature_acts=feature_acts(
                 Code(main.code.latents, main.hidden_pre.relu()),
                 n_latents,
@@ -191,7 +193,7 @@ class FusedTopKTrainingSAE(OwnNormalization, TopKTrainingSAE):
             losses={
                 "mse_loss": losses.mse,
                 "auxiliary_reconstruction_loss": (
-                    losses.mse.new_zeros(()) if auxiliary is None else auxiliary
+                    sae_out.new_zeros(()) if auxiliary is None else auxiliary
                 ),
             },
             metrics=metrics,

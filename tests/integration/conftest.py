@@ -19,8 +19,8 @@ END_OF_TEXT = "<|endoftext|>"
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
-    # At these sizes a second thread gains nothing, and where it finds no free core the steps take
-    # fifty times as long: the first one spins until it has run.
+    # At these sizes a second thread gains nothing. Where it finds no free core, the first one spins
+    # until it has run, and a step takes fifty times as long.
     torch.set_num_threads(1)
 
 
@@ -31,7 +31,7 @@ def _same_random_numbers_every_time() -> None:
 
 @pytest.fixture(scope="session")
 def hf_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A GPT-2 of two layers with random weights, and its tokenizer, as the hub would hold them."""
+    """Return a directory with a GPT-2 of two layers, with random weights, and its tokenizer."""
     path = tmp_path_factory.mktemp("gpt2-random-weights")
     vocabulary = {END_OF_TEXT: 0} | {f"w{i}": i + 1 for i in range(N_WORDS)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=END_OF_TEXT))
@@ -60,7 +60,7 @@ def hf_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def text_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory that `datasets.load_dataset` takes: texts of the tokenizer's words."""
+    """Return a directory for `datasets.load_dataset`, with texts of the tokenizer's words."""
     path = tmp_path_factory.mktemp("texts")
     generator = torch.Generator().manual_seed(1)
     words = torch.randint(N_WORDS, (200, 40), generator=generator)
@@ -79,7 +79,10 @@ def token_dataset() -> Dataset:
 
 @pytest.fixture(scope="session")
 def language_model(hf_model_dir: Path) -> HookedSAETransformer:
-    """A transformer of two layers with random weights; whoever attaches an SAE detaches it."""
+    """Return a transformer of two layers with random weights.
+
+    All tests of a session share it, so a test that attaches an SAE has to detach it.
+    """
     cfg = HookedTransformerConfig(
         n_layers=2,
         d_model=D_IN,
@@ -97,7 +100,7 @@ def language_model(hf_model_dir: Path) -> HookedSAETransformer:
 
 @pytest.fixture
 def step_losses(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[float]]:
-    """The loss of every step that SAELens's trainers take in this test, by architecture."""
+    """Return a dictionary that fills with the loss of every step of a trainer, by architecture."""
     losses: dict[str, list[float]] = defaultdict(list)
     step = SAETrainer.step
 
@@ -116,7 +119,7 @@ def trained(
     token_dataset: Dataset,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, SimpleNamespace]:
-    """By architecture: the SAE a runner returned, its final output and its last checkpoint."""
+    """Return, by architecture, the SAE of a run, its final output and its last checkpoint."""
     runs = {}
     for architecture in ARCHITECTURES:
         torch.manual_seed(0)
@@ -139,7 +142,7 @@ def trained(
 
 @pytest.fixture
 def activations(language_model: HookedSAETransformer, token_dataset: Dataset) -> torch.Tensor:
-    """Activations of the toy language model at the SAEs' hook, [8, context, d_in]."""
+    """Return the toy language model's activations where the SAEs read, [8, context, d_in]."""
     tokens = torch.as_tensor(token_dataset[:8]["tokens"])
     _, cache = language_model.run_with_cache(tokens, names_filter=HOOK_NAME)
     return cache[HOOK_NAME]

@@ -83,7 +83,7 @@ def activation_batches(n_batches: int, seed: int = 0) -> list[torch.Tensor]:
 
 
 def reconstruct(sae: SAE[Any], x: torch.Tensor, budget: int) -> torch.Tensor:
-    """Reconstruct x from the `budget` largest latents, by the formula and the weights alone."""
+    """Reconstruct x from the `budget` largest latents, by the formula, without the SAE's code."""
     sae_in = x - sae.b_dec if sae.cfg.apply_b_dec_to_input else x
     acts = sae_in @ sae.W_enc + sae.b_enc
     norm = sae.W_dec.norm(dim=-1)
@@ -116,7 +116,10 @@ def assert_losses_fall(losses: list[float]) -> None:
 
 
 def run_python(script: str, *args: str | Path, **environment: str) -> str:
-    """Run a script in a fresh interpreter as on a user's machine, and return what it printed."""
+    """Run a script in a fresh interpreter, and return what it printed.
+
+    The environment is a user's: Triton's interpreter is off, although the tests have it on.
+    """
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     package_parent = str(Path(sae_lens_flex.__file__).parents[1])
     inherited["PYTHONPATH"] = os.pathsep.join(

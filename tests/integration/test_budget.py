@@ -180,7 +180,8 @@ def test_budget_belongs_to_one_sae_alone(sae: SAE[Any]):
 @pytest.mark.parametrize("has_hook", [False, True], ids=["fused", "hooked"])
 def test_training_step_ignores_the_budget(has_hook: bool):
     sae = HierarchicalTopKTrainingSAE(training_sae_config("hierarchical_topk"))
-    if has_hook:  # a path of its own through the code
+    # A step with a hook on this point takes the unfused path.
+    if has_hook:
         sae.hook_sae_recons.add_hook(lambda x, hook: x)
 
     def step() -> tuple[torch.Tensor, ...]:

@@ -84,7 +84,7 @@ def take_steps(trainer: SAETrainer[Any, Any], batches: list[torch.Tensor]) -> li
 
 
 def state(trainer: SAETrainer[Any, Any]) -> dict[str, Any]:
-    """Everything a trainer goes on from."""
+    """Return all that a trainer needs to go on."""
     scaler = trainer.activation_scaler
     return {
         "weights": trainer.sae.state_dict(),
@@ -167,7 +167,8 @@ def test_runner_resumes_where_its_checkpoint_was_taken(
     run(resume_from_checkpoint=str(checkpoint))
     resumed_losses = step_losses[architecture]
     assert len(resumed_losses) == len(losses) - n_steps_before
-    # not the same batches (README), but weights and optimizer that have got this far
+    # The batches are others (README says why), but the weights and the optimizer are those that
+    # the first run had by then.
     assert resumed_losses[0] < 0.5 * (losses[0] + losses[n_steps_before - 1])
 
 

@@ -1,4 +1,4 @@
-"""SAELens's command line, by its own parser."""
+"""The two architectures in SAELens's own command line."""
 
 import json
 from pathlib import Path
@@ -46,7 +46,7 @@ def test_arguments_give_the_hierarchical_config():
 
 def test_arguments_left_out_give_the_defaults():
     cfg = _parse_cfg_args(["--architecture", "hierarchical_topk", "--k", "8", *QUIET])
-    # 512 and 1024 are what SAELens's command line takes for every architecture
+    # SAELens's command line has the defaults 512 and 1024 for every architecture.
     assert cfg.sae == HierarchicalTopKTrainingSAEConfig(d_in=512, d_sae=1024, k=8)
     assert cfg.sae.budgets is None
 
@@ -82,7 +82,7 @@ def test_arguments_give_the_flex_config():
     ],
 )
 def test_impossible_values_fail_with_the_name_of_the_field(field: str, arguments: str):
-    # argparse's errors are no ValueErrors
+    # An error of argparse is no ValueError.
     with pytest.raises(Exception, match=rf"\b{field}\b"):
         _parse_cfg_args(["--architecture", "hierarchical_topk", *arguments.split(), *QUIET])
 

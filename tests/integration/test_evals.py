@@ -42,7 +42,10 @@ LOGGED_EVERY_STEP = {
 
 
 def evaluate(sae: SAE[Any], model: HookedSAETransformer, dataset: Dataset) -> Any:
-    """Run every eval of SAELens; a new store each time, so that all see the same tokens."""
+    """Run every eval of SAELens.
+
+    Each call has a new store, so that each sees the same tokens.
+    """
     return run_evals(
         sae=sae,
         activation_store=ActivationsStore.from_sae(model, sae, dataset, streaming=False),
@@ -83,7 +86,7 @@ def test_run_evals_honours_the_budget(
         assert density.sum().item() == pytest.approx(metrics["sparsity"]["l0"], rel=1e-2)
         explained_variances.append(metrics["reconstruction_quality"]["explained_variance"])
         kl_divergences.append(metrics["model_behavior_preservation"]["kl_div_with_sae"])
-    # the same tokens at every budget: more latents, better in every respect
+    # The tokens are the same at every budget, so with more latents every metric is better.
     assert explained_variances == sorted(explained_variances)
     assert kl_divergences == sorted(kl_divergences, reverse=True)
 
@@ -103,7 +106,8 @@ def test_trainer_logs_under_the_names_saelens_uses(architecture: str):
     cfg = training_sae_config(architecture)
     batches = activation_batches(10)
     trainer = make_trainer(TrainingSAE.from_dict(cfg.to_dict()), batches, dead_feature_window=3)
-    trainer.sae.b_enc.data[:4] = -10.0  # dead latents, for the auxiliary loss
+    # Dead latents give an auxiliary loss.
+    trainer.sae.b_enc.data[:4] = -10.0
     for batch in batches:
         output = trainer.step(batch)
     log = trainer.build_train_step_log_dict(output, trainer.n_training_samples)
@@ -117,7 +121,7 @@ def test_trainer_logs_under_the_names_saelens_uses(architecture: str):
 
 
 def test_logged_mse_and_explained_variance_are_those_of_the_reconstruction():
-    # at one budget, K, the loss is the squared error of what SAELens's forward pass gives
+    # With the one budget K, the loss is the squared error of the SAE's forward pass.
     cfg = training_sae_config("hierarchical_topk", budgets=[K])
     (batch,) = activation_batches(1)
     trainer = make_trainer(TrainingSAE.from_dict(cfg.to_dict()), [batch])

@@ -1,11 +1,8 @@
-"""`SAE.from_pretrained` from a stand-in for the Hugging Face hub, and configs that cannot be."""
+"""`SAE.from_pretrained` from a stand-in for the hub, and saved configs that have to be refused."""
 
-import hashlib
 import json
 import shutil
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from sae_lens_flex import HierarchicalTopKSAE
 
 from .flows import ARCHITECTURES, D_SAE, K, run_python, training_sae_config
+from .hub import Hub, running_hub
 
 REPO = "someone/saes"
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 MISSING = object()
 
 CLIENT = """
@@ -44,66 +41,18 @@ PRINTED = [
 ]
 
 
-class Hub:
-    """Serves the files of a directory as the hub serves those of one repository."""
-
-    def __init__(self, root: Path):
-        self.gets: list[str] = []
-        hub = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_HEAD(self) -> None:
-                self.answer(has_body=False)
-
-            def do_GET(self) -> None:
-                hub.gets.append(self.path)
-                self.answer(has_body=True)
-
-            def answer(self, has_body: bool) -> None:
-                prefix = f"/{REPO}/resolve/main/"
-                file = root / self.path.removeprefix(prefix)
-                if not self.path.startswith(prefix) or not file.is_file():
-                    self.send_response(404)
-                    self.send_header("X-Error-Code", "EntryNotFound")
-                    self.send_header("X-Repo-Commit", COMMIT)
-                    self.send_header("Content-Length", "0")
-                    self.end_headers()
-                    return
-                content = file.read_bytes()
-                self.send_response(200)
-                self.send_header("X-Repo-Commit", COMMIT)
-                self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                if has_body:
-                    self.wfile.write(content)
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-        self.thread = threading.Thread(target=self.server.serve_forever, daemon=True)
-        self.thread.start()
-
-    def stop(self) -> None:
-        self.server.shutdown()
-        self.server.server_close()
-        self.thread.join()
-
-
 @pytest.fixture
-def hub(trained: dict[str, SimpleNamespace], tmp_path: Path) -> Iterator[Hub]:
-    root = tmp_path / "repository"
-    for architecture, run in trained.items():
-        shutil.copytree(run.output, root / architecture / "layer_0")
-    # one of the two without the sparsity that SAELens asks for: the hub says that it has none
-    (root / "flex_topk" / "layer_0" / "sparsity.safetensors").unlink()
-    hub = Hub(root)
-    yield hub
-    hub.stop()
+def hub(trained: dict[str, SimpleNamespace]) -> Iterator[Hub]:
+    files = {
+        f"{architecture}/layer_0/{path.name}": path.read_bytes()
+        for architecture, run in trained.items()
+        for path in run.output.iterdir()
+    }
+    # SAELens asks for the sparsity, too, and has to take a repository without it.
+    del files["flex_topk/layer_0/sparsity.safetensors"]
+    with running_hub() as hub:
+        hub.files[REPO] = files
+        yield hub
 
 
 def test_loads_from_the_hub_and_then_offline_from_the_cache(
@@ -240,7 +189,7 @@ def test_training_checkpoint_with_an_impossible_value_is_refused(
 def test_training_checkpoint_without_what_it_was_trained_with_is_refused(
     architecture: str, field: str, tmp_path: Path
 ):
-    # d_sae is above 100, SAELens's default for k
+    # SAELens's default for k is 100. With a smaller d_sae it would be refused in any case.
     cfg = training_sae_config(architecture, d_sae=128, rescale_acts_by_decoder_norm=False)
     TrainingSAE.from_dict(cfg.to_dict()).save_model(tmp_path / "checkpoint")
     path = edited(tmp_path / "checkpoint", tmp_path / "sae", **{field: MISSING})

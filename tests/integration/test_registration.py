@@ -1,4 +1,4 @@
-"""What importing the package does to SAELens's registry, each in a process of its own."""
+"""What the import of the package does to SAELens's registry. Each test has its own process."""
 
 from types import SimpleNamespace
 
@@ -42,7 +42,7 @@ assert importlib.reload(sae_lens_flex) is sae_lens_flex
 assert (SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY) == first
 train()
 
-# as a notebook's autoreload does, submodules first and last
+# A notebook's autoreload does this, with the submodules first or last.
 for name in sorted(n for n in sys.modules if n.split(".")[0] == "sae_lens_flex"):
     importlib.reload(sys.modules[name])
 for name in sorted((n for n in sys.modules if n.split(".")[0] == "sae_lens_flex"), reverse=True):
@@ -51,7 +51,7 @@ gc.collect()
 train()
 assert SAE_CLASS_REGISTRY.keys() == first[0].keys()
 
-# as a test suite that isolates its modules does
+# A test suite that isolates its modules does this.
 for name in [n for n in sys.modules if n.split(".")[0] == "sae_lens_flex"]:
     del sys.modules[name]
 del sae_lens_flex
@@ -106,7 +106,7 @@ def test_name_that_another_package_registered_is_an_error_that_says_so():
             assert before == (registry.SAE_CLASS_REGISTRY, registry.SAE_TRAINING_CLASS_REGISTRY)
             del registered[name]
 
-        import sae_lens_flex  # once the name is free
+        import sae_lens_flex  # The names are free again.
 
         assert registry.get_sae_class("hierarchical_topk")[0] is sae_lens_flex.HierarchicalTopKSAE
         """
@@ -114,7 +114,7 @@ def test_name_that_another_package_registered_is_an_error_that_says_so():
 
 
 def test_without_the_import_saelens_raises_a_bare_key_error(trained: dict[str, SimpleNamespace]):
-    # the entry "KeyError: 'hierarchical_topk'" of README's troubleshooting
+    # README's troubleshooting has this error, "KeyError: 'hierarchical_topk'".
     run_python(
         """
         import sys

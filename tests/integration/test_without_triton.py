@@ -1,4 +1,4 @@
-"""What works, and what raises and says why, where Triton or its device is missing."""
+"""Where Triton or its device is missing: what works, and what raises an error that says why."""
 
 import json
 import re
@@ -65,7 +65,7 @@ REASONS = {
 
 @pytest.fixture(scope="module", params=REASONS)
 def report(request: pytest.FixtureRequest) -> dict[str, Any]:
-    """What a process without Triton, or with it but without a device for it, found."""
+    """Return what a process without Triton found, or one without a device for it."""
     hide = "import sys; sys.modules['triton'] = None" if request.param == "not installed" else ""
     printed = run_python(f"    {hide}\n{SCRIPT}", CUDA_VISIBLE_DEVICES="")
     (line,) = (line for line in printed.splitlines() if line.startswith("REPORT"))

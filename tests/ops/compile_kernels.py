@@ -28,7 +28,7 @@ class AbsentGPU:
 
 
 compiled: set[str] = set()
-launch = JITFunction.run
+run = JITFunction.run
 
 
 def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
@@ -36,51 +36,74 @@ def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any)
     for value in args:  # what a kernel would have written are indices that other code uses
         if isinstance(value, torch.Tensor) and not value.is_floating_point():
             value.zero_()
-    return launch(self, *args, grid=grid, warmup=True, **options)
+    return run(self, *args, grid=grid, warmup=True, **options)
 
 
 triton.runtime.driver.set_active(AbsentGPU())
 JITFunction.run = compile_only
 
 from sae_lens_flex import ops  # noqa: E402
-from sae_lens_flex.ops import _triton, spread, topk  # noqa: E402
-from sae_lens_flex.ops.encode import encode  # noqa: E402
-from sae_lens_flex.ops.norms import norms_and_copy  # noqa: E402
+from sae_lens_flex.ops import by_triton, kernels  # noqa: E402
+from sae_lens_flex.ops.kernels import copies, launch  # noqa: E402
+from sae_lens_flex.training.requests import (  # noqa: E402
+    Inputs,
+    Spec,
+    WantedGradients,
+    Weights,
+)
+from sae_lens_flex.training.step import step  # noqa: E402
 
-_triton.why_unavailable = lambda device: None
-_triton.is_available = lambda device: True
-_triton.MOST_COMPILED = 0  # every launch goes by JITFunction.run
-spread.FEWEST_PAIRS = topk.FEWEST_ELEMENTS = 0
+launch.why_unavailable = lambda device: None
+launch.is_available = lambda device: True
+launch.MOST_COMPILED = 0  # every launch goes by JITFunction.run
+copies.FEWEST_PAIRS = by_triton.FEWEST_ELEMENTS = 0
 
 B, K, F, D = 64, 16, 256, 128
+
+
+def compile_loss(loss: Any, dtype: torch.dtype) -> None:
+    shapes = {"weight": (F, D), "vals": (B, K), "bias": (D,), "target": (B, D)}
+    inputs = {
+        name: torch.zeros(shape, dtype=dtype, requires_grad=True) for name, shape in shapes.items()
+    }
+    loss(torch.zeros(B, K, dtype=torch.int64), **inputs).backward()
+
+
+def compile_step(dtype: torch.dtype, is_deterministic: bool, rescales: bool) -> None:
+    weights = Weights(
+        W_enc=torch.zeros(F, D, dtype=dtype).T,
+        b_enc=torch.zeros(F, dtype=dtype),
+        W_dec=torch.zeros(F, D, dtype=dtype),
+        b_dec=torch.zeros(D, dtype=dtype),
+    )
+    spec = Spec(
+        k=K,
+        levels="last",
+        n_samples=B,
+        rescale_acts_by_decoder_norm=rescales,
+        apply_b_dec_to_input=True,
+        product_dtype=torch.bfloat16,
+        use_triton=True,
+        deterministic=is_deterministic,
+        matmul_precision="highest",
+    )
+    inputs = Inputs(torch.zeros(B, D, dtype=dtype), torch.zeros(B, D))
+    step(weights, inputs, spec, wanted=WantedGradients(*[True] * 7))
+
+
 for dtype in (torch.float32, torch.bfloat16):
     for is_deterministic in (False, True):
         torch.use_deterministic_algorithms(is_deterministic)
         for loss in (ops.triton_hierarchical_sae_loss, ops.triton_topk_sae_loss):
-            shapes = {"weight": (F, D), "vals": (B, K), "bias": (D,), "target": (B, D)}
-            inputs = {
-                name: torch.zeros(shape, dtype=dtype, requires_grad=True)
-                for name, shape in shapes.items()
-            }
-            loss(torch.zeros(B, K, dtype=torch.int64), **inputs).backward()
-        for norms in (None, torch.ones(F)):
-            inputs = {
-                name: torch.zeros(shape, dtype=dtype, requires_grad=True)
-                for name, shape in {
-                    "x": (B, D),
-                    "W_enc": (D, F),
-                    "b_enc": (F,),
-                    "b_dec": (D,),
-                }.items()
-            }
-            encode(**inputs, norms=norms, k=K, backend="triton").hidden.sum().backward()
-norms_and_copy(torch.zeros(F, D), torch.bfloat16)
+            compile_loss(loss, dtype)
+        for rescales in (False, True):
+            compile_step(dtype, is_deterministic, rescales)
 
-kernels = {
+every_kernel = {
     name
-    for module in pkgutil.iter_modules(ops.__path__, ops.__name__ + ".")
+    for module in pkgutil.iter_modules(kernels.__path__, kernels.__name__ + ".")
     for name in vars(importlib.import_module(module.name))
     if name.endswith("_kernel")
 }
 print("compiled", *sorted(compiled))
-print("not compiled", *sorted(kernels - compiled))
+print("not compiled", *sorted(every_kernel - compiled))

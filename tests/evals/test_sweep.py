@@ -1,144 +1,33 @@
-"""Sweeps over budgets, and the choice of one."""
+"""Sweeps: the same tokens for every budget, SAELens's metrics, and clear errors."""
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import pandas as pd
-import plotly.graph_objects as go
 import pytest
 import torch
-from integration import conftest as toy
-from sae_lens import SAE, ActivationsStore, HookedSAETransformer
-from sae_lens.evals import EvalConfig, ExplainedVarianceCalculator, run_evals
+from sae_lens.evals import ExplainedVarianceCalculator
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
 from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
 from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
-from sae_lens.training.activation_scaler import ActivationScaler
 
-from sae_lens_flex import (
-    BudgetMetrics,
-    BudgetSweep,
-    HierarchicalTopKSAE,
-    HierarchicalTopKSAEConfig,
-    smallest_budget,
-    sweep_budgets,
+from sae_lens_flex import BudgetSweep, sweep_budgets
+
+from .comparison import (
+    BATCH_SIZE_PROMPTS,
+    CE_METRICS,
+    CONTEXT_SIZE,
+    D_IN,
+    D_SAE,
+    KL_METRICS,
+    N_BATCHES,
+    RECONSTRUCTION_METRICS,
+    K,
+    assert_equal_to_run_evals,
+    make_sae,
+    saelens_metrics,
 )
-
-hf_model_dir, language_model, token_dataset = (
-    toy.hf_model_dir,
-    toy.language_model,
-    toy.token_dataset,
-)
-
-D_IN, D_SAE, K = toy.D_IN, 48, 8
-HOOK_NAME, CONTEXT_SIZE = toy.HOOK_NAME, toy.CONTEXT_SIZE
-N_BATCHES, BATCH_SIZE_PROMPTS = 3, 4
-BUDGETS = [1, 3, K]
-RECONSTRUCTION_METRICS = ["explained_variance", "mse", "l0"]
-CE_METRICS = [
-    "ce_loss_score",
-    "ce_loss_with_sae",
-    "ce_loss_without_sae",
-    "ce_loss_with_ablation",
-]
-KL_METRICS = ["kl_div_score", "kl_div_with_sae", "kl_div_with_ablation"]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread_and_seed() -> None:
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-
-
-def make_sae(
-    sae_class: type[Any] = HierarchicalTopKSAE,
-    cfg_class: type[Any] = HierarchicalTopKSAEConfig,
-    hook_name: str = HOOK_NAME,
-    hook_head_index: int | None = None,
-    **fields: Any,
-) -> Any:
-    """An SAE with random weights whose every parameter matters."""
-    if "TopK" in cfg_class.__name__:
-        fields = {"k": K, "rescale_acts_by_decoder_norm": True} | fields
-    sae = sae_class(cfg_class(**({"d_in": D_IN, "d_sae": D_SAE} | fields)))
-    sae.cfg.metadata.hook_name = hook_name
-    sae.cfg.metadata.hook_head_index = hook_head_index
-    sae.cfg.metadata.context_size = CONTEXT_SIZE
-    sae.cfg.metadata.prepend_bos = True
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in sae.parameters():
-            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-        sae.W_enc.copy_(sae.W_dec.T)
-    return sae
-
-
-@pytest.fixture
-def make_store(
-    language_model: HookedSAETransformer, token_dataset: Any
-) -> Callable[..., ActivationsStore]:
-    def make(sae: SAE[Any]) -> ActivationsStore:
-        return ActivationsStore.from_sae(
-            language_model, sae, token_dataset, store_batch_size_prompts=BATCH_SIZE_PROMPTS
-        )
-
-    return make
-
-
-def saelens_metrics(
-    sae: SAE[Any], make_store: Callable[..., ActivationsStore], exclude: Any
-) -> dict[str, float]:
-    """What `run_evals` says, its two passes each from the store's first token on."""
-    metrics = {}
-    for fields in (
-        {"compute_ce_loss": True, "compute_kl": True},
-        {"compute_variance_metrics": True, "compute_sparsity_metrics": True},
-    ):
-        store = make_store(sae)
-        groups, _ = run_evals(
-            sae,
-            store,
-            store.model,
-            ActivationScaler(),
-            EvalConfig(
-                n_eval_reconstruction_batches=N_BATCHES,
-                n_eval_sparsity_variance_batches=N_BATCHES,
-                **fields,
-            ),
-            exclude_special_tokens=exclude,
-        )
-        for group in groups.values():
-            metrics |= group
-    return metrics
-
-
-def assert_equal_to_run_evals(
-    sae: Any, make_store: Callable[..., ActivationsStore], exclude: Any
-) -> BudgetSweep:
-    sweep = sweep_budgets(
-        sae,
-        make_store(sae),
-        budgets=BUDGETS,
-        n_batches=N_BATCHES,
-        compute_kl=True,
-        exclude_special_tokens=exclude,
-        show_progress=False,
-    )
-    assert [row.budget for row in sweep.metrics] == BUDGETS
-    for row in sweep.metrics:
-        assert row.budget is not None
-        with sae.at_budget(row.budget):
-            expected = saelens_metrics(sae, make_store, exclude)
-        for name in RECONSTRUCTION_METRICS + CE_METRICS + KL_METRICS:
-            # a score is a ratio of differences, in SAELens of float32 means
-            tolerance = 2e-3 if name.endswith("score") else 1e-5
-            expected_value = pytest.approx(expected[name], rel=10 * tolerance, abs=tolerance)
-            assert getattr(row, name) == expected_value, name
-    return sweep
 
 
 @pytest.mark.parametrize("exclude", [True, False, [0, 7, 8]], ids=repr)
@@ -237,7 +126,8 @@ def test_one_encode_a_batch_and_one_model_pass_a_budget(make_store, monkeypatch)
     assert calls == {"encode": 3, "model": 3}
     calls.update(encode=0, model=0)
     sweep_budgets(sae, store, budgets=budgets, n_batches=3, compute_kl=True, show_progress=False)
-    assert calls == {"encode": 3, "model": 3 * (1 + 1 + len(budgets))}  # as it is, ablated, SAEs
+    # Per batch: once as it is, once ablated, once for each budget.
+    assert calls == {"encode": 3, "model": 3 * (1 + 1 + len(budgets))}
 
 
 def test_eight_budgets_cost_less_than_two_single_evaluations() -> None:
@@ -261,7 +151,8 @@ def test_eight_budgets_cost_less_than_two_single_evaluations() -> None:
         return time.perf_counter() - start
 
     once, eight = [], []
-    for _ in range(8):  # whoever else uses the machine can only add
+    # Other load on the machine only adds time, so the smallest of several counts.
+    for _ in range(8):
         once.append(seconds(evaluate_once))
         eight.append(seconds(sweep))
         if len(once) >= 3 and min(eight) < 2 * min(once):
@@ -439,147 +330,3 @@ def test_model_without_a_tokenizer_raises_unless_tokens_are_given(
         sweep_budgets(sae, store, show_progress=False)
     sweep = sweep_budgets(sae, store, n_batches=1, exclude_special_tokens=[0], show_progress=False)
     assert sweep.n_tokens < BATCH_SIZE_PROMPTS * CONTEXT_SIZE
-
-
-def row_at(budget: int | None, explained_variance: float, sae: str = "sae", **more: Any):
-    return BudgetMetrics(sae, budget, explained_variance, 1.5, 0.9 * (budget or 20), 0.25, **more)
-
-
-@pytest.fixture
-def sweep() -> BudgetSweep:
-    """One SAE that was swept, two TopK SAEs and one without a fixed number of latents."""
-    return BudgetSweep(
-        [
-            *(row_at(k, ev, "hierarchical") for k, ev in ((1, 0.3), (2, 0.5), (4, 0.8), (8, 0.9))),
-            row_at(2, 0.6, "k=2"),
-            row_at(8, 0.92, "k=8"),
-            row_at(None, 0.95, "jumprelu"),
-        ],
-        n_tokens=1000,
-    )
-
-
-def test_to_pandas_has_a_row_a_budget_and_only_what_was_computed(sweep) -> None:
-    frame = sweep.to_pandas()
-    assert isinstance(frame, pd.DataFrame)
-    assert list(frame.columns) == [
-        *("sae", "budget", "explained_variance", "mse", "l0", "dead_latents")
-    ]
-    assert len(frame) == 7
-    assert frame["budget"].dropna().tolist() == [1, 2, 4, 8, 2, 8]
-    assert str(frame["budget"].dtype) == "Int64"
-    only_jumprelu = BudgetSweep([row_at(None, 0.9)], 10).to_pandas()
-    assert only_jumprelu["budget"].isna().all()
-    with_ce = BudgetSweep([row_at(1, 0.9, ce_loss_score=0.8)], 10).to_pandas()
-    assert with_ce["ce_loss_score"].tolist() == [0.8]
-
-
-def test_text_is_a_table_that_fits_a_terminal(sweep) -> None:
-    header, *rows = str(sweep).splitlines()
-    assert header.split() == ["sae", "budget", "explained_variance", "mse", "l0", "dead_latents"]
-    assert [row.split()[0] for row in rows] == [*4 * ["hierarchical"], "k=2", "k=8", "jumprelu"]
-    assert rows[-1].split()[1] == "-"
-    more = {"ce_loss_score": 0.8, "ce_loss_with_sae": 3.0, "ce_loss_without_sae": 2.0}
-    one = BudgetSweep([row_at(k, 0.9, **more) for k in (1, 128)], 10)
-    header, *rows = str(one).splitlines()
-    assert header.split() == [
-        *("budget", "explained_variance", "mse", "l0", "dead_latents", "ce_loss_score")
-    ]
-    assert [row.split()[0] for row in rows] == ["1", "128"]
-    assert len(header) <= 80
-
-
-def test_json_keeps_every_value(sweep, tmp_path: Path) -> None:
-    text = sweep.to_json()
-    assert BudgetSweep.from_json(text) == sweep
-    assert len(json.loads(text)["metrics"]) == 7
-    assert sweep.to_json(tmp_path / "sweep.json") == text
-    assert BudgetSweep.from_json((tmp_path / "sweep.json").read_text()) == sweep
-
-
-def test_plot_draws_a_line_for_a_swept_sae_and_points_for_the_others(sweep) -> None:
-    figure = sweep.plot()
-    assert isinstance(figure, go.Figure)
-    traces: dict[str, Any] = {trace["name"]: trace for trace in figure.data}
-    assert {name: trace.mode for name, trace in traces.items()} == {
-        "hierarchical": "lines+markers",
-        "k=2": "markers+text",
-        "k=8": "markers+text",
-        "jumprelu": "markers+text",
-    }
-    assert [traces[name].text for name in ("k=2", "k=8", "jumprelu")] == [
-        ("k=2",),
-        ("k=8",),
-        ("jumprelu",),
-    ]
-    assert list(traces["hierarchical"].x) == [1, 2, 4, 8]
-    assert list(traces["hierarchical"].y) == [0.3, 0.5, 0.8, 0.9]
-    assert list(traces["jumprelu"].x) == [18.0]  # its L0
-    layout: Any = figure.layout
-    assert "latents" in layout.xaxis.title.text
-    assert layout.yaxis.title.text == "explained variance"
-    assert sweep.plot(metric="mse").layout.yaxis.title.text == "mse"
-
-
-def test_plot_writes_html(sweep, tmp_path: Path) -> None:
-    sweep.plot(tmp_path / "figure.html")
-    text = (tmp_path / "figure.html").read_text()
-    assert "plotly" in text
-    assert 'src="http' not in text  # plotly.js is in it
-    assert "latents kept per activation" in text
-    assert "hierarchical" in text
-
-
-@pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf"])
-def test_plot_leaves_images_to_plotly(suffix, sweep, tmp_path: Path, monkeypatch) -> None:
-    written = []
-    monkeypatch.setattr(go.Figure, "write_image", lambda self, path, **_: written.append(path))
-    sweep.plot(tmp_path / f"figure{suffix}")
-    assert written == [tmp_path / f"figure{suffix}"]
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("metric", ["explained_varianc", "sae", "budget", "kl_div_score"])
-def test_plot_refuses_a_metric_that_is_not_there(metric, sweep) -> None:
-    with pytest.raises(ValueError, match="metric is"):
-        sweep.plot(metric=metric)
-
-
-@pytest.mark.parametrize(
-    ("explained_variance", "budget"), [(0.8, 4), (0.81, 8), (0.9, 8), (0, 1), (-1.0, 1), (0.4, 2)]
-)
-def test_smallest_budget_is_the_first_that_reaches_the_share(
-    explained_variance, budget, sweep
-) -> None:
-    chosen = smallest_budget(sweep, explained_variance=explained_variance, sae="hierarchical")
-    assert chosen == budget
-    alone = BudgetSweep(sweep.metrics[:4], 1000)
-    assert smallest_budget(alone, explained_variance=explained_variance) == budget
-
-
-@pytest.mark.parametrize(
-    ("name", "arguments"),
-    [
-        ("explained_variance", {"explained_variance": 0.91, "sae": "hierarchical"}),
-        ("explained_variance", {"explained_variance": float("nan"), "sae": "hierarchical"}),
-        ("explained_variance", {"explained_variance": "0.8", "sae": "hierarchical"}),
-        ("sae", {"explained_variance": 0.8}),
-        ("sae", {"explained_variance": 0.8, "sae": "k=4"}),
-        ("sae", {"explained_variance": 0.8, "sae": "jumprelu"}),
-    ],
-)
-def test_smallest_budget_raises_and_names_the_argument(name, arguments, sweep) -> None:
-    with pytest.raises(ValueError, match=rf"^{name} is"):
-        smallest_budget(sweep, **arguments)
-
-
-def test_unreachable_share_says_how_far_the_best_budget_gets(sweep) -> None:
-    with pytest.raises(ValueError, match=r"at most 0\.9000"):
-        smallest_budget(sweep, explained_variance=0.99, sae="hierarchical")
-
-
-def test_smallest_budget_of_a_sweep_without_numbers_raises() -> None:
-    sweep = sweep_budgets(make_sae(), torch.ones(10, D_IN), budgets=[1, 3], show_progress=False)
-    nan = BudgetSweep([replace(row, explained_variance=float("nan")) for row in sweep.metrics], 10)
-    with pytest.raises(ValueError, match=r"^sweep has explained variance NaN at budgets 1, 3"):
-        smallest_budget(nan, explained_variance=0.5)

@@ -1,0 +1,7 @@
+"""How well SAEs reconstruct at each budget, and which budget to choose."""
+
+from .choice import smallest_budget
+from .metrics import BudgetMetrics, BudgetSweep
+from .sweep import sweep_budgets
+
+__all__ = ["BudgetMetrics", "BudgetSweep", "smallest_budget", "sweep_budgets"]

@@ -1,0 +1,199 @@
+"""The metrics of an SAE at a budget: the running sums, the result, and a table of results."""
+
+import json
+import math
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+import torch
+from sae_lens import SAE
+from sae_lens.evals import ExplainedVarianceCalculator
+
+from . import figures
+from .reconstruction import Reconstruction
+
+
+@dataclass(frozen=True)
+class BudgetMetrics:
+    """
+    One SAE at one budget. The metrics are SAELens's, as `run_evals` defines them.
+
+    Args:
+        sae (str): Name of the SAE.
+        budget (int | None): Latents kept per activation; None for an SAE without a fixed number.
+        explained_variance (float): 1 - E|x - x_hat|^2 / E|x - E x|^2.
+        mse (float): E|x - x_hat|^2, summed over d_in.
+        l0 (float): Mean number of active latents.
+        dead_latents (float): Fraction of the dictionary that no token activated.
+        ce_loss_score (float | None): Share of the model's cross-entropy that the SAE keeps. It is 1
+            with the model's own activations and 0 with zeros in their place.
+        ce_loss_with_sae (float | None): The model's cross-entropy with reconstructions in place.
+        ce_loss_without_sae (float | None): The model's cross-entropy without any change.
+        ce_loss_with_ablation (float | None): The model's cross-entropy with zeros in place.
+        kl_div_score (float | None): Share of `kl_div_with_ablation` that the SAE avoids.
+        kl_div_with_sae (float | None): KL(original || with reconstructions).
+        kl_div_with_ablation (float | None): KL(original || with zeros).
+    """
+
+    sae: str
+    budget: int | None
+    explained_variance: float
+    mse: float
+    l0: float
+    dead_latents: float
+    ce_loss_score: float | None = None
+    ce_loss_with_sae: float | None = None
+    ce_loss_without_sae: float | None = None
+    ce_loss_with_ablation: float | None = None
+    kl_div_score: float | None = None
+    kl_div_with_sae: float | None = None
+    kl_div_with_ablation: float | None = None
+
+
+@dataclass(frozen=True)
+class BudgetSweep:
+    """
+    The result of `sweep_budgets`.
+
+    Args:
+        metrics (list[BudgetMetrics]): One entry per SAE and budget. SAEs stand in the order given,
+            budgets ascend.
+        n_tokens (int): Number of activations that each entry was measured on.
+    """
+
+    metrics: list[BudgetMetrics]
+    n_tokens: int
+
+    def to_pandas(self) -> pd.DataFrame:
+        """Return one row per SAE and budget. A metric that was not computed has no column."""
+        rows = [asdict(row) for row in self.metrics]
+        frame = pd.DataFrame(rows).astype({"budget": "Int64"})
+        missing = [name for name in frame.columns if all(row[name] is None for row in rows)]
+        return frame.drop(columns=[name for name in missing if name != "budget"])
+
+    def __str__(self) -> str:
+        """Return a table with one row per SAE and budget.
+
+        It has the model's scores, but not the cross-entropies and divergences behind them. The
+        table then fits a terminal of 80 columns.
+        """
+        frame = self.to_pandas()
+        frame["budget"] = ["-" if row.budget is None else row.budget for row in self.metrics]
+        parts = ("ce_loss_with", "kl_div_with")
+        names = [name for name in frame.columns if not name.startswith(parts)]
+        if len({row.sae for row in self.metrics}) == 1:
+            names.remove("sae")
+        return frame[names].to_string(index=False, na_rep="-", float_format="%.4f")
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """Return the sweep as JSON. Also write it to `path` if one is given."""
+        text = json.dumps(asdict(self), indent=2)
+        if path is not None:
+            Path(path).write_text(text + "\n")
+        return text
+
+    @classmethod
+    def from_json(cls, text: str) -> "BudgetSweep":
+        """Read what `to_json` returned."""
+        data = json.loads(text)
+        return cls([BudgetMetrics(**row) for row in data["metrics"]], data["n_tokens"])
+
+    def plot(self, path: str | Path | None = None, metric: str = "explained_variance") -> go.Figure:
+        """Draw a metric against the budget.
+
+        An SAE with several budgets becomes a line, any other a point with its name beside it. An
+        SAE without a fixed number of latents stands at its mean L0.
+
+        Args:
+            path: where to write the figure. With the suffix .html, or none, it becomes HTML that
+                needs no network. With another (.png, .svg, .pdf) it becomes an image, for which
+                plotly needs the package kaleido.
+            metric: a field of BudgetMetrics.
+
+        Raises:
+            ValueError: if there is no such metric, or the sweep did not compute it.
+        """
+        names = [field.name for field in fields(BudgetMetrics)][2:]
+        if metric not in names:
+            raise ValueError(f"metric is {metric!r}, expected one of {', '.join(names)}")
+        if all(getattr(row, metric) is None for row in self.metrics):
+            raise ValueError(f"metric is {metric!r}, expected one that the sweep computed")
+        curves = []
+        for name in dict.fromkeys(row.sae for row in self.metrics):
+            rows = [row for row in self.metrics if row.sae == name]
+            latents = [row.l0 if row.budget is None else row.budget for row in rows]
+            curves.append(figures.Curve(name, latents, [getattr(row, metric) for row in rows]))
+        figure = figures.draw(curves, metric.replace("_", " "))
+        if path is not None:
+            figures.write(figure, path)
+        return figure
+
+
+class Totals:
+    """Sums over the batches, for one SAE at one budget."""
+
+    def __init__(self, sae: SAE[Any]):
+        self.variance = ExplainedVarianceCalculator()
+        self.n_active = 0
+        self.n_tokens = 0
+        self.fired = torch.zeros(sae.cfg.d_sae, dtype=torch.bool, device=sae.device)
+        self.sums: dict[str, float] = {}
+        self.counts: dict[str, int] = {}
+
+    def add(self, x: torch.Tensor, reconstruction: Reconstruction, mask: torch.Tensor) -> None:
+        """Count a batch.
+
+        Args:
+            x: activations, [..., d_in].
+            reconstruction: what the SAE made of them.
+            mask: which tokens count, [...].
+        """
+        mask = mask.to(x.device)
+        self.variance.add_batch(reconstruction.x_hat[mask], x[mask])
+        is_active = reconstruction.acts[mask] != 0  # [tokens, k or d_sae]
+        self.n_active += int(is_active.sum())
+        self.n_tokens += len(is_active)
+        if reconstruction.latents is None:
+            self.fired |= is_active.any(0)
+        else:
+            self.fired[reconstruction.latents[mask][is_active]] = True
+
+    def add_model_metrics(self, metrics: dict[str, torch.Tensor]) -> None:
+        """Count a batch's metrics of the model.
+
+        Args:
+            metrics: values by field of BudgetMetrics, [tokens] each.
+        """
+        for name, value in metrics.items():
+            self.sums[name] = self.sums.get(name, 0.0) + float(value.double().sum())
+            self.counts[name] = self.counts.get(name, 0) + value.numel()
+
+    def metrics(self, sae: str, budget: int | None) -> BudgetMetrics:
+        """Return the means over all tokens counted. At least one must have been."""
+        means = {name: _ratio(self.sums[name], self.counts[name]) for name in self.sums}
+        if "ce_loss_with_sae" in means:
+            means["ce_loss_score"] = _ratio(
+                means["ce_loss_with_ablation"] - means["ce_loss_with_sae"],
+                means["ce_loss_with_ablation"] - means["ce_loss_without_sae"],
+            )
+        if "kl_div_with_sae" in means:
+            means["kl_div_score"] = _ratio(
+                means["kl_div_with_ablation"] - means["kl_div_with_sae"],
+                means["kl_div_with_ablation"],
+            )
+        return BudgetMetrics(
+            sae=sae,
+            budget=budget,
+            explained_variance=self.variance.compute(),
+            mse=self.variance.sum_squared_residual / self.n_tokens,
+            l0=self.n_active / self.n_tokens,
+            dead_latents=1 - float(self.fired.float().mean()),
+            **means,
+        )
+
+
+def _ratio(numerator: float, denominator: float) -> float:
+    return numerator / denominator if denominator else math.nan

@@ -1,0 +1,64 @@
+"""An SAE's reconstructions of a batch, one per budget, from one encode."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, cast
+
+import torch
+from sae_lens import SAE
+
+from ..saes.budgets import RuntimeBudget
+
+
+class Reconstruction(NamedTuple):
+    """
+    What an SAE made of activations [..., d_in] at one budget.
+
+    Args:
+        acts (torch.Tensor): Activations of the latents. [..., k] where `latents` says which ones
+            they are, [..., d_sae] otherwise.
+        latents (torch.Tensor | None): The latents that were kept, [..., k].
+        x_hat (torch.Tensor): The reconstruction, [..., d_in].
+    """
+
+    acts: torch.Tensor
+    latents: torch.Tensor | None
+    x_hat: torch.Tensor
+
+
+def reconstruct(
+    sae: SAE[Any], x: torch.Tensor, budgets: list[int | None]
+) -> Iterator[tuple[int | None, Reconstruction]]:
+    """Yield each budget and its reconstruction.
+
+    Args:
+        sae: the SAE.
+        x: activations, [..., d_in]. Attention heads are concatenated already.
+        budgets: ascending, for an SAE with a run-time budget. Any other SAE has one entry, which
+            is yielded as it came.
+    """
+    with _flat_heads(sae):
+        if not isinstance(sae, RuntimeBudget):
+            acts = sae.encode(x)
+            x_hat = sae.decode(acts)
+            dense_acts = acts.to_dense() if acts.is_sparse else acts
+            yield budgets[0], Reconstruction(dense_acts, None, x_hat)
+            return
+        ascending = cast(list[int], budgets)
+        with sae.at_budget(ascending[-1]):
+            acts, latents = sae.encode_levels(x)
+        for budget, x_hat in sae.decode_levels(acts, latents, ascending):
+            yield budget, Reconstruction(acts[..., :budget], latents[..., :budget], x_hat)
+
+
+@contextmanager
+def _flat_heads(sae: SAE[Any]) -> Iterator[None]:
+    """Make the SAE take activations with concatenated heads, as `run_evals` does."""
+    if not sae.hook_z_reshaping_mode:
+        yield
+        return
+    sae.turn_off_forward_pass_hook_z_reshaping()
+    try:
+        yield
+    finally:
+        sae.turn_on_forward_pass_hook_z_reshaping()

@@ -1,0 +1,50 @@
+"""The choice of a budget."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sae_lens_flex import BudgetSweep, smallest_budget, sweep_budgets
+
+from .comparison import D_IN, make_sae
+
+
+@pytest.mark.parametrize(
+    ("explained_variance", "budget"), [(0.8, 4), (0.81, 8), (0.9, 8), (0, 1), (-1.0, 1), (0.4, 2)]
+)
+def test_smallest_budget_is_the_first_that_reaches_the_share(
+    explained_variance, budget, sweep
+) -> None:
+    chosen = smallest_budget(sweep, explained_variance=explained_variance, sae="hierarchical")
+    assert chosen == budget
+    alone = BudgetSweep(sweep.metrics[:4], 1000)
+    assert smallest_budget(alone, explained_variance=explained_variance) == budget
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("explained_variance", {"explained_variance": 0.91, "sae": "hierarchical"}),
+        ("explained_variance", {"explained_variance": float("nan"), "sae": "hierarchical"}),
+        ("explained_variance", {"explained_variance": "0.8", "sae": "hierarchical"}),
+        ("sae", {"explained_variance": 0.8}),
+        ("sae", {"explained_variance": 0.8, "sae": "k=4"}),
+        ("sae", {"explained_variance": 0.8, "sae": "jumprelu"}),
+    ],
+)
+def test_smallest_budget_raises_and_names_the_argument(name, arguments, sweep) -> None:
+    with pytest.raises(ValueError, match=rf"^{name} is"):
+        smallest_budget(sweep, **arguments)
+
+
+def test_unreachable_share_says_how_far_the_best_budget_gets(sweep) -> None:
+    with pytest.raises(ValueError, match=r"at most 0\.9000"):
+        smallest_budget(sweep, explained_variance=0.99, sae="hierarchical")
+
+
+def test_smallest_budget_of_a_sweep_without_numbers_raises() -> None:
+    sweep = sweep_budgets(make_sae(), torch.ones(10, D_IN), budgets=[1, 3], show_progress=False)
+    nan = BudgetSweep([replace(row, explained_variance=float("nan")) for row in sweep.metrics], 10)
+    with pytest.raises(ValueError, match=r"^sweep has explained variance NaN at budgets 1, 3"):
+        smallest_budget(nan, explained_variance=0.5)

@@ -1,0 +1,48 @@
+"""The table of a sweep: as a frame, as text, as JSON."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+
+from sae_lens_flex import BudgetSweep
+
+from .comparison import row_at
+
+
+def test_to_pandas_has_a_row_a_budget_and_only_what_was_computed(sweep) -> None:
+    frame = sweep.to_pandas()
+    assert isinstance(frame, pd.DataFrame)
+    assert list(frame.columns) == [
+        *("sae", "budget", "explained_variance", "mse", "l0", "dead_latents")
+    ]
+    assert len(frame) == 7
+    assert frame["budget"].dropna().tolist() == [1, 2, 4, 8, 2, 8]
+    assert str(frame["budget"].dtype) == "Int64"
+    only_jumprelu = BudgetSweep([row_at(None, 0.9)], 10).to_pandas()
+    assert only_jumprelu["budget"].isna().all()
+    with_ce = BudgetSweep([row_at(1, 0.9, ce_loss_score=0.8)], 10).to_pandas()
+    assert with_ce["ce_loss_score"].tolist() == [0.8]
+
+
+def test_text_is_a_table_that_fits_a_terminal(sweep) -> None:
+    header, *rows = str(sweep).splitlines()
+    assert header.split() == ["sae", "budget", "explained_variance", "mse", "l0", "dead_latents"]
+    assert [row.split()[0] for row in rows] == [*4 * ["hierarchical"], "k=2", "k=8", "jumprelu"]
+    assert rows[-1].split()[1] == "-"
+    more = {"ce_loss_score": 0.8, "ce_loss_with_sae": 3.0, "ce_loss_without_sae": 2.0}
+    one = BudgetSweep([row_at(k, 0.9, **more) for k in (1, 128)], 10)
+    header, *rows = str(one).splitlines()
+    assert header.split() == [
+        *("budget", "explained_variance", "mse", "l0", "dead_latents", "ce_loss_score")
+    ]
+    assert [row.split()[0] for row in rows] == ["1", "128"]
+    assert len(header) <= 80
+
+
+def test_json_keeps_every_value(sweep, tmp_path: Path) -> None:
+    text = sweep.to_json()
+    assert BudgetSweep.from_json(text) == sweep
+    assert len(json.loads(text)["metrics"]) == 7
+    assert sweep.to_json(tmp_path / "sweep.json") == text
+    assert BudgetSweep.from_json((tmp_path / "sweep.json").read_text()) == sweep

@@ -1,0 +1,529 @@
+"""Small steps, differentiated at once and replayed as CUDA graphs, against ordinary ones."""
+
+import copy
+import pickle
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from sae_lens.saes.sae import TrainStepOutput
+from saes.comparison import (
+    BATCH,
+    D_IN,
+    FUSED_ARCHITECTURES,
+    MANY_DEAD,
+    K,
+    assert_close,
+    assert_same_gradients,
+    assert_same_losses,
+    copy_weights,
+    dead_mask,
+    random_activations,
+    run_step,
+    step_input,
+    trained_sae,
+)
+
+from sae_lens_flex.saes import fused_topk
+from sae_lens_flex.training import graph
+from sae_lens_flex.training.graph import ORDINARY_CALLS, Recorder
+from sae_lens_flex.training.requests import Inputs
+from sae_lens_flex.training.step import reconstruct
+
+from .comparison import ALL, case
+
+both_architectures = pytest.mark.parametrize("architecture", FUSED_ARCHITECTURES)
+
+
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    """The tensors of nested named tuples and dataclasses."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if value is None:
+        return []
+    return [
+        tensor
+        for each in (value if isinstance(value, tuple) else vars(value).values())
+        for tensor in tensors_in(each)
+    ]
+
+
+class Recomputed:
+    """Stands for a recording where there are no CUDA graphs.
+
+    As a recording it reads the inputs from memory of its own, and leaves the results in memory of
+    its own, which the next replay overwrites.
+    """
+
+    def __init__(self, weights: Any, inputs: Inputs, spec: Any, wanted: Any) -> None:
+        self.arguments = weights, spec, wanted
+        self.inputs = graph._map_inputs(torch.zeros_like, inputs)
+        self.result = reconstruct(weights, self.inputs, spec, wanted)
+        self.graph = self
+        for tensor in (*tensors_in(self.inputs), *tensors_in(self.result)):
+            tensor.fill_(torch.nan if tensor.is_floating_point() else -1)
+
+    def replay(self) -> None:
+        weights, spec, wanted = self.arguments
+        with torch.no_grad():
+            fresh = reconstruct(weights, self.inputs, spec, wanted)
+        for mine, new in zip(tensors_in(self.result), tensors_in(fresh), strict=True):
+            mine.copy_(new)
+
+
+class Replays:
+    """Where steps are recorded: on a GPU. On a CPU a stand-in for recordings computes again."""
+
+    def __init__(self, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.device = device
+        if device == "cuda":
+            return
+        recorder_of = fused_topk.FusedTopKTrainingSAE._recorder_of
+
+        def as_by_triton(self, weights, inputs, spec, wanted) -> Recorder | None:
+            return recorder_of(self, weights, inputs, replace(spec, use_triton=True), wanted)
+
+        monkeypatch.setattr(fused_topk.FusedTopKTrainingSAE, "_recorder_of", as_by_triton)
+        monkeypatch.setattr(fused_topk, "is_worth_recording", lambda weights, inputs: True)
+        monkeypatch.setattr(graph, "_record", Recomputed)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        on_no_stream(monkeypatch)
+
+    def sae(self, architecture: str, **fields: Any) -> Any:
+        return trained_sae(architecture, device=self.device, **fields)
+
+    def ordinary_sae(self, architecture: str, **fields: Any) -> Any:
+        sae = self.sae(architecture, **fields)
+        sae.use_cuda_graph = False
+        return sae
+
+    def batch(self, seed: int, *shape: int) -> torch.Tensor:
+        return random_activations(*shape, seed=seed).to(self.device)
+
+    def dead(self, n_dead: int) -> torch.Tensor:
+        return dead_mask(n_dead).to(self.device)
+
+
+def on_no_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+
+
+def has_recorded(sae: Any) -> bool:
+    return sae._recorder is not None and sae._recorder.has_recorded
+
+
+def recording_of(sae: Any) -> Any:
+    return sae._recorder._recording
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def replays(request, monkeypatch) -> Replays:
+    return Replays(request.param, monkeypatch)
+
+
+N_STEPS = ORDINARY_CALLS + 4
+
+
+def assert_same_outputs(output: TrainStepOutput, expected: TrainStepOutput) -> None:
+    assert_same_losses(output, expected)
+    assert_close(output.sae_out, expected.sae_out, name="sae_out")
+    assert_close(output.hidden_pre, expected.hidden_pre, name="hidden_pre")
+    acts, expected_acts = (each.feature_acts.to_dense() for each in (output, expected))
+    assert_close(acts, expected_acts, name="feature_acts")
+
+
+@both_architectures
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"rescale_acts_by_decoder_norm": False},
+        {"apply_b_dec_to_input": False},
+        {"use_sparse_activations": False},
+    ],
+    ids=lambda fields: next(iter(fields), "defaults"),
+)
+def test_every_step_is_the_ordinary_one(replays, architecture, autocast, fields) -> None:
+    sae = replays.sae(architecture, **fields)
+    ordinary = replays.ordinary_sae(architecture, **fields)
+    optimizer = torch.optim.Adam(sae.parameters(), lr=1e-3)
+    for step in range(N_STEPS):
+        copy_weights(sae, ordinary)
+        dead = replays.dead(MANY_DEAD if step % 2 else 0)
+        with torch.autocast(replays.device, torch.bfloat16, enabled=autocast):
+            output = run_step(sae, replays.batch(step), dead)
+            expected = run_step(ordinary, replays.batch(step), dead)
+        assert_same_outputs(output, expected)
+        assert_same_gradients(sae, ordinary)
+        optimizer.step()
+    assert has_recorded(sae)
+
+
+def test_some_levels(replays) -> None:
+    fields = {"budgets": [1, 4, K]}
+    sae = replays.sae("hierarchical_topk", **fields)
+    ordinary = replays.ordinary_sae("hierarchical_topk", **fields)
+    for seed in range(N_STEPS):
+        output = run_step(sae, replays.batch(seed))
+        assert_same_losses(output, run_step(ordinary, replays.batch(seed)))
+        assert_same_gradients(sae, ordinary)
+    assert has_recorded(sae)
+
+
+def test_logged_metrics(replays) -> None:
+    sae, ordinary = (make("hierarchical_topk") for make in (replays.sae, replays.ordinary_sae))
+    for seed in range(N_STEPS):
+        step = step_input(replays.batch(seed))
+        step.is_logging_step = True
+        metrics = sae.training_forward_pass(step).metrics
+        expected = ordinary.training_forward_pass(step).metrics
+        assert list(metrics) == list(expected)
+        for name, value in expected.items():
+            assert_close(metrics[name], value, name=name)
+
+
+@both_architectures
+def test_outputs_and_gradients_outlast_the_next_step(replays, architecture) -> None:
+    sae, ordinary = (make(architecture) for make in (replays.sae, replays.ordinary_sae))
+    outputs, expected_outputs, n_seeds = [], [], N_STEPS + 2
+    for seed in range(n_seeds):  # gradients add up
+        for model, kept in ((sae, outputs), (ordinary, expected_outputs)):
+            output = model.training_forward_pass(step_input(replays.batch(seed)))
+            (0.5 * output.loss).backward()
+            kept.append(output)
+    assert_same_gradients(sae, ordinary)
+    for output, expected in zip(outputs, expected_outputs, strict=True):
+        assert_same_outputs(output, expected)
+
+
+@both_architectures
+def test_several_forward_passes_before_a_backward_pass(replays, architecture) -> None:
+    sae, ordinary = (make(architecture) for make in (replays.sae, replays.ordinary_sae))
+    for seed in range(N_STEPS):
+        run_step(sae, replays.batch(seed))
+    assert has_recorded(sae)
+    for model in (sae, ordinary):
+        model.zero_grad()
+        losses = [
+            model.training_forward_pass(step_input(replays.batch(seed), replays.dead(n_dead))).loss
+            for seed, n_dead in ((20, MANY_DEAD), (21, 0))
+        ]
+        (losses[0] - 3 * losses[1]).backward()
+    assert_same_gradients(sae, ordinary, 1e-4)
+
+
+@both_architectures
+def test_conditions_that_change(replays, architecture) -> None:
+    sae = replays.sae(architecture)
+    for n_samples, dtype in ((BATCH, None), (5, None), (BATCH, torch.bfloat16), (BATCH, None)):
+        ordinary = replays.ordinary_sae(architecture)
+        for seed in range(4 * N_STEPS):  # each recording takes more of the same
+            batch = replays.batch(seed, n_samples, D_IN)
+            with torch.autocast(replays.device, dtype, enabled=dtype is not None):
+                output = run_step(sae, batch)
+                expected = run_step(ordinary, batch)
+            assert_same_losses(output, expected)
+            assert_same_gradients(sae, ordinary)
+        assert has_recorded(sae)
+    sae.W_dec.data = 2 * sae.W_dec.data  # other memory
+    ordinary.W_dec.data.mul_(2)
+    for seed in range(N_STEPS):
+        output = run_step(sae, replays.batch(seed))
+        assert_same_losses(output, run_step(ordinary, replays.batch(seed)))
+
+
+@both_architectures
+def test_hooks_see_what_they_see_in_ordinary_steps(replays, architecture) -> None:
+    sae, ordinary = (make(architecture) for make in (replays.sae, replays.ordinary_sae))
+    for seed in range(N_STEPS):
+        run_step(sae, replays.batch(seed))
+    for model in (sae, ordinary):
+        model.b_dec.register_hook(lambda gradient: 2 * gradient)
+        model.hook_sae_input.add_hook(lambda x, hook: x + 1)
+    for seed in range(N_STEPS):
+        output = run_step(sae, replays.batch(seed))
+        assert_same_losses(output, run_step(ordinary, replays.batch(seed)))
+        assert_same_gradients(sae, ordinary)
+        if seed == 2:
+            for model in (sae, ordinary):
+                model.reset_hooks()
+
+
+@both_architectures
+def test_copies_record_for_themselves(replays, architecture) -> None:
+    sae = replays.sae(architecture)
+    for seed in range(N_STEPS):
+        run_step(sae, replays.batch(seed))
+    twin = copy.deepcopy(sae)
+    assert isinstance(pickle.loads(pickle.dumps(twin._recorder)), Recorder)
+    assert not has_recorded(twin)
+    expected = run_step(sae, replays.batch(9))
+    with torch.no_grad():
+        sae.W_dec.zero_()
+    for _ in range(N_STEPS):
+        assert_same_losses(run_step(twin, replays.batch(9)), expected)
+
+
+@both_architectures
+def test_eval_gives_the_memory_back(replays, architecture) -> None:
+    sae, ordinary = (make(architecture) for make in (replays.sae, replays.ordinary_sae))
+    for _ in range(2):
+        sae.train()
+        for seed in range(N_STEPS):
+            output = run_step(sae, replays.batch(seed))
+            assert_same_losses(output, run_step(ordinary, replays.batch(seed)))
+        assert has_recorded(sae)
+        sae.eval()
+        assert sae._recorder is None
+
+
+@both_architectures
+def test_batches_that_are_not_aligned(replays, architecture) -> None:
+    fields = {"d_in": 18}
+    sae, ordinary = (make(architecture, **fields) for make in (replays.sae, replays.ordinary_sae))
+    for seed in range(N_STEPS):
+        batch = replays.batch(seed, BATCH + 1, 18)[1:]
+        assert batch.data_ptr() % 16 == 8
+        assert_same_losses(run_step(sae, batch), run_step(ordinary, batch))
+        assert_same_gradients(sae, ordinary)
+    assert has_recorded(sae)
+
+
+@pytest.mark.gpu
+@both_architectures
+def test_only_small_steps_are_recorded(architecture, monkeypatch) -> None:
+    monkeypatch.setattr(graph, "MOST_RECORDED_WEIGHTS", 1)
+    sae = trained_sae(architecture, device="cuda")
+    for seed in range(N_STEPS):
+        run_step(sae, random_activations(seed=seed).cuda())
+    assert sae._recorder is None
+
+
+@pytest.mark.gpu
+def test_without_memory_steps_go_on_as_they_were(monkeypatch) -> None:
+    def too_much(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("no more")
+
+    sae, ordinary = trained_sae("flex_topk", device="cuda"), trained_sae("flex_topk", device="cuda")
+    ordinary.use_cuda_graph = False
+    for seed in range(ORDINARY_CALLS):
+        run_step(sae, random_activations(seed=seed).cuda())
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "capture_begin", too_much)
+    batch = random_activations(seed=9).cuda()
+    expected = run_step(ordinary, batch)
+    with pytest.warns(UserWarning, match="too little memory"):
+        assert_same_losses(run_step(sae, batch), expected)
+    assert_same_losses(run_step(sae, batch), expected)
+
+
+def test_recording_waits_longer_every_time_that_conditions_change(monkeypatch) -> None:
+    recorded, called = [], []
+
+    def record(weights, inputs, spec, wanted) -> Recomputed:
+        recorded.append(len(called))
+        return Recomputed(weights, inputs, spec, wanted)
+
+    def counted(*arguments):
+        called.append(arguments)
+        return reconstruct(*arguments)
+
+    monkeypatch.setattr(graph, "_record", record)
+    monkeypatch.setattr(graph, "reconstruct", counted)
+    on_no_stream(monkeypatch)
+    recorder, some = Recorder(), case()
+    for k, n_called in ((3, 3), (2, 6), (3, 12)):
+        spec, n_before = replace(some.spec, k=k), len(called)
+        for _ in range(20):
+            result = recorder(some.weights, some.inputs, spec, ALL)
+            assert result.code.latents.shape[1] == k
+        assert len(called) - n_before == n_called
+        assert recorder.has_recorded
+    assert recorded == [3, 9, 21]
+
+
+# --- what a recording depends on
+
+
+def assert_next_steps_are_ordinary(
+    replays: Replays, sae: Any, ordinary: Any, n_dead: int = 0, n_steps: int = 2
+) -> None:
+    for seed in range(n_steps):
+        batch, dead = replays.batch(30 + seed), replays.dead(n_dead)
+        assert_same_outputs(run_step(sae, batch, dead), run_step(ordinary, batch, dead))
+        assert_same_gradients(sae, ordinary)
+
+
+def recorded_pair(replays: Replays, architecture: str, **fields: Any) -> tuple[Any, Any]:
+    """An SAE with a recording, and one without."""
+    sae, ordinary = (make(architecture, **fields) for make in (replays.sae, replays.ordinary_sae))
+    for seed in range(N_STEPS):
+        run_step(sae, replays.batch(seed))
+    assert has_recorded(sae)
+    return sae, ordinary
+
+
+@pytest.mark.parametrize("budgets", [[K], [2, K], [1, 2, 5, K]], ids=str)
+def test_budgets_edited_between_replays_act_at_once(replays, budgets) -> None:
+    sae, ordinary = recorded_pair(replays, "hierarchical_topk", budgets=[1, 4, K])
+    recording = recording_of(sae)
+    for model in (sae, ordinary):
+        model.cfg.budgets = budgets
+    assert_next_steps_are_ordinary(replays, sae, ordinary)
+    assert recording_of(sae) is recording  # The level weights are inputs.
+
+
+def test_budgets_edited_to_none_and_back_act_at_once(replays) -> None:
+    sae, ordinary = recorded_pair(replays, "hierarchical_topk", budgets=[1, 4, K])
+    for budgets in (None, [3, K], None):
+        for model in (sae, ordinary):
+            model.cfg.budgets = budgets
+        assert_next_steps_are_ordinary(replays, sae, ordinary)
+
+
+@both_architectures
+def test_k_edited_between_replays_acts_at_once(replays, architecture) -> None:
+    sae, ordinary = recorded_pair(replays, architecture)
+    for k in (3, K):
+        for model in (sae, ordinary):
+            model.activation_fn.k = model.cfg.k = k
+        assert_next_steps_are_ordinary(replays, sae, ordinary)
+        assert run_step(sae, replays.batch(0)).hidden_pre.shape == (BATCH, k)
+
+
+@both_architectures
+def test_auxiliary_coefficient_edited_between_replays_acts_at_once(replays, architecture) -> None:
+    sae, ordinary = recorded_pair(replays, architecture)
+    recording = recording_of(sae)
+    for coefficient in (0.125, 0, 3):
+        for model in (sae, ordinary):
+            model.cfg.aux_loss_coefficient = coefficient
+        assert_next_steps_are_ordinary(replays, sae, ordinary, MANY_DEAD)
+    assert recording_of(sae) is recording
+
+
+@both_architectures
+@pytest.mark.parametrize("fields", ["rescale_acts_by_decoder_norm", "apply_b_dec_to_input"])
+def test_settings_edited_between_replays_act_at_once(replays, architecture, fields) -> None:
+    sae, ordinary = recorded_pair(replays, architecture)
+    for model in (sae, ordinary):
+        setattr(model.cfg, fields, False)
+    assert_next_steps_are_ordinary(replays, sae, ordinary)
+
+
+@both_architectures
+def test_deterministic_mode_between_replays(replays, architecture) -> None:
+    sae, ordinary = recorded_pair(replays, architecture)
+    recording = recording_of(sae)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert_next_steps_are_ordinary(replays, sae, ordinary)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert recording_of(sae) is not recording
+
+
+@both_architectures
+@pytest.mark.parametrize("frozen", [("W_dec",), ("W_enc", "W_dec"), ("b_dec",)], ids="-".join)
+def test_weights_frozen_later_get_no_gradient(replays, architecture, frozen) -> None:
+    sae, ordinary = recorded_pair(replays, architecture)
+    for is_frozen in (True, False):
+        for model in (sae, ordinary):
+            model.zero_grad()
+            for name in frozen:
+                model.get_parameter(name).requires_grad_(not is_frozen)
+        for seed in range(4 * N_STEPS):  # until it is recorded, too
+            batch, dead = replays.batch(seed), replays.dead(MANY_DEAD)
+            assert_same_losses(run_step(sae, batch, dead), run_step(ordinary, batch, dead))
+            for name, parameter in ordinary.named_parameters():
+                gradient = sae.get_parameter(name).grad
+                if is_frozen and name in frozen:
+                    assert gradient is parameter.grad is None
+                else:
+                    assert_close(gradient, parameter.grad, name=name)
+        assert has_recorded(sae)
+
+
+@both_architectures
+def test_activations_that_need_a_gradient(replays, architecture) -> None:
+    sae, ordinary = recorded_pair(replays, architecture)
+    for seed in range(3 * N_STEPS):
+        needs_gradient = seed < 2 * N_STEPS
+        batches = [replays.batch(seed).requires_grad_(needs_gradient) for _ in range(2)]
+        output = run_step(sae, batches[0], replays.dead(MANY_DEAD))
+        assert_same_losses(output, run_step(ordinary, batches[1], replays.dead(MANY_DEAD)))
+        assert_same_gradients(sae, ordinary)
+        if needs_gradient:
+            assert_close(batches[0].grad, batches[1].grad, name="x")
+        else:
+            assert batches[0].grad is None
+        if seed == 2 * N_STEPS - 1:
+            assert has_recorded(sae)
+
+
+@both_architectures
+@pytest.mark.parametrize("normalization", ["layer_norm", "constant_norm_rescale"])
+def test_normalized_activations_are_recorded_too(replays, architecture, normalization) -> None:
+    fields = {"normalize_activations": normalization, "aux_loss_coefficient": 0}
+    sae, ordinary = recorded_pair(replays, architecture, **fields)
+    for seed in range(3):
+        x, expected_x = (replays.batch(seed) * (seed + 1) + seed for _ in range(2))
+        assert_same_outputs(run_step(sae, x), run_step(ordinary, expected_x))
+        assert_same_gradients(sae, ordinary)
+    for seed in range(2 * N_STEPS):  # a gradient through mean, norm and scale
+        batches = [(replays.batch(seed) + seed).requires_grad_() for _ in range(2)]
+        run_step(sae, batches[0])
+        run_step(ordinary, batches[1])
+        assert_same_gradients(sae, ordinary)
+        assert_close(batches[0].grad, batches[1].grad, name="x")
+    assert has_recorded(sae)
+
+
+@both_architectures
+def test_evaluation_between_steps_leaves_the_recording(replays, architecture) -> None:
+    sae, ordinary = recorded_pair(replays, architecture)
+    recording = recording_of(sae)
+    with torch.no_grad():
+        for n_samples in (BATCH, 5):
+            batch = replays.batch(40, n_samples, D_IN)
+            output = sae.training_forward_pass(step_input(batch, replays.dead(MANY_DEAD)))
+            expected = ordinary.training_forward_pass(step_input(batch, replays.dead(MANY_DEAD)))
+            assert_same_outputs(output, expected)
+            assert not output.loss.requires_grad
+            assert_close(sae(batch), ordinary(batch), name="output")
+    assert has_recorded(sae)
+    assert_next_steps_are_ordinary(replays, sae, ordinary)
+    assert recording_of(sae) is recording
+
+
+@both_architectures
+def test_second_backward_pass_of_a_replay_computes_its_own_step_again(
+    replays, architecture
+) -> None:
+    sae, ordinary = recorded_pair(replays, architecture)
+    losses = []
+    for model in (sae, ordinary):
+        model.zero_grad()
+        first = model.training_forward_pass(step_input(replays.batch(50), replays.dead(MANY_DEAD)))
+        first.loss.backward(retain_graph=True)
+        run_step(model, replays.batch(51))  # It replays the recording, and resets the gradients.
+        model.zero_grad()
+        first.losses["mse_loss"].backward()
+        losses.append(first)
+    assert_same_outputs(*losses)
+    assert_same_gradients(sae, ordinary)
+
+
+@both_architectures
+def test_unequal_memory_of_the_inputs_is_kept_apart(replays, architecture) -> None:
+    # Without normalization the encoder's input and the target are one tensor; with a hook two.
+    sae, ordinary = recorded_pair(replays, architecture)
+    for model in (sae, ordinary):
+        model.hook_sae_input.add_hook(lambda x, hook: 2 * x)
+    assert_next_steps_are_ordinary(replays, sae, ordinary, n_steps=4 * N_STEPS)
+    assert has_recorded(sae)
+    for model in (sae, ordinary):
+        model.reset_hooks()
+    assert_next_steps_are_ordinary(replays, sae, ordinary)
