@@ -127,8 +127,8 @@ def train(args: argparse.Namespace) -> None:
         dataset_path=args.dataset,
         is_dataset_tokenized=False,
         context_size=args.context_size,
-        # prompts that are shuffled together: SAELens's 20 can hold fewer tokens than a batch
-        n_batches_in_buffer=math.ceil(16 * args.batch_size / args.context_size),
+        # Prompts that are shuffled together: SAELens's 20 can hold fewer tokens than a batch.
+        n_batches_in_buffer=math.ceil(8 * args.batch_size / args.context_size),
         store_batch_size_prompts=prompts_at_once(args, tokens=4096),
         training_tokens=args.tokens,
         train_batch_size_tokens=args.batch_size,
