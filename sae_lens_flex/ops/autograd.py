@@ -46,7 +46,7 @@ def attach(
         saves: whether `give` may ask for the inputs. Autograd then keeps them, and raises where one
             was changed in place meanwhile.
     """
-    return _Node.apply(name, give, outputs, saves, *inputs)  # pyright: ignore[reportReturnType]
+    return _Node.apply(name, give, compute, saves, *inputs)  # pyright: ignore[reportReturnType]
 
 
 def check_is_first_derivative(name: str) -> None:

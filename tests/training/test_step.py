@@ -10,7 +10,7 @@ from ops.comparison import BACKENDS, DEVICES, every_backend
 from sae_lens_flex.ops import selection
 from sae_lens_flex.training.dead import Dead, nonzero_later
 from sae_lens_flex.training.requests import WantedGradients
-from sae_lens_flex.training.step import step
+from sae_lens_flex.training.step import begin_step, finish_step, step
 
 from .comparison import ALL, TOLERANCE, B, D, assert_is_the_definition, case, expected_of
 
@@ -264,18 +264,14 @@ def test_dead_latents_are_asked_for_last(device) -> None:
         calls.append("latents")
         return some.dead
 
-    def reconstruct_by(*arguments):
+    def by(*arguments):
         calls.append("reconstruct")
         return some.step().main
 
-    step(
-        some.weights,
-        some.inputs,
-        some.spec,
-        wanted=ALL,
-        dead=Dead(latents, 1.0),
-        reconstruct_by=reconstruct_by,
-    )
+    arguments = some.weights, some.inputs, some.spec
+    main = begin_step(*arguments, wanted=ALL, by=by)
+    assert calls == ["reconstruct"]
+    finish_step(main, *arguments, wanted=ALL, dead=Dead(latents, 1.0))
     assert calls == ["reconstruct", "latents"]
 
 
