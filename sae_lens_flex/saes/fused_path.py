@@ -11,7 +11,9 @@ from sae_lens.saes import sae as saelens
 from sae_lens.saes.topk_sae import SparseHookPoint, TopK
 from transformer_lens.hook_points import HookPoint
 
+from . import normalization
 from .budgets import RuntimeTopK
+from .normalization import is_saelens
 
 # Methods that the fused path computes instead of calling.
 METHODS = (
@@ -25,8 +27,7 @@ METHODS = (
 FUNCTIONS = {
     "reshape_fn_in": "SAE.turn_off_forward_pass_hook_z_reshaping.",
     "reshape_fn_out": "SAE.turn_off_forward_pass_hook_z_reshaping.",
-    "run_time_activation_norm_fn_in": "SAE._setup_activation_normalization.",
-    "run_time_activation_norm_fn_out": "SAE._setup_activation_normalization.",
+    **dict.fromkeys(normalization.FUNCTIONS, normalization.MAKER),
 }
 # With one of these replaced, an output at a lower level is not a prefix of SAELens's sum.
 OF_DECODING = ("decode", "mse_loss_fn", "reshape_fn_out", "run_time_activation_norm_fn_out")
@@ -46,7 +47,7 @@ def replaced(sae: Any, own: dict[str, Any]) -> list[str]:
     names = [
         name for name in METHODS if name in attributes or getattr(type(sae), name) is not own[name]
     ]
-    names += [name for name, maker in FUNCTIONS.items() if not _is_saelens(sae, name, maker)]
+    names += [name for name, maker in FUNCTIONS.items() if not _is_own_function(sae, name, maker)]
     if sae.mse_loss_fn is not saelens.mse_loss:
         names.append("mse_loss_fn")
     if not _is_topk(sae.activation_fn):
@@ -59,11 +60,9 @@ def hooked(sae: Any) -> list[str]:
     return [name for name in SKIPPED_HOOK_POINTS if not _is_bare(getattr(sae, name))]
 
 
-def _is_saelens(sae: Any, name: str, maker: str) -> bool:
+def _is_own_function(sae: Any, name: str, maker: str) -> bool:
     function = getattr(sae, name)
-    if getattr(function, "__module__", None) != saelens.__name__:
-        return False
-    if not getattr(function, "__qualname__", "").startswith(maker):
+    if not is_saelens(function, maker):
         return False
     # A normalization function keeps its results on the SAE that it was made for.
     cells = [cell.cell_contents for cell in function.__closure__ or ()]

@@ -7,11 +7,14 @@ map of each sample:
     sae_out = scale * (feature_acts @ W_dec + b_dec) + shift
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from sae_lens.saes.sae import SAE
 
+MAKER = "SAE._setup_activation_normalization."
+FUNCTIONS = ("run_time_activation_norm_fn_in", "run_time_activation_norm_fn_out")
 ATTRIBUTES = ("ln_mu", "ln_std", "x_norm_coeff")
 
 
@@ -50,13 +53,29 @@ def take_output_map(sae: Any) -> OutputMap:
     return output_map
 
 
+def is_saelens(function: Callable[..., Any], maker: str) -> bool:
+    """Return whether a function is one that a method of SAELens's SAE made.
+
+    Args:
+        function: of an SAE.
+        maker: the method, as qualified names of its inner functions begin.
+    """
+    return getattr(function, "__module__", None) == SAE.__module__ and getattr(
+        function, "__qualname__", ""
+    ).startswith(maker)
+
+
 class OwnNormalization(SAE[Any]):
     """Gives a copy of an SAE normalization functions of its own.
 
     SAELens's functions keep their results on the SAE that made them, and a copy would take these
-    functions over.
+    functions over. A function that a user set stays, as in a copy of SAELens's own SAEs.
     """
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        functions = {name: getattr(self, name) for name in FUNCTIONS}
         self._setup_activation_normalization()
+        for name, function in functions.items():
+            if not is_saelens(function, MAKER):
+                setattr(self, name, function)

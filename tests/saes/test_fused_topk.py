@@ -548,6 +548,29 @@ def test_deep_copy_takes_the_same_step_and_shares_nothing(architecture, normaliz
     assert sae.W_dec.norm() > 0
 
 
+@pytest.mark.parametrize("architecture", ["topk", *FUSED_ARCHITECTURES])
+@pytest.mark.parametrize("normalization", ["none", "layer_norm", "constant_norm_rescale"])
+@pytest.mark.parametrize(
+    "name", ["run_time_activation_norm_fn_in", "run_time_activation_norm_fn_out"]
+)
+def test_deep_copy_keeps_normalization_functions_that_a_user_set(
+    architecture, normalization, name
+) -> None:
+    fields = {"normalize_activations": normalization, "aux_loss_coefficient": 0}
+    sae, twins = trained_sae(architecture, **fields), []
+    plain = sae(random_activations())
+    own = getattr(sae, name)
+    setattr(sae, name, lambda x: own(x) + 0.5)
+    expected = sae(random_activations())
+    assert relative_error(expected, plain) > 1e-3
+    twins.append(copy.deepcopy(sae))
+    twins.append(copy.deepcopy(twins[0]))
+    for twin in twins:
+        assert getattr(twin, name) is getattr(sae, name)
+        if normalization == "none":  # otherwise the user's function holds the original SAE
+            assert torch.equal(twin(random_activations()), expected)
+
+
 @both_architectures
 def test_state_dict_has_the_keys_of_stock_topk(architecture) -> None:
     sae = trained_sae(architecture)
