@@ -80,6 +80,7 @@ def aux_loss_with_l1(original, *, step_input, feature_acts, hidden_pre, sae_out)
     losses = original(
         step_input=step_input, feature_acts=feature_acts, hidden_pre=hidden_pre, sae_out=sae_out
     )
+    losses = losses if isinstance(losses, dict) else {"auxiliary_loss": losses}
     return {**losses, "l1_loss": 0.1 * feature_acts.to_dense().abs().sum(-1).mean()}
 
 
@@ -345,7 +346,15 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=1e-3, momentum=0.9),
 }
 
-lasting = st.sampled_from((0, 1, 3, 6))  # how many more actions see what was done
+
+class Lasting(NamedTuple):
+    """How many more actions see what was done, and whether the SAEs are copied at once."""
+
+    n_actions: int
+    is_copied: bool
+
+
+lasting = st.builds(Lasting, st.sampled_from((0, 1, 3, 6)), st.sampled_from((False, False, True)))
 seeds = st.integers(0, 2**16)
 
 
@@ -363,6 +372,9 @@ class TwinMachine(RuleBasedStateMachine):
     def n_kept(self) -> int:
         """Return how many latents a step keeps."""
         raise NotImplementedError
+
+    def use_activation_fn(self, sae: Any) -> None:
+        """Make an activation function fit that was set."""
 
     def new_saes(self, **fields: Any) -> list[Any]:
         saes = [
@@ -442,8 +454,11 @@ class TwinMachine(RuleBasedStateMachine):
     def side(self, sae: Any) -> int:
         return 0 if sae is self.saes[0] else 1
 
-    def take_back(self, n_actions: int, function: Callable[[Any], Any]) -> None:
-        self.undos.append(Undo(n_actions, function))
+    def take_back(self, lasting: Lasting, function: Callable[[Any], Any]) -> None:
+        self.undos.append(Undo(lasting.n_actions, function))
+        if lasting.is_copied:
+            self.saes = self.each(copy.deepcopy)
+            self.optimizers = {}
 
     def is_first_change(self, what: str) -> bool:
         """Return whether nothing is to be taken back that changed the same, and note it."""
@@ -730,19 +745,19 @@ class TwinMachine(RuleBasedStateMachine):
         self.batch_size = batch_size
         self.set_n_dead(n_dead)
 
-    @rule(n_actions=lasting)
-    def autocast(self, n_actions) -> None:
+    @rule(lasting=lasting)
+    def autocast(self, lasting) -> None:
         self.autocasts = True
-        self.take_back(n_actions, lambda sae: setattr(self, "autocasts", False))
+        self.take_back(lasting, lambda sae: setattr(self, "autocasts", False))
 
     @rule(is_training=st.booleans())
     def set_mode(self, is_training) -> None:
         self.each(lambda sae: sae.train(is_training) and None)
 
-    @rule(switch=st.sampled_from(("use_fused_path", "use_cuda_graph")), n_actions=lasting)
-    def switch_off(self, switch, n_actions) -> None:
+    @rule(switch=st.sampled_from(("use_fused_path", "use_cuda_graph")), lasting=lasting)
+    def switch_off(self, switch, lasting) -> None:
         setattr(self.saes[0], switch, False)
-        self.take_back(n_actions, lambda sae: sae is self.saes[0] and vars(sae).pop(switch, None))
+        self.take_back(lasting, lambda sae: sae is self.saes[0] and vars(sae).pop(switch, None))
 
     @rule(
         call=st.sampled_from(("encode", "decode", "forward")),
@@ -768,14 +783,14 @@ class TwinMachine(RuleBasedStateMachine):
 
     # --- weights
 
-    @rule(names=st.sets(st.sampled_from(WEIGHTS), min_size=1), n_actions=lasting)
-    def freeze(self, names, n_actions) -> None:
+    @rule(names=st.sets(st.sampled_from(WEIGHTS), min_size=1), lasting=lasting)
+    def freeze(self, names, lasting) -> None:
         def set_trained(sae: Any, is_trained: bool) -> None:
             for name in names:
                 getattr(sae, name).requires_grad_(is_trained)
 
         self.each(lambda sae: set_trained(sae, False))
-        self.take_back(n_actions, lambda sae: set_trained(sae, True))
+        self.take_back(lasting, lambda sae: set_trained(sae, True))
 
     @rule(
         name=st.sampled_from(WEIGHTS),
@@ -802,14 +817,14 @@ class TwinMachine(RuleBasedStateMachine):
         if "parameter" in how:
             self.optimizers = {}
         if how == "transposed parameter" and name == "W_dec":
-            self.take_back(0, make_contiguous)  # else it could not be saved
+            self.take_back(Lasting(0, False), make_contiguous)  # else it could not be saved
 
     @rule(
         name=st.sampled_from(WEIGHTS),
         kind=st.sampled_from(("look", "edit", "after accumulation")),
-        n_actions=lasting,
+        lasting=lasting,
     )
-    def hook_weight(self, name, kind, n_actions) -> None:
+    def hook_weight(self, name, kind, lasting) -> None:
         handles: list[Any] = []
 
         def add(sae: Any) -> None:
@@ -829,7 +844,7 @@ class TwinMachine(RuleBasedStateMachine):
                 handles.append(weight.register_hook(hook))
 
         self.each(add)
-        self.take_back(n_actions, lambda sae: handles and handles.pop().remove())
+        self.take_back(lasting, lambda sae: handles and handles.pop().remove())
 
     # --- hooks, overridden methods, patched functions
 
@@ -837,9 +852,9 @@ class TwinMachine(RuleBasedStateMachine):
         point=st.sampled_from(HOOK_POINTS),
         direction=st.sampled_from(("fwd", "bwd")),
         edits=st.booleans(),
-        n_actions=lasting,
+        lasting=lasting,
     )
-    def add_hook(self, point, direction, edits, n_actions) -> None:
+    def add_hook(self, point, direction, edits, lasting) -> None:
         def add(sae: Any) -> None:
             seen = self.seen[self.side(sae)]
 
@@ -850,14 +865,14 @@ class TwinMachine(RuleBasedStateMachine):
             sae.add_hook(point, hook, dir=direction)
 
         self.each(add)
-        self.take_back(n_actions, lambda sae: sae.reset_hooks())
+        self.take_back(lasting, lambda sae: sae.reset_hooks())
 
     @rule(
         what=st.sampled_from(sorted(METHODS)),
         how=st.sampled_from(("object", "subclass", "mixin")),
-        n_actions=lasting,
+        lasting=lasting,
     )
-    def override_method(self, what, how, n_actions) -> None:
+    def override_method(self, what, how, lasting) -> None:
         name = what.split(",")[0]
         if not self.is_first_change(name if how == "object" else "class"):
             return
@@ -869,10 +884,10 @@ class TwinMachine(RuleBasedStateMachine):
             else:
                 sae.__class__ = self.classes[self.side(sae)]
 
-        self.take_back(n_actions, restore)
+        self.take_back(lasting, restore)
 
-    @rule(name=st.sampled_from(sorted(FUNCTIONS)), n_actions=lasting)
-    def replace_function(self, name, n_actions) -> None:
+    @rule(name=st.sampled_from(sorted(FUNCTIONS)), lasting=lasting)
+    def replace_function(self, name, lasting) -> None:
         if not self.is_first_change(name):
             return
         originals: list[Any] = []
@@ -883,16 +898,17 @@ class TwinMachine(RuleBasedStateMachine):
             setattr(sae, name, lambda *args: FUNCTIONS[name](original, *args))
 
         self.each(replace)
-        self.take_back(n_actions, lambda sae: setattr(sae, name, originals[self.side(sae)]))
+        self.take_back(lasting, lambda sae: setattr(sae, name, originals[self.side(sae)]))
 
-    @rule(how=st.sampled_from(sorted(ACTIVATION_FUNCTIONS)), n_actions=lasting)
-    def change_activation_fn(self, how, n_actions) -> None:
+    @rule(how=st.sampled_from(sorted(ACTIVATION_FUNCTIONS)), lasting=lasting)
+    def change_activation_fn(self, how, lasting) -> None:
         if self.architecture == "hierarchical_topk" and how == "relu":
             how = "subclass"  # a budget is TopK's
         if not self.is_first_change("activation_fn"):
             return
         originals = [sae.activation_fn for sae in self.saes]
         self.each(ACTIVATION_FUNCTIONS[how])
+        self.each(self.use_activation_fn)
 
         def restore(sae: Any) -> None:
             if how == "patched forward":
@@ -901,8 +917,9 @@ class TwinMachine(RuleBasedStateMachine):
                 sae.activation_fn._forward_hooks.clear()
             else:
                 sae.activation_fn = originals[self.side(sae)]
+                self.use_activation_fn(sae)
 
-        self.take_back(n_actions, restore)
+        self.take_back(lasting, restore)
 
     # --- what a step reads besides
 
@@ -1072,6 +1089,10 @@ class HierarchicalMachine(TwinMachine):
     def forget_what_was_done(self) -> None:
         super().forget_what_was_done()
         self.budget = None
+
+    def use_activation_fn(self, sae: Any) -> None:
+        # Its k is a budget, which is not to exceed cfg.k.
+        sae.activation_fn.k = self.budget = min(sae.activation_fn.k, sae.cfg.k)
 
     @rule(k=st.integers(1, 12), below=st.none() | st.sets(st.integers(1, 11)), seed=seeds)
     def set_levels(self, k, below, seed) -> None:
