@@ -9,6 +9,7 @@ import sys
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
 
@@ -162,6 +163,9 @@ def test_python_blocks_and_command_lines_run_in_order(tmp_path: Path) -> None:
 def test_losses_run_in_the_interpreter(tmp_path: Path) -> None:
     blocks = [(block.name, block.text) for block in PYTHON if block.section == LOSSES]
     assert len(blocks) == 2
+    if find_spec("kernels") is None:  # it cannot be installed beside transformers 4
+        blocks = [(name, text) for name, text in blocks if "kernels" not in text]
+        assert len(blocks) == 1
     (command,) = re.findall(r"`python (scripts/\S+) (\S+)`", README)
     subprocess.run([sys.executable, ROOT / command[0], command[1]], cwd=tmp_path, check=True)
     assert_ran(run(blocks, tmp_path, TRITON_INTERPRET="1"), blocks)
