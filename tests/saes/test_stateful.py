@@ -60,7 +60,7 @@ AUTOCAST_TOLERANCE = 5e-2
 # How far apart latents have to be that are compared, relative to the largest pre-activation.
 MARGIN, LOW_MARGIN = 1e-4, 2e-2
 N_CANDIDATES = 8  # random activations for each of a batch
-N_LOW_CANDIDATES = 60
+N_LOW_CANDIDATES = 30
 
 WEIGHTS = ("W_enc", "b_enc", "W_dec", "b_dec")
 
@@ -592,15 +592,9 @@ class TwinMachine(RuleBasedStateMachine):
             for tensor in (*output.losses.values(), output.sae_out, output.feature_acts)
         ]
 
-    def compare(
-        self,
-        value: torch.Tensor,
-        expected: torch.Tensor,
-        name: str,
-        tolerance: float | None = None,
-    ) -> None:
+    def compare(self, value: torch.Tensor, expected: torch.Tensor, name: str) -> None:
         assert value.dtype == expected.dtype, f"{name} is {value.dtype}, expected {expected.dtype}"
-        assert_close(value, expected, tolerance or self.tolerance, name)
+        assert_close(value, expected, self.tolerance, name)
 
     def compare_outputs(self, output: TrainStepOutput, expected: TrainStepOutput) -> None:
         assert list(output.losses) == list(expected.losses)
@@ -624,6 +618,7 @@ class TwinMachine(RuleBasedStateMachine):
     def compare_gradients(
         self, gradients: list[torch.Tensor | None], expected: list[torch.Tensor | None]
     ) -> None:
+        norms = [float(gradient.norm()) for gradient in expected if gradient is not None]
         for place, (gradient, expected_gradient) in enumerate(
             zip(gradients, expected, strict=True)
         ):
@@ -631,10 +626,16 @@ class TwinMachine(RuleBasedStateMachine):
             if gradient is None or expected_gradient is None:
                 assert gradient is expected_gradient, name
                 continue
+            assert gradient.dtype == expected_gradient.dtype, name
             # Two parts of a bfloat16 input's gradient may be rounded before they are added.
             is_rounded = expected_gradient.dtype == torch.bfloat16
-            tolerance = TOLERANCE[torch.bfloat16] if is_rounded else None
-            self.compare(gradient, expected_gradient, name, tolerance)
+            tolerance = TOLERANCE[torch.bfloat16] if is_rounded else self.tolerance
+            # A small gradient may be what large terms leave that cancel.
+            scale = max(norms) / 100
+            if expected_gradient.norm() >= scale:
+                assert_close(gradient, expected_gradient, tolerance, name)
+            else:
+                assert (gradient - expected_gradient).norm() <= tolerance * scale, name
             gradient.copy_(expected_gradient)  # that small differences do not add up
 
     def compare_seen(self) -> None:
@@ -906,7 +907,8 @@ class TwinMachine(RuleBasedStateMachine):
             how = "subclass"  # a budget is TopK's
         if not self.is_first_change("activation_fn"):
             return
-        originals = [sae.activation_fn for sae in self.saes]
+        for sae in self.saes:
+            vars(sae)["put_aside"] = sae.activation_fn  # so that a copy has its own
         self.each(ACTIVATION_FUNCTIONS[how])
         self.each(self.use_activation_fn)
 
@@ -916,7 +918,7 @@ class TwinMachine(RuleBasedStateMachine):
             elif how == "forward hook":
                 sae.activation_fn._forward_hooks.clear()
             else:
-                sae.activation_fn = originals[self.side(sae)]
+                sae.activation_fn = vars(sae)["put_aside"]
                 self.use_activation_fn(sae)
 
         self.take_back(lasting, restore)
@@ -1091,8 +1093,9 @@ class HierarchicalMachine(TwinMachine):
         self.budget = None
 
     def use_activation_fn(self, sae: Any) -> None:
-        # Its k is a budget, which is not to exceed cfg.k.
-        sae.activation_fn.k = self.budget = min(sae.activation_fn.k, sae.cfg.k)
+        # Its k is a budget that was set.
+        self.budget = sae.activation_fn.k if self.budget is None else self.budget
+        sae.activation_fn.k = self.budget
 
     @rule(k=st.integers(1, 12), below=st.none() | st.sets(st.integers(1, 11)), seed=seeds)
     def set_levels(self, k, below, seed) -> None:
