@@ -74,8 +74,6 @@ class OwnNormalization(SAE[Any]):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        functions = {name: getattr(self, name) for name in FUNCTIONS}
-        self._setup_activation_normalization()
-        for name, function in functions.items():
-            if not is_saelens(function, MAKER):
-                setattr(self, name, function)
+        # A user's function may work with the other one, so the two stay together.
+        if all(is_saelens(getattr(self, name), MAKER) for name in FUNCTIONS):
+            self._setup_activation_normalization()

@@ -108,7 +108,7 @@ def auxiliary_loss(
     n_dead, half_width = len(latents), d_in // 2
     k = min(n_dead, half_width)
     factor = coefficient * min(n_dead / half_width, 1.0)
-    dtype, sum_dtype = spec.product_dtype, accumulation_dtype(encoder_input, weights.W_dec)
+    dtype, sum_dtype = spec.product_dtype, accumulation_dtype(weights.W_dec, target)
     n_samples = len(encoder_input)
 
     def zeros(is_wanted: bool, *shape: int) -> torch.Tensor | None:
