@@ -39,16 +39,24 @@ def reconstruct(
     """
     with _flat_heads(sae):
         if not isinstance(sae, RuntimeBudget):
-            acts = sae.encode(x)
-            x_hat = sae.decode(acts)
-            dense_acts = acts.to_dense() if acts.is_sparse else acts
-            yield budgets[0], Reconstruction(dense_acts, None, x_hat)
+            yield budgets[0], _reconstruct_once(sae, x)
             return
         ascending = cast(list[int], budgets)
+        if sae.replaced_decoding():
+            for budget in ascending:
+                with sae.at_budget(budget):
+                    yield budget, _reconstruct_once(sae, x)
+            return
         with sae.at_budget(ascending[-1]):
             acts, latents = sae.encode_levels(x)
         for budget, x_hat in sae.decode_levels(acts, latents, ascending):
             yield budget, Reconstruction(acts[..., :budget], latents[..., :budget], x_hat)
+
+
+def _reconstruct_once(sae: SAE[Any], x: torch.Tensor) -> Reconstruction:
+    acts = sae.encode(x)
+    x_hat = sae.decode(acts)
+    return Reconstruction(acts.to_dense() if acts.is_sparse else acts, None, x_hat)
 
 
 @contextmanager

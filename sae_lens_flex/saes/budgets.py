@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 from sae_lens.saes.sae import SAE
-from sae_lens.saes.topk_sae import TopK
+from sae_lens.saes.topk_sae import TopK, TopKSAE, TopKTrainingSAE
 from typing_extensions import override
 
 from ..ops.codes import Code
 from ..ops.losses import prefix_residuals
 from ..ops.policy import accumulation_dtype, computes_by_triton
 from .checks import check_integer, check_number
-from .normalization import OwnNormalization, take_output_map
+from .normalization import MAKER, OwnNormalization, is_own_function, take_output_map
 
 
 def doubling_budgets(k: int) -> list[int]:
@@ -143,7 +143,9 @@ class RuntimeBudget(OwnNormalization):
 
         Raises:
             ValueError: for an `x` of another width, or an impossible tolerance.
+            NotImplementedError: where `decode` is not SAELens's own.
         """
+        self._check_decode("encode_adaptive")
         tolerance = check_number("tolerance", tolerance)
         acts, latents = self.encode_levels(x)  # [..., k]
         k = acts.shape[-1]
@@ -183,7 +185,12 @@ class RuntimeBudget(OwnNormalization):
 
         Returns:
             An iterator over each budget and its reconstruction, [..., d_in], without gradients.
+
+        Raises:
+            ValueError: for impossible budgets.
+            NotImplementedError: where `decode` is not SAELens's own.
         """
+        self._check_decode("decode_levels")
         shape, k = acts.shape[:-1], acts.shape[-1]
         budgets = doubling_budgets(k) if budgets is None else check_budgets("budgets", budgets, k)
         output_map = take_output_map(self)
@@ -204,6 +211,21 @@ class RuntimeBudget(OwnNormalization):
                 yield budget, self.reshape_fn_out(decoded, self.d_head)
 
         return reconstructions()
+
+    def replaced_decoding(self) -> list[str]:
+        """Return the names of what decodes and is not SAELens's own any more."""
+        own = (TopKSAE.decode, TopKTrainingSAE.decode)
+        is_own = type(self).decode in own and "decode" not in vars(self)
+        names = [] if is_own else ["decode"]
+        name = "run_time_activation_norm_fn_out"
+        return names if is_own_function(self, name, MAKER) else [*names, name]
+
+    def _check_decode(self, caller: str) -> None:
+        if names := self.replaced_decoding():
+            raise NotImplementedError(
+                f"{caller} computes what SAELens's decode does, but {' and '.join(names)} is not "
+                "SAELens's own; encode and decode at each budget, within at_budget"
+            )
 
     def _computes_by_triton(self) -> bool:
         return computes_by_triton(getattr(self.cfg, "backend", "auto"), self.W_dec)

@@ -13,7 +13,7 @@ from transformer_lens.hook_points import HookPoint
 
 from . import normalization
 from .budgets import RuntimeTopK
-from .normalization import is_saelens
+from .normalization import is_own_function
 
 # Methods that the fused path computes instead of calling.
 METHODS = (
@@ -47,7 +47,7 @@ def replaced(sae: Any, own: dict[str, Any]) -> list[str]:
     names = [
         name for name in METHODS if name in attributes or getattr(type(sae), name) is not own[name]
     ]
-    names += [name for name, maker in FUNCTIONS.items() if not _is_own_function(sae, name, maker)]
+    names += [name for name, maker in FUNCTIONS.items() if not is_own_function(sae, name, maker)]
     if sae.mse_loss_fn is not saelens.mse_loss:
         names.append("mse_loss_fn")
     if not _is_topk(sae.activation_fn):
@@ -58,15 +58,6 @@ def replaced(sae: Any, own: dict[str, Any]) -> list[str]:
 def hooked(sae: Any) -> list[str]:
     """Return the hook points that the fused path skips and on which something hangs."""
     return [name for name in SKIPPED_HOOK_POINTS if not _is_bare(getattr(sae, name))]
-
-
-def _is_own_function(sae: Any, name: str, maker: str) -> bool:
-    function = getattr(sae, name)
-    if not is_saelens(function, maker):
-        return False
-    # A normalization function keeps its results on the SAE that it was made for.
-    cells = [cell.cell_contents for cell in function.__closure__ or ()]
-    return all(cell is sae for cell in cells if isinstance(cell, torch.nn.Module))
 
 
 def _is_topk(activation_fn: Any) -> bool:

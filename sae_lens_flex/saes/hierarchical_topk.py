@@ -5,9 +5,10 @@ of the squared error of the reconstruction from the j largest latents. The train
 any budget up to k at run time.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput, _disable_hooks
@@ -23,7 +24,7 @@ from .checks import check_integer
 from .configs import CheckedTopKSAEConfig, FusedTopKTrainingSAEConfig
 from .fused_path import OF_DECODING, replaced
 from .fused_topk import OWN, FusedTopKTrainingSAE
-from .normalization import OutputMap, output_attributes, read_output_map
+from .normalization import OutputMap, read_output_map
 
 
 @dataclass
@@ -144,20 +145,14 @@ class HierarchicalTopKTrainingSAE(RuntimeBudget, FusedTopKTrainingSAE):
     ) -> dict[str, torch.Tensor]:
         # `code` has decode coefficients.
         vals, target = self._decoding(code.values, x, output_map)
-        x = x.to(target.dtype)
-        variance = (x - x.mean(0)).square().sum(-1).mean()
-        metrics = {}
-        for budget, residual in prefix_residuals(
+        residuals = prefix_residuals(
             code.with_values(vals),
             self.W_dec,
             target,
             doubling_budgets(code.latents.shape[1]),
             use_triton=self._computes_by_triton(),
-        ):
-            mse = residual.square().sum(-1).mean()
-            metrics[f"explained_variance_at_{budget}"] = 1 - mse / variance
-            metrics[f"mse_at_{budget}"] = mse
-        return metrics
+        )
+        return _metrics(x.to(target.dtype), residuals)
 
     def _decoding(
         self, coefficients: torch.Tensor, x: torch.Tensor, output_map: OutputMap
@@ -182,7 +177,7 @@ class HierarchicalTopKTrainingSAE(RuntimeBudget, FusedTopKTrainingSAE):
         x, k, d_in = step_input.sae_in, self._step_k(), self.W_dec.shape[1]
         with self.at_budget(k):
             feature_acts, hidden_pre = self.encode_with_hidden_pre(x)  # [..., d_sae]
-        output_map, undoing = read_output_map(self), output_attributes(self)
+        output_map = read_output_map(self)
         sae_out = self.decode(feature_acts)  # level k, with its hooks
 
         flat_acts = feature_acts.reshape(-1, feature_acts.shape[-1])
@@ -190,18 +185,23 @@ class HierarchicalTopKTrainingSAE(RuntimeBudget, FusedTopKTrainingSAE):
         flat_map = OutputMap(*(None if m is None else m.reshape(-1, 1) for m in output_map))
         coefficients = self._decode_coefficients(acts, latents)
         code = Code(latents, coefficients)
-        metrics = {}
-        if step_input.is_logging_step:
-            metrics = self._metrics_of(x.reshape(-1, d_in), code, flat_map)
-
         levels = self._levels(k, sae_out)
         weighted = isinstance(levels, torch.Tensor)
         level_weights = levels if weighted else sae_out.new_full((k,), 1 / k)
         loss_at_k = self.mse_loss_fn(sae_out, x).sum(dim=-1).mean()
+        metrics = {}
         if set(OF_DECODING) & set(replaced(self, OWN)):
-            below_k = self._losses_by_decode(feature_acts, x, latents, level_weights, undoing)
+            outputs = _OutputsByDecode(self, x, feature_acts, latents)
+            below_k = level_weights.new_zeros(())
+            for level, weight in enumerate(level_weights[:-1].tolist(), start=1):
+                if weight != 0:
+                    loss = self.mse_loss_fn(outputs.at(level), x).sum(dim=-1).mean()
+                    below_k = below_k + weight * loss
+            if step_input.is_logging_step:
+                metrics = outputs.metrics()
         else:
-            vals, target = self._decoding(coefficients, x.reshape(-1, d_in), flat_map)
+            flat_x = x.reshape(-1, d_in)
+            vals, target = self._decoding(coefficients, flat_x, flat_map)
             below_k = differentiable_loss(
                 *(latents, self.W_dec, vals, None, target),
                 levels=torch.cat((level_weights[:-1], level_weights.new_zeros(1))),
@@ -210,6 +210,8 @@ class HierarchicalTopKTrainingSAE(RuntimeBudget, FusedTopKTrainingSAE):
                 name="a training step",
                 repeats=True,
             )
+            if step_input.is_logging_step:
+                metrics = self._metrics_of(flat_x, code, flat_map)
         losses = {"mse_loss": below_k + level_weights[-1] * loss_at_k}
         total = losses["mse_loss"]
         auxiliary: Any = self.calculate_aux_loss(
@@ -234,37 +236,57 @@ class HierarchicalTopKTrainingSAE(RuntimeBudget, FusedTopKTrainingSAE):
             metrics={**metrics},
         )
 
-    def _losses_by_decode(
-        self,
-        feature_acts: torch.Tensor,
-        x: torch.Tensor,
-        latents: torch.Tensor,
-        level_weights: torch.Tensor,
-        undoing: dict[str, Any],
-    ) -> torch.Tensor:
-        """Return the weighted losses of the levels below k, each through `decode`.
 
-        It is for decoding that a user replaced: the output at a lower level is then what `decode`
-        returns for the prefix.
+class _OutputsByDecode(NamedTuple):
+    """The outputs at any level, each from `decode`: for decoding that a user replaced.
 
-        Args:
-            feature_acts: [..., d_sae].
-            x: activations, [..., d_in].
-            latents: the kept ones in the order of the levels, [batch, k].
-            level_weights: [k].
-            undoing: the attributes with which `decode` undoes a normalization.
-        """
-        total = level_weights.new_zeros(())
-        flat = feature_acts.reshape(-1, feature_acts.shape[-1])
-        for level, weight in enumerate(level_weights[:-1].tolist(), start=1):
-            if weight == 0:
-                continue
-            is_kept = torch.zeros_like(flat).scatter_(-1, latents[:, :level], 1)
-            vars(self).update(undoing)  # `decode` removes them.
-            with _disable_hooks(self):
-                sae_out = self.decode((flat * is_kept).view_as(feature_acts))
-            total = total + weight * self.mse_loss_fn(sae_out, x).sum(dim=-1).mean()
-        return total
+    Fields:
+        sae: the SAE.
+        x: activations, [..., d_in].
+        feature_acts: [..., d_sae].
+        latents: the kept ones in the order of the levels, [batch, k].
+    """
+
+    sae: HierarchicalTopKTrainingSAE
+    x: torch.Tensor
+    feature_acts: torch.Tensor
+    latents: torch.Tensor
+
+    def at(self, level: int) -> torch.Tensor:
+        """Return the output that `decode` makes of the first `level` latents, [..., d_in]."""
+        acts = self.feature_acts.reshape(-1, self.feature_acts.shape[-1])
+        is_kept = torch.zeros_like(acts).scatter_(-1, self.latents[:, :level], 1)
+        with _disable_hooks(self.sae):
+            # `decode` undoes the normalization of the `process_sae_in` before it, and forgets it.
+            self.sae.process_sae_in(self.x)
+            return self.sae.decode((acts * is_kept).view_as(self.feature_acts))
+
+    @torch.no_grad()
+    def metrics(self) -> dict[str, torch.Tensor]:
+        """Return what a logging step reports."""
+        residuals = (
+            (budget, (self.at(budget) - self.x).flatten(0, -2))
+            for budget in doubling_budgets(self.latents.shape[1])
+        )
+        return _metrics(self.x.flatten(0, -2), residuals)
+
+
+def _metrics(
+    x: torch.Tensor, residuals: Iterable[tuple[int, torch.Tensor]]
+) -> dict[str, torch.Tensor]:
+    """Return explained variance and MSE at each budget, as SAELens defines them.
+
+    Args:
+        x: activations, [batch, d_in].
+        residuals: each budget with its residuals, [batch, d_in].
+    """
+    variance = (x - x.mean(0)).square().sum(-1).mean()
+    metrics = {}
+    for budget, residual in residuals:
+        mse = residual.square().sum(-1).mean()
+        metrics[f"explained_variance_at_{budget}"] = 1 - mse / variance
+        metrics[f"mse_at_{budget}"] = mse
+    return metrics
 
 
 @lru_cache(maxsize=64)

@@ -40,16 +40,12 @@ def read_output_map(sae: Any) -> OutputMap:
     return OutputMap(None, None)
 
 
-def output_attributes(sae: Any) -> dict[str, torch.Tensor]:
-    """Return by name the attributes with which `decode` undoes the normalization."""
-    return {name: getattr(sae, name) for name in ATTRIBUTES if hasattr(sae, name)}
-
-
 def take_output_map(sae: Any) -> OutputMap:
     """Return the output map, and remove what it is made of, as SAELens's `decode` does."""
     output_map = read_output_map(sae)
-    for name in output_attributes(sae):
-        delattr(sae, name)
+    for name in ATTRIBUTES:
+        if hasattr(sae, name):
+            delattr(sae, name)
     return output_map
 
 
@@ -63,6 +59,22 @@ def is_saelens(function: Callable[..., Any], maker: str) -> bool:
     return getattr(function, "__module__", None) == SAE.__module__ and getattr(
         function, "__qualname__", ""
     ).startswith(maker)
+
+
+def is_own_function(sae: Any, name: str, maker: str) -> bool:
+    """Return whether a function of an SAE is what a method of SAELens's SAE made for this SAE.
+
+    Args:
+        sae: the SAE.
+        name: of the function.
+        maker: as for `is_saelens`.
+    """
+    function = getattr(sae, name)
+    if not is_saelens(function, maker):
+        return False
+    # A normalization function keeps its results on the SAE that it was made for.
+    cells = [cell.cell_contents for cell in function.__closure__ or ()]
+    return all(cell is sae for cell in cells if isinstance(cell, torch.nn.Module))
 
 
 class OwnNormalization(SAE[Any]):

@@ -215,9 +215,13 @@ def test_activations_that_are_not_finite_are_refused(value) -> None:
         sweep_budgets(make_sae(), x, show_progress=False)
 
 
+@pytest.mark.parametrize("decode", ["own", "replaced"])
 @pytest.mark.parametrize("normalize", ["none", "layer_norm", "constant_norm_rescale"])
-def test_metrics_match_a_plain_count(normalize) -> None:
+def test_metrics_match_a_plain_count(normalize, decode) -> None:
     sae = make_sae(normalize_activations=normalize)
+    if decode == "replaced":
+        own = sae.decode
+        sae.decode = lambda acts: 0.5 * own(acts)  # type: ignore[method-assign]
     x = 0.5 + torch.randn(40, D_IN)
     sweep = sweep_budgets(sae, x, n_batches=3, show_progress=False)
     assert [row.budget for row in sweep.metrics] == [1, 2, 4, K]

@@ -563,10 +563,13 @@ def test_deep_copy_keeps_normalization_functions_that_a_user_set(
     setattr(sae, name, lambda x: own(x) + 0.5)
     expected = sae(random_activations())
     assert relative_error(expected, plain) > 1e-3
+    expected_loss = run_step(sae, random_activations()).loss
     twins.append(copy.deepcopy(sae))
     twins.append(copy.deepcopy(twins[0]))
     for twin in twins:
         assert getattr(twin, name) is getattr(sae, name)
+        loss = run_step(twin, random_activations()).loss
+        assert relative_error(loss, expected_loss) < 1e-6
         if normalization == "none":  # otherwise the user's function holds the original SAE
             assert torch.equal(twin(random_activations()), expected)
 

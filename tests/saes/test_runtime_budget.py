@@ -9,7 +9,11 @@ from sae_lens import LoggingConfig, SAETrainer
 from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.sae import TrainStepInput
 
-from sae_lens_flex import HierarchicalTopKSAE, HierarchicalTopKSAEConfig
+from sae_lens_flex import (
+    HierarchicalTopKSAE,
+    HierarchicalTopKSAEConfig,
+    HierarchicalTopKTrainingSAE,
+)
 
 BUDGETS = [1, 2, 3, 5, K]
 NORMALIZATIONS = ["none", "layer_norm", "constant_norm_rescale", "expected_average_only_in"]
@@ -211,6 +215,30 @@ def test_adaptive_encoding_refuses_an_impossible_tolerance(tolerance) -> None:
         hierarchical_sae().encode_adaptive(random_activations(), tolerance)
 
 
+@pytest.mark.parametrize("kind", ["inference", "training"])
+@pytest.mark.parametrize(
+    ("how", "name"),
+    [
+        ("object", "decode"),
+        ("subclass", "decode"),
+        ("object", "run_time_activation_norm_fn_out"),
+    ],
+)
+def test_replaced_decoding_is_refused_by_name(how, name, kind) -> None:
+    sae = hierarchical_sae(kind)
+    x = random_activations()
+    acts, latents = sae.encode_levels(x)
+    if how == "object":
+        own = getattr(sae, name)
+        setattr(sae, name, lambda x: 0.5 * own(x))
+    else:
+        sae.__class__ = type("Mine", (type(sae),), {name: lambda sae, acts: acts})
+    with pytest.raises(NotImplementedError, match=f"decode_levels .* but {name} is not SAELens's"):
+        sae.decode_levels(acts, latents)
+    with pytest.raises(NotImplementedError, match=f"encode_adaptive .* but {name} is not"):
+        sae.encode_adaptive(x, 0.1)
+
+
 def logged(sae: Any, x: torch.Tensor, is_logging_step: bool) -> dict[str, Any]:
     return sae.training_forward_pass(
         TrainStepInput(
@@ -245,6 +273,23 @@ def test_logging_steps_report_every_doubling_budget(normalize, rescale, path) ->
     x = random_activations()
     metrics = {name: float(value) for name, value in logged(sae, x, True).items()}
     assert metrics == pytest.approx(expected_metrics(sae, x), rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:training steps take the unfused path")
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+def test_logging_steps_report_what_a_replaced_decode_returns(normalize) -> None:
+    class Halved(HierarchicalTopKTrainingSAE):
+        def decode(self, feature_acts: torch.Tensor) -> torch.Tensor:
+            return 0.5 * super().decode(feature_acts)
+
+    sae = hierarchical_sae("training", normalize_activations=normalize)
+    x = random_activations()
+    plain = expected_metrics(sae, x)
+    sae.__class__ = Halved
+    expected = expected_metrics(sae, x)
+    assert expected != pytest.approx(plain, rel=0.01)
+    metrics = {name: float(value) for name, value in logged(sae, x, True).items()}
+    assert metrics == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("path", ["fused", "unfused"])
