@@ -8,8 +8,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-# The tests' tensors are too small for two threads. On busy cores a second one makes a step many
-# times slower, because the first waits for it.
+# The tests' tensors are too small for two threads. Where the second one finds no free core, the
+# first one spins until it has run, and a step takes fifty times as long.
 torch.set_num_threads(1)
 
 

@@ -32,8 +32,7 @@ HOOK_NAME = "transformer.h.0"
 
 
 @pytest.fixture(autouse=True)
-def _one_thread_and_seed() -> None:
-    torch.set_num_threads(1)
+def _same_random_numbers_every_time() -> None:
     torch.manual_seed(0)
 
 

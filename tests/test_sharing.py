@@ -48,8 +48,7 @@ RESCALE = pytest.mark.parametrize("rescale", [False, True], ids=["as-is", "resca
 
 
 @pytest.fixture(autouse=True)
-def _one_thread_and_seed() -> None:
-    torch.set_num_threads(1)
+def _same_random_numbers_every_time() -> None:
     torch.manual_seed(0)
 
 

@@ -17,13 +17,6 @@ N_WORDS = 60
 END_OF_TEXT = "<|endoftext|>"
 
 
-@pytest.fixture(autouse=True, scope="session")
-def _one_thread() -> None:
-    # At these sizes a second thread gains nothing. Where it finds no free core, the first one spins
-    # until it has run, and a step takes fifty times as long.
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(autouse=True)
 def _same_random_numbers_every_time() -> None:
     torch.manual_seed(0)
