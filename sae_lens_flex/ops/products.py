@@ -12,6 +12,7 @@ Whether Triton or PyTorch computes a product is decided here.
 
 import torch
 
+from .chunks import for_each_chunk
 from .codes import Code, InvertedIndex
 from .kernels import residual as residual_kernel
 from .kernels.sums import sum_by_latent
@@ -59,13 +60,14 @@ def gather(
         )
         residual_kernel.residual(batch, residual_kernel.Outputs(residual=out))
         return out
-    n_rows = chunk_samples(code, d_in)
+
+    def walk(chunk: slice) -> None:
+        rows = weight[code.latents[chunk].long()].to(dtype)  # [b, K, D]
+        sums = torch.bmm(code.values[chunk].to(dtype).unsqueeze(1), rows).squeeze(1)
+        out[chunk] = sums if target is None else sums - target[chunk].to(dtype)
+
     with no_autocast(weight.device):
-        for start in range(0, n_samples, n_rows):
-            chunk = slice(start, start + n_rows)
-            rows = weight[code.latents[chunk].long()].to(dtype)  # [b, K, D]
-            sums = torch.bmm(code.values[chunk].to(dtype).unsqueeze(1), rows).squeeze(1)
-            out[chunk] = sums if target is None else sums - target[chunk].to(dtype)
+        for_each_chunk(walk, n_samples, chunk_samples(code, d_in), weight.device)
     return out
 
 
