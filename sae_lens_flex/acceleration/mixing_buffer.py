@@ -26,12 +26,13 @@ def mixing_buffer(
     Args:
         buffer_size: activations from which batches are drawn.
         batch_size: activations in a batch.
-        activations_loader: yields tensors [n, ...], n from 1 on.
+        activations_loader: yields tensors [n, ...], of any n.
         mix_fraction: the share of the buffer that stays for the next shuffle. With 0 nothing is
             shuffled.
 
     Raises:
-        ValueError: for a batch larger than the buffer, or a `mix_fraction` outside [0, 1].
+        ValueError: for a batch larger than the buffer, a `mix_fraction` outside [0, 1], or
+            activations of another width or on another device than those before.
     """
     if buffer_size < batch_size:
         raise ValueError(
@@ -40,8 +41,9 @@ def mixing_buffer(
         )
     if not 0 <= mix_fraction <= 1:
         raise ValueError(f"mix_fraction is {mix_fraction}. mix_fraction must be in [0, 1]")
-    rows = _Rows(buffer_size)
     n_to_keep = int(buffer_size * mix_fraction)
+    # So many may be left when the loader is asked for more.
+    rows = _Rows(most_left=max(buffer_size, n_to_keep + batch_size) - 1)
     for activations in activations_loader:
         rows.add(activations)
         if len(rows) < buffer_size:
@@ -55,7 +57,7 @@ def mixing_buffer(
 
 
 class _Rows:
-    """A queue of activations that can be shuffled. A row's place in memory is free once it is taken.
+    """A queue of activations that can be shuffled. A row's place is free once it is taken.
 
     Attributes:
         memory: [n_places, ...].
@@ -67,8 +69,8 @@ class _Rows:
     order: torch.Tensor
     free: torch.Tensor
 
-    def __init__(self, buffer_size: int) -> None:
-        self._buffer_size = buffer_size
+    def __init__(self, most_left: int) -> None:
+        self._most_left = most_left
         self._is_allocated = False
 
     def __len__(self) -> int:
@@ -77,8 +79,14 @@ class _Rows:
     def add(self, rows: torch.Tensor) -> None:
         """Put rows, [n, ...], at the end of the queue."""
         if not self._is_allocated:
-            # The queue is shorter than the buffer when the loader is asked for more.
-            self._allocate(self._buffer_size - 1 + len(rows), rows)
+            self._allocate(self._most_left + len(rows), rows)
+        width, device = self.memory.shape[1:], self.memory.device
+        if rows.shape[1:] != width or rows.device != device:
+            raise ValueError(
+                f"activations_loader yields activations of shape {list(rows.shape)} on "
+                f"{rows.device}, expected [n{''.join(f', {d}' for d in width)}] on {device}, as "
+                "before"
+            )
         n_missing = len(rows) - len(self.free)
         dtype = torch.promote_types(rows.dtype, self.memory.dtype)
         if n_missing > 0 or dtype != self.memory.dtype:
@@ -98,7 +106,7 @@ class _Rows:
         return self.memory[places]
 
     def _allocate(self, n_places: int, like: torch.Tensor) -> None:
-        # A loader that runs in inference mode would else make memory that can only be written there.
+        # Else a loader in inference mode makes memory that can only be written in that mode.
         with torch.inference_mode(False):
             self.memory = torch.empty(
                 (n_places, *like.shape[1:]), dtype=like.dtype, device=like.device
