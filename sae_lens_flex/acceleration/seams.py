@@ -95,30 +95,31 @@ def accelerate() -> Iterator[None]:
             sae = LanguageModelSAETrainingRunner(cfg).run()
 
     `MultiSAETrainingRunner`, `SAETrainer` and `MultiSAETrainer` go faster likewise, whatever their
-    SAEs are. Results are SAELens's up to rounding, and checkpoints are interchangeable. Three
-    things change:
+    SAEs are. A step's results are SAELens's up to rounding, and checkpoints are interchangeable.
+    Three things change:
 
     - A trainer that is made within the block has `torch.optim.Adam(fused=True)`, see `fused_adam`.
-    - A trainer's step within the block clips the gradients in the pass in which Adam reads them,
-      and counts once what fired. The gradients get their norm in one pass before. So the step
-      writes them once and reads them twice; SAELens's reads them three times. Hooks on parameters
-      see the gradients before clipping, and hooks after the optimizer's step see clipped ones, as
-      ever. With another optimizer, parameters that are not float32, hooks before the optimizer's
-      step, or another `torch.nn.utils.clip_grad_norm_`, the gradients are clipped in SAELens's
-      way. A subclass's own `_train_step` stays.
+    - A trainer's step within the block clips the gradients in the pass in which Adam reads them.
+      That saves SAELens's pass that reads and writes them all; the pass for their norm stays. The
+      step also counts once, not twice, how often each latent fired. Hooks on parameters see the
+      gradients before clipping, and hooks after the optimizer's step see clipped ones, as in
+      SAELens. Gradients are clipped in SAELens's way where the optimizer is another one or has
+      hooks before its step, where they are not float32, and where
+      `torch.nn.utils.clip_grad_norm_` was replaced. A subclass's own `_train_step` is called.
     - Activations are mixed in memory that is allocated once, on the device where they lie. It
-      takes the size of SAELens's buffer and of a chunk from the language model; SAELens's function
-      takes some two or three times that. On a CPU the batches are the same. On a GPU the
-      permutations are drawn there, so the batches are other ones of the same distribution. The
-      dtype stays: SAELens's store hands over float32, whatever its `dtype`.
+      holds SAELens's buffer and one chunk from the language model. SAELens copies the buffer for
+      every chunk. On a CPU the batches are the same, bit for bit. On a GPU the permutations are
+      drawn there, so the batches are other ones of the same distribution. The dtype is that in
+      which the activations come, as in SAELens: in a run of one SAE float32, whatever the config's
+      `dtype`, and in a run of several the language model's.
 
     After the block, also after an error, SAELens is as it was. A trainer that was made within it
     keeps its optimizer, and a data loader that was begun within it keeps its buffer. Blocks may be
     nested.
 
-    A version of SAELens in which one of these places is missing, or holds other code than is known
-    here, keeps its own, and so does a place where something else was put. A warning names what is
-    left out; the rest works.
+    Where SAELens lacks one of these places, or other code is there than is known here, because of
+    another version or of a patch, that place stays as it is. A warning names what is left out. The
+    rest works.
     """
     with ExitStack() as undo:
         _put_in_place(_SEAMS, undo, "accelerate")
