@@ -3,6 +3,7 @@
 Importing this package registers the architectures "hierarchical_topk" and "flex_topk" in SAELens.
 """
 
+from .acceleration import accelerate, fused_adam
 from .evals import BudgetMetrics, BudgetSweep, smallest_budget, sweep_budgets
 from .ops import (
     hierarchical_sae_loss,
@@ -10,7 +11,6 @@ from .ops import (
     triton_hierarchical_sae_loss,
     triton_topk_sae_loss,
 )
-from .optimizer import fused_adam
 from .saes import (
     FlexTopKTrainingSAE,
     FlexTopKTrainingSAEConfig,
@@ -33,6 +33,7 @@ __all__ = [
     "HierarchicalTopKSAEConfig",
     "HierarchicalTopKTrainingSAE",
     "HierarchicalTopKTrainingSAEConfig",
+    "accelerate",
     "export_topk",
     "from_topk",
     "fused_adam",

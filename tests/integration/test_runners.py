@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from sae_lens.synthetic import (
 )
 from torch._dynamo.utils import counters
 
+import sae_lens_flex
 from sae_lens_flex import (
     FlexTopKTrainingSAE,
     FlexTopKTrainingSAEConfig,
@@ -296,6 +299,66 @@ def test_prefetching_in_a_thread_trains(
         prefetch_llm_batches=True,
     )
     assert_losses_fall(step_losses["hierarchical_topk"])
+
+
+def weights_of_runs(run_once: Callable[[], Any], *, with_accelerate: Sequence[bool]) -> list[Any]:
+    """Return the state of the SAE, or of the SAEs by name, of runs from one random state."""
+    states = []
+    for is_accelerated in with_accelerate:
+        torch.manual_seed(0)
+        with sae_lens_flex.accelerate() if is_accelerated else nullcontext():
+            trained = run_once()
+        saes = trained if isinstance(trained, dict) else {"": trained}
+        states.append({name: sae.state_dict() for name, sae in saes.items()})
+    return states
+
+
+@pytest.mark.parametrize("architecture", ["topk", *ARCHITECTURES])
+@pytest.mark.parametrize("prefetch", [False, 3])
+def test_accelerated_run_trains_the_same_sae(
+    architecture: str,
+    prefetch: bool | int,
+    language_model: HookedSAETransformer,
+    token_dataset: Dataset,
+    step_losses: StepLosses,
+):
+    plain, accelerated = weights_of_runs(
+        lambda: run(
+            training_sae_config(architecture),
+            language_model,
+            token_dataset,
+            prefetch_llm_batches=prefetch,
+            exclude_special_tokens=[0],  # Chunks of activations differ in size.
+        ),
+        with_accelerate=(False, True),
+    )
+    torch.testing.assert_close(accelerated, plain, rtol=0, atol=1e-4)
+    losses = torch.tensor(step_losses[architecture]).view(2, -1)
+    assert_losses_fall(losses[1].tolist())
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=0)
+
+
+def test_accelerated_run_of_several_saes_trains_the_same_ones(
+    language_model: HookedSAETransformer, token_dataset: Dataset
+):
+    fields = runner_fields() | {"prefetch_llm_batches": True}
+    del fields["hook_name"], fields["verbose"]
+    cfg = MultiSAETrainingRunnerConfig(
+        saes={
+            "hierarchical": training_sae_config("hierarchical_topk"),
+            "topk": training_sae_config("topk"),
+        },
+        hook_names={"hierarchical": HOOK_NAME, "topk": "blocks.1.hook_resid_post"},
+        **fields,
+    )
+    plain, accelerated = weights_of_runs(
+        lambda: MultiSAETrainingRunner(
+            cfg, override_model=language_model, override_dataset=token_dataset
+        ).run(),
+        with_accelerate=(False, True),
+    )
+    assert accelerated.keys() == {"hierarchical", "topk"}
+    torch.testing.assert_close(accelerated, plain, rtol=0, atol=1e-4)
 
 
 def test_final_output_records_how_it_was_trained(trained: dict[str, Any]):

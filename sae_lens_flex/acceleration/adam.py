@@ -1,0 +1,131 @@
+"""SAELens's optimizer, with a step that is one kernel and clips the gradients on its way."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch.optim import Adam, Optimizer
+from torch.optim import optimizer as torch_optimizer
+from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
+
+MAX_NORM = 1.0  # SAELens's
+_OWN_CLIPPING = torch.nn.utils.clip_grad_norm_
+
+
+class FusedAdam(Adam):
+    """
+    `Adam(fused=True)` whose state is that of any other Adam.
+
+    It loads the state of an Adam that was not fused, and such an Adam loads its state.
+    """
+
+    grad_scale: torch.Tensor | None = None  # Adam's kernel divides the gradients by it.
+
+    _version_hook: RemovableHandle | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs, fused=True)
+        self._tell_autograd_after_steps()
+
+    @override
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # A copy comes through here. It has the state of the original, but none of its hooks.
+        self._tell_autograd_after_steps()
+
+    def _tell_autograd_after_steps(self) -> None:
+        # A hook, because torch runs the hooks of an optimizer around every class's `step`: an
+        # overridden one, which calls Adam's, would run each of them twice.
+        if self._version_hook is None:
+            self._version_hook = self.register_step_post_hook(_raise_versions)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return _with_fused(super().state_dict(), None)
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(_with_fused(state_dict, True))
+        # The kernel reads a parameter and its moments in the order of memory. SAELens stores W_enc
+        # in another order than our SAEs, and the kernel would mix up such moments silently.
+        for parameter, state in self.state.items():
+            for name in ("exp_avg", "exp_avg_sq"):
+                if state[name].stride() != parameter.stride():
+                    state[name] = torch.empty_like(parameter).copy_(state[name])
+
+
+def _raise_versions(optimizer: Any, args: Any, kwargs: Any) -> None:
+    """Tell autograd what a step wrote: the parameters and, if it clipped, their gradients.
+
+    Autograd raises an error if a backward pass needs a saved tensor that has changed since. It
+    knows so from the tensor's version, which the fused kernel does not raise.
+    """
+    parameters = _with_gradients(p for group in optimizer.param_groups for p in group["params"])
+    torch.autograd.graph.increment_version(parameters)
+    if optimizer.grad_scale is not None:
+        torch.autograd.graph.increment_version([p.grad for p in parameters])
+
+
+def _with_gradients(parameters: Iterable[Any]) -> list[Any]:
+    return [p for p in parameters if p.grad is not None]
+
+
+def _with_fused(state_dict: dict[str, Any], fused: bool | None) -> dict[str, Any]:
+    groups = [{**group, "fused": fused} for group in state_dict["param_groups"]]
+    return {**state_dict, "param_groups": groups}
+
+
+def clip_and_step(optimizer: Optimizer, parameters: Iterable[torch.Tensor]) -> None:
+    """Clip the gradients of the parameters to norm 1, all together, and take a step.
+
+    The result is that of `torch.nn.utils.clip_grad_norm_(parameters, 1.0)` and `optimizer.step()`.
+    With a `FusedAdam` of these parameters, in float32, one pass over the gradients computes their
+    norm, and the kernel of the step divides by it: g / max(norm + 1e-6, 1). SAELens's way
+    multiplies: g * min(1 / (norm + 1e-6), 1). The two differ by at most 2 units in the last
+    place, and by nothing where the norm is below 1. A norm that is infinite or not a number does
+    the same to the gradients either way.
+    """
+    parameters = list(parameters)
+    if not _can_clip_in_step(optimizer, parameters):
+        torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM)
+        optimizer.step()
+        return
+    norm = torch.nn.utils.get_total_norm([p.grad for p in _with_gradients(parameters)])
+    optimizer.grad_scale = (norm + 1e-6).clamp(min=MAX_NORM)
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.grad_scale
+
+
+def _can_clip_in_step(optimizer: Any, parameters: Sequence[torch.Tensor]) -> bool:
+    """Return whether nobody sees that the step clips, and whether it can."""
+    clipped = _with_gradients(parameters)
+    return (
+        type(optimizer) is FusedAdam
+        and len(clipped) > 0
+        # The kernel takes a scale in float32 only, on the device of all gradients.
+        and all(p.grad.dtype == torch.float32 for p in clipped)
+        and len({p.grad.device for p in clipped}) == 1
+        and all(group["fused"] for group in optimizer.param_groups)
+        and _same(
+            clipped,
+            _with_gradients(p for group in optimizer.param_groups for p in group["params"]),
+        )
+        # Who looks at the gradients before the step expects clipped ones.
+        and torch.nn.utils.clip_grad_norm_ is _OWN_CLIPPING
+        and not optimizer._optimizer_step_pre_hooks
+        and not torch_optimizer._global_optimizer_pre_hooks
+        and _is_own_step(optimizer)
+    )
+
+
+def _same(some: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> bool:
+    return len(some) == len(others) and {id(p) for p in some} == {id(p) for p in others}
+
+
+def _is_own_step(optimizer: FusedAdam) -> bool:
+    """Return whether nobody replaced `step` on the object, but torch's schedules, which count."""
+    step = vars(optimizer).get("step")
+    return step is None or hasattr(step, "_wrapped_by_lr_sched")

@@ -1,0 +1,164 @@
+"""Where `accelerate()` and `fused_adam()` change SAELens, and how that is undone."""
+
+import ast
+import hashlib
+import inspect
+import textwrap
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import sae_lens
+from sae_lens.training import activations_store, sae_trainer
+from sae_lens.training import mixing_buffer as mixing_module
+from torch.optim import Adam
+
+from .adam import FusedAdam
+from .mixing_buffer import mixing_buffer
+from .trainer_step import train_step
+
+
+class _Seam(NamedTuple):
+    """
+    A name in SAELens that stands for something of ours within the block.
+
+    Args:
+        owner: module or class that has the name.
+        name: the name.
+        ours: what it stands for within the block.
+        part: what a user loses where SAELens does not have it.
+        is_known: whether what SAELens has there is what ours does the work of.
+    """
+
+    owner: Any
+    name: str
+    ours: Any
+    part: str
+    is_known: Callable[[Any], bool]
+
+
+def fingerprint(function: Any) -> str | None:
+    """Return a short digest of a function's code, whatever its comments, layout and docstring.
+
+    It is None for what has no source.
+    """
+    try:
+        source = textwrap.dedent(inspect.getsource(inspect.unwrap(function)))
+        (definition,) = ast.parse(source).body
+    except (OSError, TypeError, ValueError, SyntaxError):
+        return None
+    if not isinstance(definition, ast.FunctionDef):
+        return None
+    if ast.get_docstring(definition) is not None:
+        definition.body = definition.body[1:]
+    return hashlib.sha256(ast.unparse(definition).encode()).hexdigest()[:16]
+
+
+# The code that ours is equal to, by its fingerprint: that of SAELens 6.54.0 to 6.54.12.
+TRAIN_STEP = "ce659a0620700418"
+MIXING_BUFFER = "42a84dd9b7985c08"
+
+_OPTIMIZER = _Seam(
+    sae_trainer, "Adam", FusedAdam, "the fused optimizer", is_known=lambda theirs: theirs is Adam
+)
+_SEAMS = (
+    _OPTIMIZER,
+    _Seam(
+        sae_trainer.SAETrainer,
+        "_train_step",
+        train_step,
+        "clipping within the optimizer's step, and one count of what fired",
+        is_known=lambda theirs: fingerprint(theirs) == TRAIN_STEP,
+    ),
+    *(
+        _Seam(
+            module,
+            "mixing_buffer",
+            mixing_buffer,
+            f"the mixing buffer {of}",
+            is_known=lambda theirs: fingerprint(theirs) == MIXING_BUFFER,
+        )
+        for module, of in (
+            (activations_store, "of a run with one SAE"),
+            (mixing_module, "of a run with several SAEs"),
+        )
+    ),
+)
+
+
+@contextmanager
+def accelerate() -> Iterator[None]:
+    """Make SAELens train faster within the `with` block: around a runner's making and running.
+
+        with sae_lens_flex.accelerate():
+            sae = LanguageModelSAETrainingRunner(cfg).run()
+
+    `MultiSAETrainingRunner`, `SAETrainer` and `MultiSAETrainer` go faster likewise, whatever their
+    SAEs are. A step's results are SAELens's up to rounding, and checkpoints are interchangeable.
+    Three things change:
+
+    - A trainer that is made within the block has `torch.optim.Adam(fused=True)`, see `fused_adam`.
+    - A trainer's step within the block clips the gradients in the pass in which Adam reads them.
+      That saves SAELens's pass that reads and writes them all; the pass for their norm stays. The
+      step also counts once, not twice, how often each latent fired. Hooks on parameters see the
+      gradients before clipping, and hooks after the optimizer's step see clipped ones, as in
+      SAELens. Gradients are clipped in SAELens's way where the optimizer is another one or has
+      hooks before its step, where they are not float32, and where
+      `torch.nn.utils.clip_grad_norm_` was replaced. A subclass's own `_train_step` is called.
+    - Activations are mixed in memory that is allocated once, on the device where they lie. It
+      holds SAELens's buffer and one chunk from the language model. SAELens copies the buffer for
+      every chunk. On a CPU the batches are the same, bit for bit. On a GPU the permutations are
+      drawn there, so the batches are other ones of the same distribution. The dtype is that in
+      which the activations come, as in SAELens: in a run of one SAE float32, whatever the config's
+      `dtype`, and in a run of several the language model's.
+
+    After the block, also after an error, SAELens is as it was. A trainer that was made within it
+    keeps its optimizer, and a data loader that was begun within it keeps its buffer. Blocks may be
+    nested.
+
+    Where SAELens lacks one of these places, or other code is there than is known here, because of
+    another version or of a patch, that place stays as it is. A warning names what is left out. The
+    rest works.
+    """
+    with ExitStack() as undo:
+        _put_in_place(_SEAMS, undo, "accelerate")
+        yield
+
+
+@contextmanager
+def fused_adam() -> Iterator[None]:
+    """Make SAELens's trainer build `torch.optim.Adam(fused=True)` within the `with` block.
+
+        with sae_lens_flex.fused_adam():
+            sae = LanguageModelSAETrainingRunner(cfg).run()
+
+    It is the part of `accelerate` that changes the optimizer and nothing else. It is the same Adam
+    up to rounding. Its step reads and writes every tensor once, so it is faster. An optimizer that
+    is built within the block stays fused after it, whatever SAE it is for. An optimizer that was
+    built before is left as it was.
+
+    A checkpoint is the same with and without the block. The block decides, not the checkpoint: a
+    run that is resumed within it is fused, one that is resumed outside is not. (`torch.optim.Adam`
+    takes the setting from the checkpoint.)
+    """
+    with ExitStack() as undo:
+        _put_in_place((_OPTIMIZER,), undo, "fused_adam")
+        yield
+
+
+def _put_in_place(seams: tuple[_Seam, ...], undo: ExitStack, caller: str) -> None:
+    for owner, name, ours, part, is_known in seams:
+        theirs = vars(owner).get(name)
+        if theirs is ours:
+            continue
+        if theirs is None or not is_known(theirs):
+            found = "no" if theirs is None else "an unknown"
+            warnings.warn(
+                f"{caller}() leaves out {part}: SAELens {sae_lens.__version__} has {found} "
+                f"{owner.__name__}.{name}",
+                stacklevel=4,
+            )
+            continue
+        undo.callback(setattr, owner, name, theirs)
+        setattr(owner, name, ours)

@@ -1,0 +1,67 @@
+"""The step of SAELens's trainer: same results, fewer passes over gradients and activations."""
+
+from typing import Any
+
+import torch
+from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
+from sae_lens.training.sae_trainer import SAETrainer
+
+from .adam import clip_and_step
+
+
+def train_step(self: SAETrainer[Any, Any], sae: Any, sae_in: torch.Tensor) -> TrainStepOutput:
+    """Train an SAE on a batch, as a method of `SAETrainer`.
+
+    Args:
+        sae: the trainer's.
+        sae_in: activations, [batch, d_in].
+    """
+    sae.train()
+    output = _on_device(self, sae, sae_in)
+    self.lr_scheduler.step()
+    for scheduler in self.coefficient_schedulers.values():
+        scheduler.step()
+    return output
+
+
+def _on_device(trainer: SAETrainer[Any, Any], sae: Any, sae_in: torch.Tensor) -> TrainStepOutput:
+    """Do what the device does in a step. The host goes on without waiting for it.
+
+    It is the part of a step that a CUDA graph could hold. Of the host's numbers it reads the
+    learning rate in `optimizer.param_groups`, the coefficients and `n_training_steps`.
+    """
+    with trainer.autocast_if_enabled:
+        output = trainer.sae.training_forward_pass(
+            step_input=TrainStepInput(
+                sae_in=sae_in,
+                dead_neuron_mask=trainer.dead_neurons,
+                coefficients=trainer.get_coefficients(),
+                n_training_steps=trainer.n_training_steps,
+                is_logging_step=trainer._is_logging_step(),
+            )
+        )
+        count_firing(trainer, output.feature_acts)
+    output.loss.backward()
+    clip_and_step(trainer.optimizer, sae.parameters())
+    trainer.optimizer.zero_grad()
+    return output
+
+
+@torch.no_grad()
+def count_firing(trainer: SAETrainer[Any, Any], feature_acts: torch.Tensor) -> None:
+    """Add a batch to the trainer's statistics: how often each latent fired, and how long ago.
+
+    Args:
+        trainer: whose statistics.
+        feature_acts: [batch, d_sae], dense or sparse.
+    """
+    fired = feature_acts.bool().float()
+    counts = fired.sum(0)
+    # SAELens sums a second time, over dimension -2.
+    has_fired = (counts if fired.ndim == 2 else fired.sum(-2)).bool()
+    if has_fired.is_sparse:
+        has_fired = has_fired.to_dense()
+    trainer.n_forward_passes_since_fired += 1
+    trainer.n_forward_passes_since_fired[has_fired] = 0
+    trainer.act_freq_scores += counts
+    trainer.n_frac_active_samples += trainer.cfg.train_batch_size_samples
