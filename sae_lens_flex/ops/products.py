@@ -92,13 +92,16 @@ def scatter(
         sum_by_latent(index, values.contiguous(), rows, sums=out)
         return
     dtype = accumulation_dtype(rows, values)
+    pairs, samples, starts = index.pairs, index.samples, index.starts[1:]
+    first, last = starts[[0, -1]].tolist()  # The others are of latents outside [0, F).
+    pairs, samples, starts = pairs[first:last], samples[first:last], starts - first
     with no_autocast(rows.device):
         sums = torch.nn.functional.embedding_bag(
-            index.samples.to(index.starts.dtype),
+            samples.to(starts.dtype),
             rows.to(dtype),
-            index.starts[1:],
+            starts,
             mode="sum",
-            per_sample_weights=values.flatten()[index.pairs].to(dtype),
+            per_sample_weights=values.flatten()[pairs].to(dtype),
             include_last_offset=True,
         )
     out.copy_(sums)
