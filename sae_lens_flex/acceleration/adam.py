@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch.optim import Adam, Optimizer
-from torch.optim import optimizer as torch_optimizer
+from torch.optim.optimizer import _global_optimizer_pre_hooks
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
@@ -91,6 +91,7 @@ def clip_and_step(optimizer: Optimizer, parameters: Iterable[torch.Tensor]) -> N
         torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM)
         optimizer.step()
         return
+    assert isinstance(optimizer, FusedAdam)
     norm = torch.nn.utils.get_total_norm([p.grad for p in _with_gradients(parameters)])
     optimizer.grad_scale = (norm + 1e-6).clamp(min=MAX_NORM)
     try:
@@ -116,7 +117,7 @@ def _can_clip_in_step(optimizer: Any, parameters: Sequence[torch.Tensor]) -> boo
         # Who looks at the gradients before the step expects clipped ones.
         and torch.nn.utils.clip_grad_norm_ is _OWN_CLIPPING
         and not optimizer._optimizer_step_pre_hooks
-        and not torch_optimizer._global_optimizer_pre_hooks
+        and not _global_optimizer_pre_hooks
         and _is_own_step(optimizer)
     )
 

@@ -106,7 +106,6 @@ class Sharded(FusedTopKTrainingSAE):
     def save_inference_model(self, path: Any) -> NoReturn:
         _refuse("save_inference_model")
 
-    @override
     def __deepcopy__(self, memo: Any) -> NoReturn:
         _refuse("a deep copy")
 
