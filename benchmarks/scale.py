@@ -1,0 +1,317 @@
+"""Time training steps of one SAE on several processes: sharded, and with whole copies.
+
+    python -m benchmarks.scale                         # every case, on one GPU and on all of them
+    python -m benchmarks.scale --ranks 1 2 4           # on so many
+    python -m benchmarks.scale --cases quarter_million
+    python -m benchmarks.scale --quick --ranks 1 2 4   # small, gloo processes on a CPU; no file
+
+The results go to benchmarks/results/scale_<device>.json, one after the other. Each is a run of
+`torchrun` by itself. It first takes a small step sharded and compares it with the step of one
+process: `error` is the largest relative difference of losses and gradients. A time is the median of
+the distances between the ends of steps, on the slowest rank. A step is `SAETrainer.step` within
+`accelerate()`, on a batch of the case's size in all, whatever the number of processes.
+
+"sharded" is `sae_lens_flex.shard`. "copies" is what DistributedDataParallel does: a whole SAE on
+every process, and gradients that are averaged. "communication" is the time that the device spends
+in collectives, where they do not overlap with computing.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from sae_lens import SAETrainer
+from sae_lens.config import SAETrainerConfig
+from sae_lens.saes.sae import TrainingSAE, TrainStepInput
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+import sae_lens_flex
+
+from .train_step import ORDINARY_CALLS, device_ms, machine, median_ms, peak_memory
+
+HERE = Path(__file__).parent
+RESULT = "result of benchmarks.scale: "
+
+
+@dataclass(frozen=True)
+class Case:
+    """A size of SAE and batch, of all processes together."""
+
+    name: str
+    d_in: int
+    d_sae: int
+    k: int
+    batch: int
+    autocast: bool = True
+    has_copies: bool = True  # whether whole copies are timed, too
+    n_steps: int = 20
+
+
+CASES = [
+    Case("gemma", 2304, 65536, 128, 8192),
+    Case("gemma_32768", 2304, 65536, 128, 32768),
+    Case("gpt2", 768, 24576, 64, 4096, n_steps=100),
+    Case("quarter_million", 2304, 2**18, 64, 4096),
+    Case("million", 2304, 2**20, 64, 4096, has_copies=False, n_steps=10),
+]
+QUICK_CASES = [Case("quick", 48, 515, 8, 130, autocast=False, n_steps=3)]
+
+
+# --- a process of a run
+
+
+def new_sae(case: Case, device: str, dtype: str = "float32") -> TrainingSAE[Any]:
+    torch.manual_seed(0)
+    return TrainingSAE.from_dict(
+        {
+            "architecture": "hierarchical_topk",
+            "d_in": case.d_in,
+            "d_sae": case.d_sae,
+            "k": case.k,
+            "device": device,
+            "dtype": dtype,
+        }
+    )
+
+
+def own_share(batch: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
+    return batch.tensor_split(mesh.size())[mesh.get_local_rank()]
+
+
+def error_against_one_process(mesh: DeviceMesh, device: str) -> float:
+    """Return the largest relative difference of a sharded step from that of one process."""
+    case = Case("check", 96, 517, 8, 67)
+    sae: Any = new_sae(case, device)
+    sharded = sae_lens_flex.shard(sae, mesh)
+    x = torch.randn(case.batch, case.d_in, generator=torch.Generator().manual_seed(1)).to(device)
+    dead = torch.arange(case.d_sae, device=device) % 3 == 0
+    outputs = []
+    for each, samples in ((sae, x), (sharded, own_share(x, mesh))):
+        output = each.training_forward_pass(
+            TrainStepInput(
+                sae_in=samples,
+                coefficients={},
+                dead_neuron_mask=dead,
+                n_training_steps=0,
+                is_logging_step=False,
+            )
+        )
+        output.loss.backward()
+        outputs.append(output.losses)
+    pairs = [(outputs[1][name], loss) for name, loss in outputs[0].items()]
+    for name, parameter in sae.named_parameters():
+        gradient: Any = sharded.get_parameter(name).grad
+        pairs.append((gradient.full_tensor(), parameter.grad))
+    return max(float((value - expected).norm() / expected.norm()) for value, expected in pairs)
+
+
+def train(case: Case, mode: str, mesh: DeviceMesh, device: str) -> dict[str, Any]:
+    """Time steps, and return what they took on the slowest rank."""
+    sae: Any = new_sae(case, device)
+    if mode == "sharded":
+        sae = sae_lens_flex.shard(sae, mesh)
+    if mode == "copies":
+        average_gradients(sae, mesh)
+    generator = torch.Generator(device).manual_seed(mesh.get_local_rank())
+    n_samples = case.batch if mode == "one" else len(own_share(torch.empty(case.batch), mesh))
+    x = torch.randn(n_samples, case.d_in, generator=generator, device=device)
+    cfg = SAETrainerConfig(
+        total_training_samples=10**9,
+        train_batch_size_samples=case.batch,
+        lr=1e-5,
+        lr_end=1e-5,
+        device=device,
+        autocast=case.autocast,
+    )
+    with peak_memory(device) as peaks, sae_lens_flex.accelerate():
+        trainer = SAETrainer(cfg=cfg, sae=sae, data_provider=iter(()))
+
+        def step() -> None:
+            trainer.step(x)
+            trainer.n_training_steps += 1
+
+        ms = median_ms(step, device, ORDINARY_CALLS + 2, case.n_steps)
+        peak = peaks()["peak_gib"]
+    result = {"ms": ms, "peak_gib": peak, **device_times(step, device)}
+    return {name: of_slowest(value) for name, value in result.items()}
+
+
+def average_gradients(sae: TrainingSAE[Any], mesh: DeviceMesh) -> None:
+    """Average gradients among the ranks as soon as a backward pass has them."""
+    group, size = mesh.get_group(), mesh.size()
+
+    def hook(parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None
+        # In the order of memory: W_enc is latent-major, and so is its gradient.
+        gradient = parameter.grad if parameter.grad.is_contiguous() else parameter.grad.T
+        dist.all_reduce(gradient.div_(size), group=group)
+
+    for parameter in sae.parameters():
+        parameter.register_post_accumulate_grad_hook(hook)
+
+
+def device_times(step: Callable[[], None], device: str) -> dict[str, float | None]:
+    """Return how long the device works in a step, and how long in collectives, in ms."""
+    if device == "cpu":
+        return {"device_ms": None, "communication_ms": None}
+    total = device_ms(step)
+    n = 5
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(n):
+            step()
+        torch.cuda.synchronize()
+    collectives = [event for event in profile.key_averages() if "nccl" in event.key.lower()]
+    us = sum(event.self_device_time_total for event in collectives)
+    return {"device_ms": total, "communication_ms": us / 1e3 / n}
+
+
+def of_slowest(value: float | None) -> float | None:
+    """Return the largest of the ranks' values."""
+    values: list[float | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    numbers = [each for each in values if each is not None]
+    return max(numbers) if numbers else None
+
+
+def work(case: Case, mode: str) -> None:
+    """Be one process of a run; the first prints the result."""
+    is_gpu = torch.cuda.is_available() and case not in QUICK_CASES
+    if is_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    else:
+        torch.set_num_threads(1)
+    device = "cuda" if is_gpu else "cpu"
+    limit = datetime.timedelta(minutes=5)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if is_gpu else "gloo", timeout=limit)
+    try:
+        mesh = init_device_mesh(device, (dist.get_world_size(),))
+        result: dict[str, Any] = {"error": None}
+        if mode == "sharded":
+            result["error"] = error_against_one_process(mesh, device)
+        try:
+            result |= train(case, mode, mesh, device)
+        except torch.OutOfMemoryError:
+            if dist.get_world_size() > 1:
+                raise  # The others wait: the run ends.
+            result |= {"ms": None, "peak_gib": None}
+        if dist.get_rank() == 0:
+            print(RESULT + json.dumps(result), flush=True)
+    finally:
+        dist.destroy_process_group()
+
+
+# --- the runs
+
+
+def launch(case: Case, mode: str, n_ranks: int, quick: bool) -> dict[str, Any]:
+    """Return the result of a run, whose times are None where it failed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(n_ranks), "-m", "benchmarks.scale"]
+    command += ["--work", case.name, mode, *(["--quick"] if quick else [])]
+    done = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True, check=False)
+    for line in done.stdout.splitlines():
+        if line.startswith(RESULT):
+            return json.loads(line.removeprefix(RESULT))
+    print(done.stderr[-3000:], file=sys.stderr)
+    return {"error": None, "ms": None, "peak_gib": None, "failed": done.returncode}
+
+
+def modes(case: Case, n_ranks: int) -> list[str]:
+    if n_ranks == 1:
+        return ["one"]
+    return ["sharded", "copies"] if case.has_copies else ["sharded"]
+
+
+def run(cases: list[Case], ranks: list[int], path: Path | None, quick: bool) -> bool:
+    """Measure, print and write every result. Return whether none failed."""
+    kind = "cpu" if quick or not torch.cuda.is_available() else "cuda"
+    record = {
+        "machine": machine(kind),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "sae-lens")},
+        "date": datetime.date.today().isoformat(),
+        "results": [],
+    }
+    is_whole = True
+    for case in cases:
+        of_one: float | None = None
+        for n_ranks in ranks:
+            for mode in modes(case, n_ranks):
+                result = launch(case, mode, n_ranks, quick)
+                ms = result["ms"]
+                of_one = ms if mode == "one" else of_one
+                result = {**asdict(case), "mode": mode, "ranks": n_ranks, **result}
+                if ms is not None:
+                    result["tokens_per_s"] = 1e3 * case.batch / ms
+                    if of_one is not None:
+                        result["speedup"] = of_one / ms
+                record["results"].append(result)
+                is_whole &= "failed" not in result
+                print_result(result)
+                if path is not None:
+                    path.write_text(json.dumps(record, indent=2) + "\n")
+    return is_whole
+
+
+def print_result(result: dict[str, Any]) -> None:
+    name = f"{result['name']:16} {result['ranks']:2} {result['mode']:8}"
+    if result["ms"] is None:
+        print(f"{name} {'failed' if 'failed' in result else 'out of memory'}", flush=True)
+        return
+    parts = [f"{result['ms']:9.2f} ms", f"{result['tokens_per_s']:9.0f} tokens/s"]
+    for key, form in (
+        ("speedup", "{:5.2f}x"),
+        ("peak_gib", "{:6.2f} GiB"),
+        ("communication_ms", "communication {:.2f} ms"),
+        ("error", "error {:.1e}"),
+    ):
+        if result.get(key) is not None:
+            parts.append(form.format(result[key]))
+    print(name, *parts, flush=True)
+
+
+def main() -> None:
+    n_gpus = torch.cuda.device_count()
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="small, on a CPU; writes no file")
+    parser.add_argument("--cases", nargs="+", metavar="NAME", help="by default all")
+    parser.add_argument(
+        "--ranks", nargs="+", type=int, metavar="N", help="by default 1, and every GPU or 2"
+    )
+    parser.add_argument("--results", type=Path, help="JSON file to write")
+    parser.add_argument("--work", nargs=2, metavar=("CASE", "MODE"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    cases = QUICK_CASES if arguments.quick else CASES
+    if arguments.work:
+        name, mode = arguments.work
+        work(next(case for case in cases if case.name == name), mode)
+        return
+    if not arguments.quick and n_gpus == 0:
+        parser.error("there is no GPU here; --quick runs a small case on a CPU")
+    if arguments.cases:
+        names = [case.name for case in cases]
+        for name in arguments.cases:
+            if name not in names:
+                parser.error(f"--cases has {name!r}, expected some of {', '.join(names)}")
+        cases = [case for case in cases if case.name in arguments.cases]
+    ranks = arguments.ranks or [1, 2 if arguments.quick else n_gpus]
+    path = arguments.results
+    if path is None and not arguments.quick:
+        path = HERE / "results" / f"scale_{machine('cuda').split()[-1].lower()}.json"
+    if not run(cases, ranks, path, arguments.quick):
+        sys.exit("a run failed")
+
+
+if __name__ == "__main__":
+    main()
