@@ -80,7 +80,7 @@ def scatter(
     """Write out[f] = sum over the pairs (b, t) that chose f of values[b, t] * rows[b].
 
     Args:
-        index: of a code of B samples.
+        index: of a code of B samples, with latents from F on ignored and none below 0.
         values: [B, K].
         rows: [B, D], contiguous.
         out: [F, D], contiguous, of any floating dtype.
@@ -90,13 +90,18 @@ def scatter(
         sum_by_latent(index, values.contiguous(), rows, sums=out)
         return
     dtype = accumulation_dtype(rows, values)
+    samples, pairs = index.samples, index.pairs
+    if (
+        rows.device.type == "cpu"
+    ):  # where a bag ends with the last pair, so what follows is left out
+        samples, pairs = samples[: index.starts[-1]], pairs[: index.starts[-1]]
     with no_autocast(rows.device):
         sums = torch.nn.functional.embedding_bag(
-            index.samples.to(index.starts.dtype),
+            samples.to(index.starts.dtype),
             rows.to(dtype),
             index.starts[1:],
             mode="sum",
-            per_sample_weights=values.flatten()[index.pairs].to(dtype),
+            per_sample_weights=values.flatten()[pairs].to(dtype),
             include_last_offset=True,
         )
     out.copy_(sums)

@@ -23,6 +23,7 @@ from ..training.firing import feature_acts
 from ..training.graph import Recorder, is_worth_recording
 from ..training.node import attach_step
 from ..training.requests import Inputs, Spec, WantedGradients, Weights
+from ..training.shards import WHOLE, Whole
 from ..training.step import begin_step, finish_step
 from .configs import FusedTopKTrainingSAEConfig, check_auxiliary_loss
 from .fused_path import METHODS, hooked, replaced
@@ -139,9 +140,11 @@ class FusedTopKTrainingSAE(OwnNormalization, TopKTrainingSAE):
         return super().training_forward_pass(step_input)
 
     @torch.compiler.disable()  # torch.compile calls the step as it is
-    def _fused_training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+    def _fused_training_forward_pass(
+        self, step_input: TrainStepInput, shards: Whole = WHOLE
+    ) -> TrainStepOutput:
         x, weights = step_input.sae_in, self._weights()
-        n_latents, d_in = weights.W_dec.shape
+        n_latents, d_in = self.W_dec.shape
         if x.shape[0] == 0 or x.shape[1] != d_in:
             raise ValueError(
                 f"sae_in has shape {list(x.shape)}, expected [batch, {d_in}] with an "
@@ -156,7 +159,7 @@ class FusedTopKTrainingSAE(OwnNormalization, TopKTrainingSAE):
         spec = Spec(
             k=k,
             levels=levels,
-            n_samples=len(x),
+            n_samples=shards.n_samples(len(x)),
             rescale_acts_by_decoder_norm=self.cfg.rescale_acts_by_decoder_norm,
             apply_b_dec_to_input=self.cfg.apply_b_dec_to_input,
             product_dtype=product_dtype(weights.W_dec),
@@ -170,20 +173,23 @@ class FusedTopKTrainingSAE(OwnNormalization, TopKTrainingSAE):
             inputs,
             spec,
             wanted=wanted,
-            by=self._recorder_of(weights, inputs, spec, wanted),
+            by=None if shards.is_sharded else self._recorder_of(weights, inputs, spec, wanted),
+            shards=shards,
         )
         # What is reported is launched before the host waits for the number of dead latents.
-        sae_out = (x.detach() + main.residual).to(self.dtype)
+        is_logging_step = step_input.is_logging_step
+        sae_out = self._reported_output(x, main.residual, shards, is_logging_step)
         acts = feature_acts(
             Code(main.code.latents, main.hidden_pre.relu()),
             n_latents,
             is_sparse=self.cfg.use_sparse_activations,
         )
         metrics = {}
-        if step_input.is_logging_step:
-            metrics = self._logging_metrics(x, main.code, output_map)
-        result = finish_step(main, weights, inputs, spec, wanted=wanted, dead=dead)
-        losses = attach_step(result, weights, inputs, spec, wanted=wanted, dead=dead)
+        if is_logging_step:
+            metrics = self._logging_metrics(x, main.code, output_map, shards)
+        of_dead = {"wanted": wanted, "dead": dead, "shards": shards}
+        result = finish_step(main, weights, inputs, spec, **of_dead)
+        losses = attach_step(result, weights, inputs, spec, **of_dead)
         auxiliary = losses.auxiliary
         return TrainStepOutput(
             sae_in=x,
@@ -211,17 +217,24 @@ class FusedTopKTrainingSAE(OwnNormalization, TopKTrainingSAE):
         return "last"
 
     def _logging_metrics(
-        self, x: torch.Tensor, code: Code, output_map: OutputMap
+        self, x: torch.Tensor, code: Code, output_map: OutputMap, shards: Whole
     ) -> dict[str, Any]:
         """Return the metrics of a logging step.
 
         Args:
-            x: activations, [batch, d_in].
-            code: kept latents and their pre-activations, [batch, k] each, in the order of the
-                levels.
-            output_map: of the activations.
+            x: this process's activations, [B_r, d_in].
+            code: kept latents and their pre-activations of the whole batch, [B, k] each, in the
+                order of the levels.
+            output_map: of these activations.
+            shards: of which process they are.
         """
         return {}
+
+    def _reported_output(
+        self, x: torch.Tensor, residual: torch.Tensor, shards: Whole, is_logging_step: bool
+    ) -> torch.Tensor:
+        """Return the `sae_out` of activations [B_r, d_in] from the step's residual."""
+        return (x.detach() + shards.by_sample(residual)).to(self.dtype)
 
     # --- what a step is made of
 

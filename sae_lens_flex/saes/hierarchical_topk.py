@@ -19,6 +19,7 @@ from ..ops.codes import Code
 from ..ops.losses import differentiable_loss, prefix_residuals
 from ..ops.policy import accumulation_dtype
 from ..ops.requests import Levels
+from ..training.shards import WHOLE, Whole
 from .budgets import RuntimeBudget, check_trained_budgets, doubling_budgets
 from .checks import check_integer
 from .configs import CheckedTopKSAEConfig, FusedTopKTrainingSAEConfig
@@ -134,28 +135,36 @@ class HierarchicalTopKTrainingSAE(RuntimeBudget, FusedTopKTrainingSAE):
 
     @override
     def _logging_metrics(
-        self, x: torch.Tensor, code: Code, output_map: OutputMap
+        self, x: torch.Tensor, code: Code, output_map: OutputMap, shards: Whole
     ) -> dict[str, torch.Tensor]:
         """Return explained variance and MSE at budgets 1, 2, 4, ... k, as SAELens defines them."""
-        return self._metrics_of(x, code.with_values(code.values.relu()), output_map)
+        return self._metrics_of(x, code.with_values(code.values.relu()), output_map, shards)
 
     @torch.no_grad()
     def _metrics_of(
-        self, x: torch.Tensor, code: Code, output_map: OutputMap
+        self, x: torch.Tensor, code: Code, output_map: OutputMap, shards: Whole = WHOLE
     ) -> dict[str, torch.Tensor]:
         # `code` has decode coefficients.
-        vals, target = self._decoding(code.values, x, output_map)
+        weights = self._weights()
+        x = shards.by_width(x)  # [B, D_r]
+        output_map = OutputMap(*(None if m is None else shards.all_samples(m) for m in output_map))
+        b_dec = weights.b_dec[shards.own_width(self.cfg.d_in)]
+        vals, target = self._decoding(code.values, x, output_map, b_dec)
         residuals = prefix_residuals(
             code.with_values(vals),
-            self.W_dec,
+            weights.W_dec,
             target,
             doubling_budgets(code.latents.shape[1]),
             use_triton=self._computes_by_triton(),
         )
-        return _metrics(x.to(target.dtype), residuals)
+        return _metrics(x.to(target.dtype), residuals, shards)
 
     def _decoding(
-        self, coefficients: torch.Tensor, x: torch.Tensor, output_map: OutputMap
+        self,
+        coefficients: torch.Tensor,
+        x: torch.Tensor,
+        output_map: OutputMap,
+        b_dec: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return vals and target with which vals @ W_dec[latents] is to be target.
 
@@ -163,8 +172,9 @@ class HierarchicalTopKTrainingSAE(RuntimeBudget, FusedTopKTrainingSAE):
             coefficients: decode coefficients before an output normalization, [batch, k].
             x: activations, [batch, d_in].
             output_map: the output normalization, of every sample by itself.
+            b_dec: [d_in].
         """
-        offset = output_map.apply(self.b_dec.to(accumulation_dtype(self.W_dec, x)))
+        offset = output_map.apply(b_dec.to(accumulation_dtype(self.W_dec, x)))
         vals = coefficients if output_map.scale is None else coefficients * output_map.scale
         # `+ -offset`, not `- offset`: autograd then reduces to [d_in] first and never negates a
         # [batch, d_in] tensor.
@@ -201,7 +211,7 @@ class HierarchicalTopKTrainingSAE(RuntimeBudget, FusedTopKTrainingSAE):
                 metrics = outputs.metrics()
         else:
             flat_x = x.reshape(-1, d_in)
-            vals, target = self._decoding(coefficients, flat_x, flat_map)
+            vals, target = self._decoding(coefficients, flat_x, flat_map, self.b_dec)
             below_k = differentiable_loss(
                 *(latents, self.W_dec, vals, None, target),
                 levels=torch.cat((level_weights[:-1], level_weights.new_zeros(1))),
@@ -272,18 +282,19 @@ class _OutputsByDecode(NamedTuple):
 
 
 def _metrics(
-    x: torch.Tensor, residuals: Iterable[tuple[int, torch.Tensor]]
+    x: torch.Tensor, residuals: Iterable[tuple[int, torch.Tensor]], shards: Whole = WHOLE
 ) -> dict[str, torch.Tensor]:
     """Return explained variance and MSE at each budget, as SAELens defines them.
 
     Args:
-        x: activations, [batch, d_in].
-        residuals: each budget with its residuals, [batch, d_in].
+        x: this process's part of the width of all activations, [batch, D_r].
+        residuals: each budget with its residuals, [batch, D_r].
+        shards: which process that is.
     """
-    variance = (x - x.mean(0)).square().sum(-1).mean()
+    variance = shards.sum((x - x.mean(0)).square().sum(-1).mean())
     metrics = {}
     for budget, residual in residuals:
-        mse = residual.square().sum(-1).mean()
+        mse = shards.sum(residual.square().sum(-1).mean())
         metrics[f"explained_variance_at_{budget}"] = 1 - mse / variance
         metrics[f"mse_at_{budget}"] = mse
     return metrics

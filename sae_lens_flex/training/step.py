@@ -21,6 +21,11 @@ so with the products of `ops.products`
 
 Nothing of shape [B, F] outlives a chunk of the batch. The auxiliary loss on dead latents is added
 in `dead`, and autograd in `node`.
+
+Of several processes each holds a part of the weights and brings a part of the samples; `shards`
+says which, and what they exchange. Shapes below are a rank's: it has F_r latents in its encoder,
+the part D_r of the width in its decoder, and brings B_r samples. In one process F_r = F, D_r = D
+and B_r = B.
 """
 
 from collections.abc import Callable
@@ -38,6 +43,7 @@ from ..ops.selection import Encoder, select
 from .dead import Dead, DeadGradients, auxiliary_loss
 from .encoder import encoder_rows, minus_product
 from .requests import Gradients, Inputs, Spec, WantedGradients, Weights
+from .shards import WHOLE, Whole
 
 
 class Reconstruction(NamedTuple):
@@ -46,7 +52,8 @@ class Reconstruction(NamedTuple):
     Attributes:
         mse_loss: scalar.
         gradients: of `mse_loss`.
-        residual: output minus input at level k, [B, D].
+        residual: output minus input at level k, [B, D_r].
+        rows: what was multiplied with W_enc, [B, D].
         code: the kept latents and their pre-activations h, [B, k] each, in the order of the levels.
         hidden_pre: h * norms of the kept latents, [B, k].
         norms: [F], or None for 1.
@@ -55,6 +62,7 @@ class Reconstruction(NamedTuple):
     mse_loss: torch.Tensor
     gradients: Gradients
     residual: torch.Tensor
+    rows: torch.Tensor
     code: Code
     hidden_pre: torch.Tensor
     norms: torch.Tensor | None
@@ -84,6 +92,7 @@ def step(
     *,
     wanted: WantedGradients,
     dead: Dead | None = None,
+    shards: Whole = WHOLE,
 ) -> StepResult:
     """Compute a training step.
 
@@ -93,9 +102,11 @@ def step(
         spec: the settings.
         wanted: which gradients to compute.
         dead: the dead latents and the auxiliary loss's coefficient; None for no such loss.
+        shards: of which process the weights and samples are. The losses are those of the whole
+            batch.
     """
-    main = begin_step(weights, inputs, spec, wanted=wanted)
-    return finish_step(main, weights, inputs, spec, wanted=wanted, dead=dead)
+    main = begin_step(weights, inputs, spec, wanted=wanted, shards=shards)
+    return finish_step(main, weights, inputs, spec, wanted=wanted, dead=dead, shards=shards)
 
 
 @torch.no_grad()
@@ -106,14 +117,17 @@ def begin_step(
     *,
     wanted: WantedGradients,
     by: Reconstruct | None = None,
+    shards: Whole = WHOLE,
 ) -> Reconstruction:
     """Launch the part of a step that does not depend on the number of dead latents.
 
     Args:
-        weights, inputs, spec, wanted: as in `step`.
-        by: calls `reconstruct`, or replays a recording of it. None calls it.
+        weights, inputs, spec, wanted, shards: as in `step`.
+        by: calls `reconstruct` in one process, or replays a recording of it. None calls it.
     """
-    return (by or reconstruct)(weights, inputs, spec, wanted)
+    if by is not None:
+        return by(weights, inputs, spec, wanted)
+    return reconstruct(weights, inputs, spec, wanted, shards)
 
 
 @torch.no_grad()
@@ -125,6 +139,7 @@ def finish_step(
     *,
     wanted: WantedGradients,
     dead: Dead | None,
+    shards: Whole = WHOLE,
 ) -> StepResult:
     """Add the auxiliary loss. The host waits here for the number of dead latents.
 
@@ -132,58 +147,71 @@ def finish_step(
 
     Args:
         main: what `begin_step` returned for the other arguments.
-        weights, inputs, spec, wanted, dead: as in `step`.
+        weights, inputs, spec, wanted, dead, shards: as in `step`.
     """
     latents = None if dead is None else dead.latents()
     if dead is None or latents is None or len(latents) == 0:
         return StepResult(main, None, None)
     loss, gradients = auxiliary_loss(
         weights,
-        inputs.encoder_input,
+        main.rows,
         -main.residual,
         latents=latents,
+        split=None if dead.split is None else dead.split(),
         norms=main.norms,
         coefficient=dead.coefficient,
         spec=spec,
         wanted=wanted,
+        shards=shards,
     )
     return StepResult(main, loss, gradients)
 
 
 def reconstruct(
-    weights: Weights, inputs: Inputs, spec: Spec, wanted: WantedGradients
+    weights: Weights,
+    inputs: Inputs,
+    spec: Spec,
+    wanted: WantedGradients,
+    shards: Whole = WHOLE,
 ) -> Reconstruction:
     """Encode a batch, reconstruct it and differentiate the error.
 
     It waits for nothing and asks nothing of the device, so it can be recorded as a CUDA graph.
     """
     with no_autocast(weights.W_dec.device):  # `spec` says in which dtype products are computed
-        return _reconstruct(weights, inputs, spec, wanted)
+        return _reconstruct(weights, inputs, spec, wanted, shards)
 
 
 def _reconstruct(
-    weights: Weights, inputs: Inputs, spec: Spec, wanted: WantedGradients
+    weights: Weights, inputs: Inputs, spec: Spec, wanted: WantedGradients, shards: Whole
 ) -> Reconstruction:
-    W_enc, b_enc, W_dec, b_dec = weights
-    x, target, scale, level_weights = inputs  # [B, D], [B, D], [B, 1], [k]
-    n_latents, use_triton = W_dec.shape[0], spec.use_triton
+    W_enc, b_enc, W_dec, b_dec = weights  # [D, F_r], [F_r], [F, D_r], [D]
+    x, target, scale, level_weights = inputs  # [B_r, D], [B_r, D], [B_r, 1], [k]
+    n_latents, n_own, use_triton = W_dec.shape[0], W_enc.shape[1], spec.use_triton
+    own_latents, own_width = shards.own_latents(n_latents), shards.own_width(len(b_dec))
     sum_dtype = accumulation_dtype(W_dec, target)
 
     # --- encode
-    norms, read = _norms_and_copy(W_dec, spec)  # [F] or None, [F, D]
-    rows = encoder_rows(x, b_dec, spec)  # [B, D]
-    code = select(rows, Encoder(W_enc, b_enc, norms), spec.k, use_triton=use_triton)  # [B, k]
+    norms, read = _norms_and_copy(W_dec, spec, shards)  # [F] or None, [F, D_r]
+    rows = shards.all_samples(encoder_rows(x, b_dec, spec))  # [B, D]
+    encoder = Encoder(W_enc, b_enc, None if norms is None else norms[own_latents])
+    code = select(rows, encoder, min(spec.k, n_own), use_triton=use_triton)  # of F_r
+    code = shards.merge(code, norms, spec.k, None)  # [B, k], of F
     index = None
     if wanted.W_enc:
-        index = code.by_latent(n_latents, deterministic=spec.deterministic, use_triton=use_triton)
+        index = shards.own_pairs(code).by_latent(
+            n_own, deterministic=spec.deterministic, use_triton=use_triton
+        )
     hidden_pre = code.values if norms is None else code.values * norms.take(code.latents)
 
     # --- decode: vals @ W_dec[latents] + bias is to be the target
     acts = code.values.relu()  # [B, k]
-    vals, bias = acts, b_dec
+    vals, bias = acts, b_dec[own_width]
+    target = shards.by_width(target)  # [B, D_r]
     if scale is not None:
+        scale = shards.all_samples(scale)  # [B, 1]
+        target = target - scale * bias.to(target.dtype)
         vals, bias = acts * scale, None
-        target = target - scale * b_dec.to(target.dtype)
     wants_encoder = wanted.any_of_encoder(spec)
     wants_scaled = scale is not None and (wanted.b_dec or wanted.output_scale)
     decoded = decoder_loss(
@@ -193,7 +221,7 @@ def _reconstruct(
             bias=bias,
             target=target,
             levels=spec.levels if level_weights is None else level_weights,
-            scale=1 / spec.n_samples,  # SAELens sums over D and averages over samples.
+            scale=1 / spec.n_samples,  # SAELens sums over D and averages over samples
             wanted=Wanted(
                 residual=True,
                 weight=gradient_dtype(W_dec.dtype) if wanted.W_dec else None,
@@ -201,21 +229,26 @@ def _reconstruct(
                 bias=sum_dtype if wanted.b_dec and scale is None else None,
                 target=target.dtype if wanted.target or wants_scaled else None,
             ),
-            index=index,
+            index=None if shards.is_sharded else index,
             deterministic=spec.deterministic,
         ),
         use_triton=use_triton,
     )
     del read  # A copy, if it is one, is not to add to the encoder's gradient at the peak of memory.
     grad_vals, grad_b_dec, grad_scale = decoded.values, decoded.bias, None
+    if grad_vals is not None:
+        grad_vals = shards.sum(grad_vals)  # [B, k]
     if scale is not None:
         scale = scale.to(sum_dtype)
         if wanted.b_dec and decoded.target is not None:
-            grad_b_dec = -(scale * decoded.target).sum(0)  # [D]
+            grad_b_dec = -(scale * decoded.target).sum(0)  # [D_r]
         if wanted.output_scale and grad_vals is not None and decoded.target is not None:
             grad_scale = (grad_vals * acts).sum(-1, keepdim=True)  # [B, 1]
             grad_scale -= (decoded.target * b_dec).sum(-1, keepdim=True)
         grad_vals = None if grad_vals is None else grad_vals * scale
+
+    if grad_b_dec is not None:
+        grad_b_dec = shards.all_width(grad_b_dec)  # [D]
 
     # --- back through the encoder
     grad_W_enc = grad_b_enc = grad_x = None
@@ -224,18 +257,20 @@ def _reconstruct(
         g = code.with_values(grad_vals.masked_fill(code.values <= 0, 0))  # [B, k]
         if index is not None:
             grad_W_enc = W_enc.new_empty(W_enc.shape[::-1], dtype=gradient_dtype(W_enc.dtype))
-            scatter(index, g.values, rows, out=grad_W_enc, use_triton=use_triton)  # [F, D]
-            grad_W_enc = grad_W_enc.T  # [D, F]
+            scatter(index, g.values, rows, out=grad_W_enc, use_triton=use_triton)  # [F_r, D]
+            grad_W_enc = grad_W_enc.T  # [D, F_r]
         if wanted.b_enc or (wanted.b_dec and spec.apply_b_dec_to_input):
             grad_b_enc = b_enc.new_zeros(n_latents, dtype=sum_dtype)
-            grad_b_enc.index_add_(0, g.latents.flatten(), g.values.flatten())  # [F]
+            grad_b_enc.index_add_(0, g.latents.flatten(), g.values.flatten())
+            grad_b_enc = grad_b_enc[own_latents]  # [F_r]
         if grad_b_dec is not None and grad_b_enc is not None and spec.apply_b_dec_to_input:
             grad_b_dec = minus_product(grad_b_dec, W_enc, grad_b_enc)
         if wanted.encoder_input:
             grad_x = gather(g, W_enc.T, use_triton=use_triton)  # [B, D]
     assert decoded.residual is not None
+    loss, grad_b_dec = shards.sum_both(decoded.loss, grad_b_dec)
     return Reconstruction(
-        mse_loss=decoded.loss,
+        mse_loss=loss,
         gradients=Gradients(
             W_enc=grad_W_enc,
             b_enc=_kept(grad_b_enc, b_enc) if wanted.b_enc else None,
@@ -246,13 +281,16 @@ def _reconstruct(
             output_scale=_kept(grad_scale, inputs.output_scale),
         ),
         residual=decoded.residual,
+        rows=rows,
         code=code,
         hidden_pre=hidden_pre,
         norms=norms,
     )
 
 
-def _norms_and_copy(W_dec: torch.Tensor, spec: Spec) -> tuple[torch.Tensor | None, torch.Tensor]:
+def _norms_and_copy(
+    W_dec: torch.Tensor, spec: Spec, shards: Whole
+) -> tuple[torch.Tensor | None, torch.Tensor]:
     """Return the norms by which latents are compared, or None, and what is read of W_dec.
 
     SAELens decodes in autocast's dtype. Where that is lower than the weight's, the kernels read a
@@ -261,8 +299,11 @@ def _norms_and_copy(W_dec: torch.Tensor, spec: Spec) -> tuple[torch.Tensor | Non
     rescales = spec.rescale_acts_by_decoder_norm
     if spec.use_triton and spec.product_dtype.itemsize < W_dec.itemsize:
         norms, copy = norms_and_copy(W_dec, spec.product_dtype)
-        return norms if rescales else None, copy
-    return W_dec.norm(dim=-1) if rescales else None, W_dec
+        return shards.norms(norms) if rescales else None, copy
+    if not rescales:
+        return None, W_dec
+    norms = torch.linalg.vector_norm(W_dec, dim=-1, dtype=accumulation_dtype(W_dec))
+    return shards.norms(norms).to(W_dec.dtype), W_dec
 
 
 def _kept(gradient: torch.Tensor | None, of: torch.Tensor | None) -> torch.Tensor | None:

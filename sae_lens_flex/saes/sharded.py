@@ -1,0 +1,487 @@
+"""An SAE whose weights lie in parts in several processes, and the way there and back."""
+
+import copy
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import sae_lens
+import torch
+import torch.distributed as dist
+from sae_lens.constants import SAE_WEIGHTS_FILENAME
+from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
+from safetensors import safe_open
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from typing_extensions import override
+
+from ..ops.policy import computes_by_triton, is_deterministic, product_dtype
+from ..training.dead import Dead, dead_counts_later
+from ..training.requests import Weights
+from ..training.shards import Shards, Split, gather_rows
+from .fused_path import hooked, replaced
+from .fused_topk import OWN, FusedTopKTrainingSAE
+
+PLACEMENTS = {"W_enc": Shard(1), "b_enc": Shard(0), "W_dec": Shard(1), "b_dec": Replicate()}
+# Weights go from rank to rank in pieces of about this many bytes.
+PIECE_BYTES = 2**26
+
+T = TypeVar("T", bound=FusedTopKTrainingSAE)
+
+
+def shard(sae: T, mesh: DeviceMesh | None = None) -> T:
+    """Make a training SAE one of several processes, in place, and return it.
+
+    Every rank calls this with an SAE of the same config. Each then holds its part of rank 0's
+    weights on the mesh's device: the parameters become `DTensor`s, W_enc and b_enc in parts of the
+    latents, W_dec in parts of the width, b_dec whole. PyTorch's `clip_grad_norm_`, `Adam` and
+    `torch.distributed.checkpoint` take them as they are.
+
+    `training_forward_pass` then takes a rank's own samples, [B_r, d_in]; how many may differ
+    between ranks and from step to step. All else in its input is the same on every rank. Of its
+    output
+
+    - `loss` and `losses` are those of the global batch, the samples of rank 0, 1, ... in turn;
+      `backward` gives each rank the gradients of its parts;
+    - `feature_acts`, [B, d_sae], and `hidden_pre`, [B, k], are of the global batch, on every rank;
+    - `sae_in` and `sae_out` are of the rank's own samples. On a step that is no logging step
+      `sae_out` is NaN, because computing it would take one more exchange;
+    - `metrics` are those of the global batch.
+
+    What needs the whole SAE (`encode`, `decode`, `save_model` and others) raises; `unshard` gives
+    it. Steps are never recorded as CUDA graphs.
+
+    Args:
+        sae (FusedTopKTrainingSAE): A flex_topk or hierarchical_topk training SAE, on any device.
+        mesh (DeviceMesh | None): One dimension. None takes all processes of the default group.
+
+    Raises:
+        TypeError: for another SAE, or one that has been sharded.
+        ValueError: for a mesh of more dimensions, or where a rank would hold no latent or no part
+            of the width, or where the ranks' configs or versions differ.
+        NotImplementedError: for an SAE with methods, functions or hooks that are not SAELens's own.
+    """
+    if not isinstance(sae, FusedTopKTrainingSAE):
+        raise TypeError(
+            f"sae is a {type(sae).__name__}, expected a flex_topk or hierarchical_topk training SAE"
+        )
+    if isinstance(sae, ShardedTrainingSAE):
+        raise TypeError("sae has been sharded already")
+    if mesh is None:
+        is_nccl = "nccl" in dist.get_backend()
+        mesh = init_device_mesh("cuda" if is_nccl else "cpu", (dist.get_world_size(),))
+    if mesh.ndim != 1:
+        raise ValueError(f"mesh has {mesh.ndim} dimensions, expected 1")
+    group, size, rank = mesh.get_group(), mesh.size(), mesh.get_local_rank()
+    control: Any = group
+    if dist.get_backend(group) != "gloo":
+        ranks = dist.get_process_group_ranks(group)
+        control = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+    problem = None
+    if names := _reasons(sae, OWN):
+        problem = NotImplementedError(
+            f"an SAE of several processes calls SAELens's own methods alone, but {', '.join(names)}"
+        )
+    for name, length in (("d_sae", sae.cfg.d_sae), ("d_in", sae.cfg.d_in)):
+        if problem is None and 0 in Split.even(length, size).sizes:
+            problem = ValueError(
+                f"{name} is {length}, which leaves one of {size} ranks without a part: take fewer "
+                "ranks"
+            )
+    cfg = {k: v for k, v in sae.cfg.to_dict().items() if k not in ("device", "metadata")}
+    from .. import __version__
+
+    versions = {
+        "the version of torch": torch.__version__,
+        "the version of sae_lens": sae_lens.__version__,
+        "the version of sae_lens_flex": __version__,
+    }
+    _Ranks(control, rank, size).agree({"class": type(sae).__name__, **cfg, **versions}, 0, problem)
+
+    device = torch.device(mesh.device_type)
+    if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
+    shards = Shards(
+        group, rank, latents=Split.even(sae.cfg.d_sae, size), width=Split.even(sae.cfg.d_in, size)
+    )
+    for name in PLACEMENTS:
+        weight = getattr(sae, name)
+        rows = _by_rows(name, weight.data)
+        local = rows.new_empty(_own_rows(name, rows, shards).shape, device=device)
+        for piece, rows_of_piece in _pieces(rows):
+            received = rows_of_piece.to(device).contiguous()
+            dist.broadcast(received, dist.get_global_rank(group, 0), group=group)
+            _copy_own(name, local, piece, received, shards)
+        parameter = nn.Parameter(_distributed(name, local, weight.shape, mesh))
+        parameter.requires_grad_(weight.requires_grad)
+        setattr(sae, name, parameter)
+    sae.__class__ = _sharded_class(type(sae))
+    sae._recorder = None
+    sae.device, sae.cfg.device = device, str(device)
+    vars(sae).update(_shards=shards, _mesh=mesh, _ranks=_Ranks(control, rank, size))
+    return sae
+
+
+@torch.no_grad()
+def unshard(
+    sae: FusedTopKTrainingSAE, *, keep: bool = True, device: torch.device | str | None = None
+) -> Any:
+    """Return an ordinary SAE with the weights of all ranks. Every rank calls this.
+
+    Args:
+        sae (FusedTopKTrainingSAE): A sharded SAE, which stays as it is.
+        keep (bool): Whether this rank gets the SAE. False returns None, without its memory.
+        device (torch.device | str | None): Where its weights go. None takes the device of `sae`.
+
+    Raises:
+        TypeError: for an SAE that is not sharded.
+    """
+    if not isinstance(sae, ShardedTrainingSAE):
+        raise TypeError(f"sae is a {type(sae).__name__}, expected one that `shard` made")
+    device = torch.device(device or sae.device)
+    shards = sae._shards
+    whole: dict[str, torch.Tensor] = {}
+    for name, weight in sae.named_parameters():
+        local = _by_rows(name, weight.to_local().detach())
+        shape = _by_rows(name, torch.empty(weight.shape, device="meta")).shape
+        out = local.new_empty(shape, device=device) if keep else None
+        for source in range(1 if name == "b_dec" else shards.size):
+            theirs = replace(shards, rank=source)
+            like = _own_rows(name, torch.empty(shape, dtype=local.dtype, device="meta"), theirs)
+            for piece, rows in _pieces(like):
+                sent = local[piece].contiguous() if source == shards.rank else None
+                if sent is None:
+                    sent = local.new_empty(rows.shape)
+                dist.broadcast(sent, dist.get_global_rank(shards.group, source), group=shards.group)
+                if out is not None:
+                    _own_rows(name, out, theirs)[piece].copy_(sent)
+        if out is not None:
+            whole[name] = _by_rows(name, out)
+    if not keep:
+        return None
+    # A copy, as `deepcopy` makes it, that has the whole weights where the original has its parts.
+    base: Any = type(sae)._base
+    result = base.__new__(base)
+    memo: dict[int, Any] = {id(sae): result}
+    for name, weight in sae.named_parameters():
+        memo[id(weight)] = nn.Parameter(whole[name], requires_grad=weight.requires_grad)
+    state = {k: v for k, v in vars(sae).items() if k not in ("_shards", "_mesh", "_ranks")}
+    result.__setstate__(copy.deepcopy(state, memo))
+    result.device, result.cfg.device = device, str(device)
+    return result
+
+
+class ShardedTrainingSAE(FusedTopKTrainingSAE):
+    """What `shard` makes of an SAE; `shard` says what it does and what it refuses."""
+
+    _base: type = FusedTopKTrainingSAE
+    _shards: Shards
+    _mesh: DeviceMesh
+    _ranks: "_Ranks"
+
+    @override
+    @torch.compiler.disable()
+    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        """Compute a step's losses on the global batch from this rank's samples, [B_r, d_in]."""
+        settings: dict[str, Any] = {}
+        problem = None
+        try:
+            settings = self._checked_settings(step_input)
+        except Exception as error:  # All ranks are to raise, not to wait for this one.
+            problem = error
+        sizes = self._ranks.agree(settings, len(step_input.sae_in), problem)
+        shards = replace(self._shards, samples=Split(tuple(sizes)))
+        return self._fused_training_forward_pass(step_input, shards)
+
+    def _checked_settings(self, step_input: TrainStepInput) -> dict[str, Any]:
+        """Return what must be the same on all ranks. Raises for what a step cannot do."""
+        x, mask = step_input.sae_in, step_input.dead_neuron_mask
+        if names := _reasons(self, {**OWN, **_REFUSED}):
+            raise NotImplementedError(
+                "a step of several processes calls SAELens's own methods alone, but "
+                + ", ".join(names)
+            )
+        if x.ndim != 2 or x.shape[0] == 0 or x.shape[1] != self.cfg.d_in:
+            raise ValueError(
+                f"sae_in has shape {list(x.shape)}, expected [batch, {self.cfg.d_in}] with an "
+                "activation at least"
+            )
+        if x.requires_grad and torch.is_grad_enabled():
+            raise NotImplementedError(
+                "sae_in requires a gradient, which a step of several processes does not compute"
+            )
+        if mask is not None and mask.shape != (self.cfg.d_sae,):
+            raise ValueError(
+                f"dead_neuron_mask has shape {list(mask.shape)}, expected [{self.cfg.d_sae}], one "
+                "element a latent"
+            )
+        weights = self._weights()
+        k = self._step_k()
+        levels = self._levels(k, weights.W_dec)
+        return {
+            "is_logging_step": step_input.is_logging_step,
+            "k": k,
+            "budgets": levels.tolist() if isinstance(levels, torch.Tensor) else levels,
+            "aux_loss_coefficient": self.cfg.aux_loss_coefficient,
+            "dead_neuron_mask": "None" if mask is None else "a tensor",
+            "dtype of sae_in": x.dtype,
+            "dtype of the weights": weights.W_dec.dtype,
+            "autocast's dtype": product_dtype(weights.W_dec),
+            "use of Triton": computes_by_triton(self.cfg.backend, weights.W_dec, x),
+            "normalize_activations": self.cfg.normalize_activations,
+            "apply_b_dec_to_input": self.cfg.apply_b_dec_to_input,
+            "rescale_acts_by_decoder_norm": self.cfg.rescale_acts_by_decoder_norm,
+            "deterministic algorithms": is_deterministic(),
+            "is_grad_enabled": torch.is_grad_enabled(),
+            "requires_grad": [weight.requires_grad for weight in weights],
+        }
+
+    @override
+    def _weights(self) -> Weights:
+        # The gradient of a part is a part. That of b_dec is whole on every rank.
+        return Weights(*(getattr(self, name).to_local() for name in PLACEMENTS))
+
+    @override
+    def _dead(self, mask: torch.Tensor | None, n_latents: int) -> Dead | None:
+        dead = super()._dead(mask, n_latents)
+        if dead is None or mask is None:
+            return dead
+        counts = dead_counts_later(mask, self._shards.latents)
+
+        @cache
+        def agreed_split() -> Split:
+            *sizes, total = counts()
+            settings = {"dead_neuron_mask": (sizes, total)}
+            self._ranks.agree(settings, 0, None)
+            return Split(tuple(sizes))
+
+        def latents() -> torch.Tensor:
+            agreed_split()
+            return dead.latents()
+
+        return Dead(latents, dead.coefficient, agreed_split)
+
+    @override
+    def _reported_output(
+        self, x: torch.Tensor, residual: torch.Tensor, shards: Shards, is_logging_step: bool
+    ) -> torch.Tensor:
+        if not is_logging_step:
+            return x.new_full((), torch.nan, dtype=self.dtype).expand(x.shape)
+        return super()._reported_output(x, residual, shards, is_logging_step)
+
+    @override
+    def _store_latent_major(self) -> None:
+        if not isinstance(self.W_enc, DTensor):
+            super()._store_latent_major()
+
+    @override
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the parameters as DTensors, for `torch.distributed.checkpoint`."""
+        return nn.Module.state_dict(self, *args, **kwargs)
+
+    @override
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Load DTensors of the same mesh."""
+        for name, value in state_dict.items():
+            if not isinstance(value, DTensor):
+                raise TypeError(
+                    f"{name} is a {type(value).__name__}, expected a DTensor: a sharded SAE loads "
+                    "the state of sharded ones, and load_weights_from_checkpoint SAELens's files"
+                )
+        return nn.Module.load_state_dict(self, state_dict, strict, assign=False)
+
+    @override
+    @torch.no_grad()
+    def load_weights_from_checkpoint(self, checkpoint_path: Path | str) -> None:
+        """Read this rank's parts from the file of an ordinary SAE."""
+        with safe_open(Path(checkpoint_path) / SAE_WEIGHTS_FILENAME, "pt") as file:
+            for name, weight in self.named_parameters():
+                stored = file.get_slice(name)
+                if list(stored.get_shape()) != list(weight.shape):
+                    raise ValueError(
+                        f"{name} has shape {stored.get_shape()} in the checkpoint, expected "
+                        f"{list(weight.shape)}"
+                    )
+                local = weight.to_local()
+                if name == "W_enc":
+                    local.copy_(stored[:, self._shards.own_latents(self.cfg.d_sae)])
+                elif name == "W_dec":
+                    local.copy_(stored[:, self._shards.own_width(self.cfg.d_in)])
+                elif name == "b_enc":
+                    local.copy_(stored[self._shards.own_latents(self.cfg.d_sae)])
+                else:
+                    local.copy_(stored[:])
+
+    @override
+    @torch.no_grad()
+    def log_histograms(self) -> dict[str, Any]:
+        """Return the norms of the decoder's rows. Every rank calls this."""
+        norms = self.W_dec.to_local().float().norm(dim=-1)
+        return {"weights/W_dec_norms": self._shards.norms(norms).cpu().numpy()}
+
+    @override
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise TypeError(
+            "a sharded SAE cannot be copied or pickled: `sae_lens_flex.unshard` makes an ordinary "
+            "one, and torch.distributed.checkpoint saves its state_dict"
+        )
+
+
+_NEEDS_THE_WHOLE = (
+    "forward",
+    "encode",
+    "encode_with_hidden_pre",
+    "decode",
+    "encode_levels",
+    "encode_adaptive",
+    "decode_levels",
+    "process_sae_in",
+    "calculate_aux_loss",
+    "calculate_topk_aux_loss",
+    "fold_W_dec_norm",
+    "fold_and_get_W_dec_norm",
+    "get_W_dec_norm",
+    "fold_activation_whitening",
+    "save_model",
+    "save_inference_model",
+    "initialize_weights",
+)
+
+
+def _refusal(name: str) -> Callable[..., NoReturn]:
+    def refuse(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
+        raise NotImplementedError(
+            f"{name} needs the whole SAE, and each process holds a part of it: call "
+            "`sae_lens_flex.unshard(sae)` on every rank, and this on what it returns"
+        )
+
+    refuse.__name__ = name
+    return refuse
+
+
+_REFUSED = {name: _refusal(name) for name in _NEEDS_THE_WHOLE}
+for _name, _function in _REFUSED.items():
+    setattr(ShardedTrainingSAE, _name, _function)
+
+
+@cache
+def _sharded_class(base: type) -> Any:
+    return type(f"Sharded{base.__name__}", (ShardedTrainingSAE, base), {"_base": base})
+
+
+def _reasons(sae: Any, own: dict[str, Any]) -> list[str]:
+    """Return what a step would have to call, each with what is the matter with it."""
+    reasons = [f"{name} has hooks" for name in hooked(sae)]
+    if sae.use_fused_path is False:
+        reasons.append("use_fused_path is False")
+    if sae.use_fused_path is None:
+        reasons += [f"{name} is not SAELens's own" for name in replaced(sae, own)]
+    return reasons
+
+
+class _Ranks:
+    """What the processes tell each other on the host before a step."""
+
+    def __init__(self, group: Any, rank: int, size: int) -> None:
+        self.group, self.rank, self.size = group, rank, size
+
+    def agree(
+        self, settings: dict[str, Any], n_samples: int, problem: Exception | None
+    ) -> list[int]:
+        """Return every rank's number of samples, by one exchange of a few numbers.
+
+        Args:
+            settings: what must be the same on all ranks.
+            n_samples: of this rank.
+            problem: what keeps this rank from going on.
+
+        Raises:
+            Exception: `problem`.
+            RuntimeError: where another rank has one.
+            ValueError: where a setting differs between ranks; it names them.
+        """
+        checksum = zlib.crc32(repr(settings).encode())
+        mine = torch.tensor([n_samples, problem is not None, checksum])
+        rows = gather_rows(mine.view(1, 3), self.size, self.group)
+        sizes, problems, checksums = rows.T.tolist()
+        if any(problems):
+            texts = self._texts(None if problem is None else f"{type(problem).__name__}: {problem}")
+            if problem is not None:
+                raise problem
+            raise RuntimeError(
+                "; ".join(f"rank {rank} raised {t}" for rank, t in enumerate(texts) if t)
+            )
+        if len(set(checksums)) > 1:
+            all_settings = self._texts({name: repr(value) for name, value in settings.items()})
+            raise ValueError(
+                "ranks differ, expected the same on all: " + "; ".join(_differences(all_settings))
+            )
+        return sizes
+
+    def _texts(self, mine: Any) -> list[Any]:
+        texts: list[Any] = [None] * self.size
+        dist.all_gather_object(texts, mine, group=self.group)
+        return texts
+
+
+def _differences(settings: list[dict[str, str]]) -> Iterator[str]:
+    for name in sorted({name for of_rank in settings for name in of_rank}):
+        values = [of_rank.get(name, "missing") for of_rank in settings]
+        if len(set(values)) > 1:
+            of_ranks = ", ".join(f"{value} on rank {rank}" for rank, value in enumerate(values))
+            yield f"{name} is {of_ranks}"
+
+
+# --- weights, as rows: W_enc latent by latent, as it is stored
+
+
+def _by_rows(name: str, weight: torch.Tensor) -> torch.Tensor:
+    return weight.T if name == "W_enc" else weight
+
+
+def _own_rows(name: str, rows: torch.Tensor, shards: Shards) -> torch.Tensor:
+    """Return the view of a rank's part of a weight's rows."""
+    if name in ("W_enc", "b_enc"):
+        return rows[shards.own_latents(len(rows))]
+    return rows[:, shards.own_width(rows.shape[1])] if name == "W_dec" else rows
+
+
+def _copy_own(
+    name: str, local: torch.Tensor, piece: slice, rows: torch.Tensor, shards: Shards
+) -> None:
+    """Copy this rank's part of a piece of a weight's rows."""
+    if name == "W_dec":
+        local[piece] = rows[:, shards.own_width(rows.shape[1])]
+    elif name == "b_dec":
+        local[piece] = rows
+    else:
+        own = shards.own_latents(0)
+        start, stop = max(own.start, piece.start), min(own.stop, piece.stop)
+        if start < stop:
+            part = rows[start - piece.start : stop - piece.start]
+            local[start - own.start : stop - own.start] = part
+
+
+def _pieces(rows: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+    row_bytes = rows[0].numel() * rows.itemsize
+    n_rows = max(1, PIECE_BYTES // row_bytes)
+    for start in range(0, len(rows), n_rows):
+        piece = slice(start, min(len(rows), start + n_rows))
+        yield piece, rows[piece]
+
+
+def _distributed(name: str, local: torch.Tensor, shape: torch.Size, mesh: DeviceMesh) -> DTensor:
+    whole = _by_rows(name, torch.empty(shape, device="meta"))
+    stride = _by_rows(name, torch.empty(whole.shape, device="meta")).stride()
+    return DTensor.from_local(
+        _by_rows(name, local),
+        mesh,
+        [PLACEMENTS[name]],
+        run_check=False,
+        shape=shape,
+        stride=stride,
+    )

@@ -1,0 +1,278 @@
+"""A step over several processes: what each of them holds, and what they exchange.
+
+Of w ranks, rank r holds the latents F_r of the encoder and the part D_r of the decoder's width,
+
+    W_enc[:, F_r],  b_enc[F_r],  W_dec[:, D_r],  b_dec,
+
+and brings B_r samples of the batch of B. The reconstruction is separable over the width, so with
+the kept latents of all samples at hand each rank computes its part of every level, of the residual
+and of dL/dW_dec by itself. What the ranks exchange in a step is
+
+    the rows to encode      all-gather                      [B, D]
+    the target              all-to-all                      [B, D] in all, [B, D_r] for a rank
+    the decoder's norms     all-reduce of |W_dec[f, D_r]|^2 [F]
+    the candidates          all-to-all of the min(k, F_r) largest of each rank, by sample
+    the kept latents        all-gather of the k largest of them, with their values, [B, k]
+    dL/dv                   all-reduce                      [B, k]
+    the loss and dL/db_dec  all-reduce                      [1 + D]
+
+`Whole` stands for one process, which exchanges nothing. Every rank must call the same collectives
+in the same order, so nothing that differs between ranks may decide whether one is called.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from ..ops.codes import Code
+
+
+class Split(NamedTuple):
+    """Consecutive parts of a range, one for each rank, which may be empty.
+
+    Attributes:
+        sizes: of the parts.
+    """
+
+    sizes: tuple[int, ...]
+
+    @classmethod
+    def even(cls, n: int, n_parts: int) -> "Split":
+        """Split n as DTensor and `torch.chunk` do: equal parts, the last ones smaller or empty."""
+        size = -(-n // n_parts)
+        return cls(tuple(max(0, min(size, n - part * size)) for part in range(n_parts)))
+
+    def part(self, rank: int) -> slice:
+        """Return the part of a rank."""
+        end = sum(self.sizes[: rank + 1])
+        return slice(end - self.sizes[rank], end)
+
+    @property
+    def parts(self) -> list[slice]:
+        """The parts of all ranks."""
+        ends = list(accumulate(self.sizes))
+        return [slice(end - size, end) for end, size in zip(ends, self.sizes, strict=True)]
+
+
+def gather_rows(rows: torch.Tensor, size: int, group: Any) -> torch.Tensor:
+    """Return the rows of all `size` ranks, which have equally many: [n, ...] -> [size n, ...]."""
+    out = rows.new_empty((size * len(rows), *rows.shape[1:]))
+    # The older name warns where there is the newer one, from PyTorch 2.13 on.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(out, rows.contiguous(), group=group)
+    return out
+
+
+class Whole:
+    """One process, which holds everything. What several would exchange is returned as it is."""
+
+    is_sharded = False
+
+    def own(self, split: Split | None, n: int) -> slice:
+        """Return which of n this rank holds."""
+        return slice(0, n)
+
+    def own_latents(self, n_latents: int) -> slice:
+        """Return which of the F latents this rank's encoder holds."""
+        return slice(0, n_latents)
+
+    def own_width(self, d_in: int) -> slice:
+        """Return which part of the width D this rank's decoder holds."""
+        return slice(0, d_in)
+
+    def n_samples(self, n_own: int) -> int:
+        """Return B, given this rank's number of samples."""
+        return n_own
+
+    def all_samples(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return the rows of all ranks' samples: [B_r, n] -> [B, n]."""
+        return rows
+
+    def by_width(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return this rank's columns of all ranks' samples: [B_r, D] -> [B, D_r]."""
+        return rows
+
+    def by_sample(self, columns: torch.Tensor) -> torch.Tensor:
+        """Return this rank's samples with all ranks' columns: [B, D_r] -> [B_r, D]."""
+        return columns
+
+    def all_columns(self, columns: torch.Tensor, split: Split | None) -> torch.Tensor:
+        """Return all ranks' columns of n, which they hold by `split`: [b, n_r] -> [b, n]."""
+        return columns
+
+    def all_width(self, vector: torch.Tensor) -> torch.Tensor:
+        """Return a vector with zeros where other ranks hold the width: [D_r] -> [D]."""
+        return vector
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the sum of the ranks' tensors, of one shape; the argument may be overwritten."""
+        return tensor
+
+    def sum_both(
+        self, scalar: torch.Tensor, vector: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the sums of the ranks' scalars and of their vectors, of one dtype."""
+        return scalar, vector
+
+    def norms(self, norms: torch.Tensor) -> torch.Tensor:
+        """Return the norms of rows, [F], given those of this rank's part of them, [F]."""
+        return norms
+
+    def merge(self, code: Code, norms: torch.Tensor | None, k: int, split: Split | None) -> Code:
+        """Return the k largest of all ranks' candidates.
+
+        Args:
+            code: this rank's, descending in each sample, of equal values the smaller latent first,
+                [B, min(k, n_r)] each. Its latents are numbered from 0.
+            norms: what the values are multiplied by to be compared, [n], or None for 1.
+            k: latents to keep, at most n.
+            split: by which the ranks hold the n latents; None for the dictionary's.
+
+        Returns:
+            As one process would select, [B, k] each.
+        """
+        return code
+
+    def own_pairs(self, code: Code) -> Code:
+        """Return a code whose latents are numbered from this rank's first one.
+
+        Those of other ranks get numbers from F_r on, which products with the encoder ignore.
+        """
+        return code
+
+
+WHOLE = Whole()
+
+
+@dataclass(frozen=True)
+class Shards(Whole):
+    """One of several processes.
+
+    Attributes:
+        group: of the ranks; its backend fits the tensors' device.
+        rank: of this process in the group.
+        latents: by which the ranks hold the F latents.
+        width: by which they hold the width D.
+        samples: by which they bring the B samples of a step.
+    """
+
+    group: Any
+    rank: int
+    latents: Split
+    width: Split
+    samples: Split = field(default=Split(()))
+
+    is_sharded = True
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Shards":
+        return self  # A group of processes is not copied.
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return len(self.latents.sizes)
+
+    def own(self, split: Split | None, n: int) -> slice:
+        assert split is not None
+        return split.part(self.rank)
+
+    def own_latents(self, n_latents: int) -> slice:
+        return self.latents.part(self.rank)
+
+    def own_width(self, d_in: int) -> slice:
+        return self.width.part(self.rank)
+
+    def n_samples(self, n_own: int) -> int:
+        return sum(self.samples.sizes)
+
+    def all_samples(self, rows: torch.Tensor) -> torch.Tensor:
+        return self._all_rows(rows, self.samples)
+
+    def by_width(self, rows: torch.Tensor) -> torch.Tensor:
+        blocks = [rows[:, part] for part in self.width.parts]
+        n_own = self.width.sizes[self.rank]
+        shapes = [(n, n_own) for n in self.samples.sizes]
+        return torch.cat(self._exchange(blocks, shapes))
+
+    def by_sample(self, columns: torch.Tensor) -> torch.Tensor:
+        blocks = [columns[part] for part in self.samples.parts]
+        n_own = self.samples.sizes[self.rank]
+        return torch.cat(self._exchange(blocks, [(n_own, n) for n in self.width.sizes]), dim=1)
+
+    def all_columns(self, columns: torch.Tensor, split: Split | None) -> torch.Tensor:
+        assert split is not None
+        return self._all_rows(columns.T, split).T.contiguous()
+
+    def all_width(self, vector: torch.Tensor) -> torch.Tensor:
+        out = vector.new_zeros(sum(self.width.sizes))
+        out[self.width.part(self.rank)] = vector
+        return out
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.itemsize < 4:  # Sums of 16-bit numbers are rounded once, at the end.
+            return self.sum(tensor.float()).to(tensor.dtype)
+        tensor = tensor.contiguous()
+        dist.all_reduce(tensor, group=self.group)
+        return tensor
+
+    def sum_both(
+        self, scalar: torch.Tensor, vector: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if vector is None:
+            return self.sum(scalar), None
+        both = self.sum(torch.cat((scalar.view(1), vector.to(scalar.dtype))))
+        return both[0].clone(), both[1:].to(vector.dtype)
+
+    def norms(self, norms: torch.Tensor) -> torch.Tensor:
+        return self.sum(norms.square()).sqrt_()
+
+    def merge(self, code: Code, norms: torch.Tensor | None, k: int, split: Split | None) -> Code:
+        split = split or self.latents
+        # Each rank merges its part of the samples, whosever they are.
+        samples = Split.even(len(code.latents), self.size)
+        n_own = samples.sizes[self.rank]
+        shapes = [(n_own, min(k, n)) for n in split.sizes]
+        latents = (code.latents + split.part(self.rank).start).to(torch.int32)
+        latents = torch.cat(self._exchange([latents[p] for p in samples.parts], shapes), dim=1)
+        values = [code.values[p] for p in samples.parts]
+        values = torch.cat(self._exchange(values, shapes), dim=1)  # [b, sum of min(k, n_r)]
+        compared = values if norms is None else values * norms.take(latents.long())
+        # The candidates of a smaller rank are smaller latents and come first, so a stable sort
+        # keeps the smaller of equal ones. Adding 0 makes -0 equal to 0 in every sort.
+        order = (compared + 0.0).sort(dim=-1, descending=True, stable=True).indices[:, :k]
+        latents = self._all_rows(latents.gather(-1, order), samples)
+        return Code(latents.long(), self._all_rows(values.gather(-1, order), samples))
+
+    def own_pairs(self, code: Code) -> Code:
+        start = self.latents.part(self.rank).start
+        # The remainder puts the latents before this rank's behind all others.
+        return Code((code.latents - start).remainder_(sum(self.latents.sizes)), code.values)
+
+    # --- collectives
+
+    def _all_rows(self, rows: torch.Tensor, split: Split) -> torch.Tensor:
+        """Return all ranks' rows, which they hold by `split`: [n_r, m] -> [n, m]."""
+        most, width = max(split.sizes), rows.shape[1:]
+        if rows.shape[0] < most:
+            padding = rows.new_zeros((most - rows.shape[0], *width))
+            rows = torch.cat((rows, padding))
+        out = gather_rows(rows, self.size, self.group)
+        if min(split.sizes) == most:
+            return out
+        return torch.cat([out[r * most : r * most + n] for r, n in enumerate(split.sizes)])
+
+    def _exchange(
+        self, blocks: Sequence[torch.Tensor], shapes: Sequence[tuple[int, int]]
+    ) -> list[torch.Tensor]:
+        """Send a block to each rank; return the block that came from each, of these shapes."""
+        sent = torch.cat([block.flatten() for block in blocks])
+        sizes = [rows * columns for rows, columns in shapes]
+        received = sent.new_empty(sum(sizes))
+        n_sent = [block.numel() for block in blocks]
+        dist.all_to_all_single(received, sent, sizes, n_sent, group=self.group)
+        parts = received.split_with_sizes(sizes)
+        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
