@@ -320,8 +320,8 @@ class ShardedTrainingSAE(FusedTopKTrainingSAE):
     @torch.no_grad()
     def log_histograms(self) -> dict[str, Any]:
         """Return the norms of the decoder's rows. Every rank calls this."""
-        norms = self.W_dec.to_local().float().norm(dim=-1)
-        return {"weights/W_dec_norms": self._shards.norms(norms).cpu().numpy()}
+        norms = self._shards.norms(self.W_dec.to_local().float())
+        return {"weights/W_dec_norms": norms.cpu().numpy()}
 
     @override
     def __reduce_ex__(self, protocol: Any) -> NoReturn:

@@ -29,6 +29,10 @@ import torch
 import torch.distributed as dist
 
 from ..ops.codes import Code
+from ..ops.policy import accumulation_dtype
+
+# So many elements of a matrix are squared at once.
+SQUARED_ELEMENTS = 2**22
 
 
 class Split(NamedTuple):
@@ -118,9 +122,14 @@ class Whole:
         """Return the sums of the ranks' scalars and of their vectors, of one dtype."""
         return scalar, vector
 
-    def norms(self, norms: torch.Tensor) -> torch.Tensor:
-        """Return the norms of rows, [F], given those of this rank's part of them, [F]."""
-        return norms
+    def norms(self, rows: torch.Tensor, own: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the norms of a matrix's rows, [F].
+
+        Args:
+            rows: this rank's columns of them, [F, D_r].
+            own: the norms of these, [F], where they are at hand.
+        """
+        return rows.norm(dim=-1) if own is None else own
 
     def merge(self, code: Code, norms: torch.Tensor | None, k: int, split: Split | None) -> Code:
         """Return the k largest of all ranks' candidates.
@@ -227,8 +236,14 @@ class Shards(Whole):
         both = self.sum(torch.cat((scalar.view(1), vector.to(scalar.dtype))))
         return both[0].clone(), both[1:].to(vector.dtype)
 
-    def norms(self, norms: torch.Tensor) -> torch.Tensor:
-        return self.sum(norms.square()).sqrt_()
+    def norms(self, rows: torch.Tensor, own: torch.Tensor | None = None) -> torch.Tensor:
+        if own is not None:
+            return self.sum(own.square()).sqrt_()
+        # Not by squaring norms, whose rounding could tell apart what one process finds equal.
+        dtype = accumulation_dtype(rows)
+        n_rows = max(1, SQUARED_ELEMENTS // rows.shape[1])
+        squares = [part.to(dtype).square().sum(-1) for part in rows.split(n_rows)]
+        return self.sum(torch.cat(squares)).sqrt_().to(rows.dtype)
 
     def merge(self, code: Code, norms: torch.Tensor | None, k: int, split: Split | None) -> Code:
         split = split or self.latents

@@ -299,11 +299,8 @@ def _norms_and_copy(
     rescales = spec.rescale_acts_by_decoder_norm
     if spec.use_triton and spec.product_dtype.itemsize < W_dec.itemsize:
         norms, copy = norms_and_copy(W_dec, spec.product_dtype)
-        return shards.norms(norms) if rescales else None, copy
-    if not rescales:
-        return None, W_dec
-    norms = torch.linalg.vector_norm(W_dec, dim=-1, dtype=accumulation_dtype(W_dec))
-    return shards.norms(norms).to(W_dec.dtype), W_dec
+        return shards.norms(W_dec, norms) if rescales else None, copy
+    return shards.norms(W_dec) if rescales else None, W_dec
 
 
 def _kept(gradient: torch.Tensor | None, of: torch.Tensor | None) -> torch.Tensor | None:

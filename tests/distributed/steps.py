@@ -44,11 +44,11 @@ class Case:
         def randn(*shape: int) -> torch.Tensor:
             return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-        W_dec = randn(self.d_sae, self.d_in) * (0.5 + randn(self.d_sae, 1).abs())
-        W_enc = W_dec.T + 0.3 * randn(self.d_in, self.d_sae)
+        w_dec = randn(self.d_sae, self.d_in) * (0.5 + randn(self.d_sae, 1).abs())
+        w_enc = w_dec.T + 0.3 * randn(self.d_in, self.d_sae)
         b_enc, b_dec = 0.3 * randn(self.d_sae), 0.3 * randn(self.d_in)
         if self.weights == "ties":  # of small integers, whose sums are exact in every order
-            W_dec, W_enc = W_dec.round().clamp(-1, 1), W_enc.round().clamp(-1, 1)
+            w_dec, w_enc = w_dec.round().clamp(-1, 1), w_enc.round().clamp(-1, 1)
             b_enc, b_dec = b_enc.zero_(), b_dec.zero_()
         elif self.weights == "first":  # all winners are latents of rank 0
             b_enc[self.k :] -= 100
@@ -57,7 +57,7 @@ class Case:
         elif self.weights == "few positive":
             b_enc[2:] -= 100
         with torch.no_grad():
-            for name, value in zip(NAMES, (W_enc, b_enc, W_dec, b_dec), strict=True):
+            for name, value in zip(NAMES, (w_enc, b_enc, w_dec, b_dec), strict=True):
                 getattr(sae, name).copy_(value)
         return sae
 
