@@ -17,6 +17,7 @@ in collectives, where they do not overlap with computing.
 """
 
 import argparse
+import copy
 import datetime
 import json
 import os
@@ -93,7 +94,7 @@ def error_against_one_process(mesh: DeviceMesh, device: str) -> float:
     """Return the largest relative difference of a sharded step from that of one process."""
     case = Case("check", 96, 517, 8, 67)
     sae: Any = new_sae(case, device)
-    sharded = sae_lens_flex.shard(sae, mesh)
+    sharded = sae_lens_flex.shard(copy.deepcopy(sae), mesh)
     x = torch.randn(case.batch, case.d_in, generator=torch.Generator().manual_seed(1)).to(device)
     dead = torch.arange(case.d_sae, device=device) % 3 == 0
     outputs = []

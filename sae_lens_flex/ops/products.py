@@ -82,7 +82,7 @@ def scatter(
     """Write out[f] = sum over the pairs (b, t) that chose f of values[b, t] * rows[b].
 
     Args:
-        index: of a code of B samples.
+        index: of a code of B samples. Latents from F on are ignored, and none is below 0.
         values: [B, K].
         rows: [B, D], contiguous.
         out: [F, D], contiguous, of any floating dtype.
@@ -92,14 +92,15 @@ def scatter(
         sum_by_latent(index, values.contiguous(), rows, sums=out)
         return
     dtype = accumulation_dtype(rows, values)
-    pairs, samples, starts = index.pairs, index.samples, index.starts[1:]
-    first, last = starts[[0, -1]].tolist()  # The others are of latents outside [0, F).
-    pairs, samples, starts = pairs[first:last], samples[first:last], starts - first
+    samples, pairs = index.samples, index.pairs
+    if rows.device.type == "cpu":  # There the last bag has all pairs that are left.
+        last = int(index.starts[-1])
+        samples, pairs = samples[:last], pairs[:last]
     with no_autocast(rows.device):
         sums = torch.nn.functional.embedding_bag(
-            samples.to(starts.dtype),
+            samples.to(index.starts.dtype),
             rows.to(dtype),
-            starts,
+            index.starts[1:],
             mode="sum",
             per_sample_weights=values.flatten()[pairs].to(dtype),
             include_last_offset=True,

@@ -146,12 +146,10 @@ class HierarchicalTopKTrainingSAE(RuntimeBudget, FusedTopKTrainingSAE):
     ) -> dict[str, torch.Tensor]:
         # `code` has decode coefficients.
         weights = self._weights()
-        offset = output_map.apply(weights.b_dec.to(accumulation_dtype(weights.W_dec, x)))
-        x = x.to(offset.dtype)
-        target = shards.own_columns((x - offset).contiguous())
-        vals = code.values
-        if output_map.scale is not None:
-            vals = vals * shards.gather_samples(output_map.scale)
+        x = shards.by_width(x)  # [B, D_r]
+        output_map = OutputMap(*(None if m is None else shards.all_samples(m) for m in output_map))
+        b_dec = weights.b_dec[shards.own_width(self.cfg.d_in)]
+        vals, target = self._decoding(code.values, x, output_map, b_dec)
         residuals = prefix_residuals(
             code.with_values(vals),
             weights.W_dec,
@@ -159,10 +157,14 @@ class HierarchicalTopKTrainingSAE(RuntimeBudget, FusedTopKTrainingSAE):
             doubling_budgets(code.latents.shape[1]),
             use_triton=self._computes_by_triton(),
         )
-        return _metrics(shards.own_columns(x), residuals, shards)
+        return _metrics(x.to(target.dtype), residuals, shards)
 
     def _decoding(
-        self, coefficients: torch.Tensor, x: torch.Tensor, output_map: OutputMap
+        self,
+        coefficients: torch.Tensor,
+        x: torch.Tensor,
+        output_map: OutputMap,
+        b_dec: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return vals and target with which vals @ W_dec[latents] is to be target.
 
@@ -170,8 +172,9 @@ class HierarchicalTopKTrainingSAE(RuntimeBudget, FusedTopKTrainingSAE):
             coefficients: decode coefficients before an output normalization, [batch, k].
             x: activations, [batch, d_in].
             output_map: the output normalization, of every sample by itself.
+            b_dec: [d_in].
         """
-        offset = output_map.apply(self.b_dec.to(accumulation_dtype(self.W_dec, x)))
+        offset = output_map.apply(b_dec.to(accumulation_dtype(self.W_dec, x)))
         vals = coefficients if output_map.scale is None else coefficients * output_map.scale
         # `+ -offset`, not `- offset`: autograd then reduces to [d_in] first and never negates a
         # [batch, d_in] tensor.
@@ -208,7 +211,7 @@ class HierarchicalTopKTrainingSAE(RuntimeBudget, FusedTopKTrainingSAE):
                 metrics = outputs.metrics()
         else:
             flat_x = x.reshape(-1, d_in)
-            vals, target = self._decoding(coefficients, flat_x, flat_map)
+            vals, target = self._decoding(coefficients, flat_x, flat_map, self.b_dec)
             below_k = differentiable_loss(
                 *(latents, self.W_dec, vals, None, target),
                 levels=torch.cat((level_weights[:-1], level_weights.new_zeros(1))),
@@ -284,9 +287,9 @@ def _metrics(
     """Return explained variance and MSE at each budget, as SAELens defines them.
 
     Args:
-        x: activations, [batch, d_in], or the rank's columns of them.
-        residuals: each budget with its residuals, of the shape of `x`.
-        shards: what this process has of the SAE and the batch.
+        x: this process's part of the width of all activations, [batch, D_r].
+        residuals: each budget with its residuals, [batch, D_r].
+        shards: which process that is.
     """
     variance = shards.sum((x - x.mean(0)).square().sum(-1).mean())
     metrics = {}

@@ -1,227 +1,492 @@
-"""A training SAE that is cut among several processes."""
+"""An SAE whose weights lie in parts in several processes, and the way there and back."""
 
-from typing import Any, NoReturn
+import copy
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
 
+import sae_lens
 import torch
+import torch.distributed as dist
+from sae_lens.constants import SAE_WEIGHTS_FILENAME
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
+from safetensors import safe_open
 from torch import nn
-from torch.distributed import ProcessGroup, new_group
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from typing_extensions import override
 
+from ..ops.policy import computes_by_triton, is_deterministic, product_dtype
+from ..training.dead import Dead, dead_counts_later
 from ..training.requests import Weights
-from ..training.shards import Shards, Whole, bounds
+from ..training.shards import Shards, Split, Whole, gather_rows
 from .fused_path import hooked, replaced
 from .fused_topk import OWN, FusedTopKTrainingSAE
 
-PLACEMENTS: dict[str, Placement] = {
-    "W_enc": Shard(1),
-    "b_enc": Shard(0),
-    "W_dec": Shard(1),
-    "b_dec": Replicate(),
-}
+PLACEMENTS = {"W_enc": Shard(1), "b_enc": Shard(0), "W_dec": Shard(1), "b_dec": Replicate()}
+# Weights go from rank to rank in pieces of about this many bytes.
+PIECE_BYTES = 2**26
+
+T = TypeVar("T", bound=FusedTopKTrainingSAE)
 
 
-class Sharded(FusedTopKTrainingSAE):
-    """
-    What `shard` adds to the class of a training SAE.
+def shard(sae: T, mesh: DeviceMesh | None = None) -> T:
+    """Make a training SAE one of several processes, in place, and return it.
 
-    Its parameters are DTensors: `W_enc` and `b_enc` are cut by latents, `W_dec` by the model's
-    width, and `b_dec` is whole on every rank. So PyTorch's optimizers, `clip_grad_norm_` and
-    `torch.distributed.checkpoint` take them.
+    Every rank calls this with an SAE of the same config. Each then holds its part of rank 0's
+    weights on the mesh's device: the parameters become `DTensor`s, W_enc and b_enc in parts of the
+    latents, W_dec in parts of the width, b_dec whole. PyTorch's `clip_grad_norm_`, `Adam` and
+    `torch.distributed.checkpoint` take them as they are.
 
-    A training step takes the rank's samples, [batch of the rank, d_in], and is the step of all
-    ranks' samples together. The ranks' numbers of samples may differ. Every rank has to take part.
-    Of its `TrainStepOutput`
+    `training_forward_pass` then takes a rank's own samples, [B_r, d_in]; how many may differ
+    between ranks and from step to step. All else in its input is the same on every rank. Of its
+    output
 
-    - `loss`, `losses` and `metrics` are of the whole batch, the same on every rank; a backward pass
-      gives every rank the gradients of its part of the weights;
-    - `feature_acts` and `hidden_pre` are of the whole batch, so every rank counts the same firing;
-    - `sae_in` and `sae_out` are of the rank's samples; `sae_out` is there on logging steps only,
-      and empty, [0, d_in], on others, because it takes another exchange.
+    - `loss` and `losses` are those of the global batch, the samples of rank 0, 1, ... in turn;
+      `backward` gives each rank the gradients of its parts;
+    - `feature_acts`, [B, d_sae], and `hidden_pre`, [B, k], are of the global batch, on every rank;
+    - `sae_in` and `sae_out` are of the rank's own samples. On a step that is no logging step
+      `sae_out` is NaN, because computing it would take one more exchange;
+    - `metrics` are those of the global batch.
 
-    What needs the whole SAE, as `encode`, `decode` and saving do, raises; `unshard` returns one.
-    """
-
-    _shards: Shards
-    _mesh: DeviceMesh
-
-    @override
-    def initialize_weights(self) -> None:
-        """Leave the weights to `shard`, which has them."""
-
-    @override
-    def _weights(self) -> Weights:
-        # Autograd has no DTensor in it from here on.
-        return Weights(*(getattr(self, name).to_local() for name in PLACEMENTS))
-
-    @override
-    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
-        if not self._takes_fused_path(step_input):
-            raise NotImplementedError(
-                "a sharded SAE has no unfused path, which this training step needs: "
-                + ", ".join(self._unfused_reasons or ("use_fused_path is False",))
-            )
-        if step_input.sae_in.requires_grad:
-            raise NotImplementedError(
-                "sae_in requires a gradient, which a sharded SAE does not compute"
-            )
-        return self._fused_training_forward_pass(step_input)
-
-    @override
-    def _shards_of_step(self, step_input: TrainStepInput, k: int) -> Whole:
-        return self._shards.of_step(len(step_input.sae_in), step_input.is_logging_step, k)
-
-    @override
-    def _sae_out(
-        self, step_input: TrainStepInput, residual: torch.Tensor, shards: Whole
-    ) -> torch.Tensor:
-        if not step_input.is_logging_step:
-            return step_input.sae_in.new_empty((0, self.cfg.d_in), dtype=self.dtype)
-        return super()._sae_out(step_input, shards.own_samples(residual), shards)
-
-    @override
-    @classmethod
-    def _own(cls) -> dict[str, Any]:
-        return {**OWN, **{name: getattr(Sharded, name) for name in ("decode", ENCODE)}}
-
-    @override
-    def _warn_of_unfused(self, reasons: Any) -> None:
-        self._unfused_reasons = tuple(reasons)
-
-    @override
-    def encode_with_hidden_pre(self, x: torch.Tensor) -> NoReturn:
-        _refuse("encode")
-
-    @override
-    def decode(self, feature_acts: torch.Tensor) -> NoReturn:
-        _refuse("decode")
-
-    @override
-    def save_model(self, path: Any) -> NoReturn:
-        _refuse("save_model")
-
-    @override
-    def save_inference_model(self, path: Any) -> NoReturn:
-        _refuse("save_inference_model")
-
-    def __deepcopy__(self, memo: Any) -> NoReturn:
-        _refuse("a deep copy")
-
-
-ENCODE = "encode_with_hidden_pre"
-
-
-def _refuse(what: str) -> NoReturn:
-    raise NotImplementedError(
-        f"{what} needs the whole SAE, and this one is sharded: use sae_lens_flex.unshard(sae)"
-    )
-
-
-def shard(sae: FusedTopKTrainingSAE, mesh: DeviceMesh) -> Sharded:
-    """
-    Return a training SAE cut among the processes of a mesh.
-
-        mesh = torch.distributed.init_device_mesh("cuda", (world_size,))
-        sae = sae_lens_flex.shard(sae, mesh)
-
-    Every rank calls it with the same SAE, of which it keeps its part. Of w ranks each holds 1 / w
-    of the weights, and then of their gradients and of the optimizer's state.
+    What needs the whole SAE (`encode`, `decode`, `save_model` and others) raises; `unshard` gives
+    it. Steps are never recorded as CUDA graphs.
 
     Args:
-        sae: a `flex_topk` or `hierarchical_topk` training SAE, on the mesh's kind of device.
-        mesh: of one dimension. Its ranks need not divide `d_sae` and `d_in`.
+        sae (FusedTopKTrainingSAE): A flex_topk or hierarchical_topk training SAE, on any device.
+        mesh (DeviceMesh | None): One dimension. None takes all processes of the default group.
 
     Raises:
-        TypeError, ValueError: for another SAE or mesh, or more ranks than `d_in` or `d_sae` can be
-            cut into.
-        NotImplementedError: for an SAE with overridden methods or with hooks.
+        TypeError: for another SAE, or one that has been sharded.
+        ValueError: for a mesh of more dimensions, or where a rank would hold no latent or no part
+            of the width, or where the ranks' configs or versions differ.
+        NotImplementedError: for an SAE with methods, functions or hooks that are not SAELens's own.
     """
-    if not isinstance(sae, FusedTopKTrainingSAE) or isinstance(sae, Sharded):
+    if not isinstance(sae, FusedTopKTrainingSAE):
         raise TypeError(
-            f"sae is a {type(sae).__name__}, expected a flex_topk or hierarchical_topk training "
-            "SAE that is not sharded yet"
+            f"sae is a {type(sae).__name__}, expected a flex_topk or hierarchical_topk training SAE"
         )
-    if reasons := [*replaced(sae, OWN), *hooked(sae)]:
-        raise NotImplementedError(
-            "a sharded SAE computes SAELens's own training step, and of this SAE you have replaced "
-            f"or hooked {', '.join(reasons)}"
-        )
+    if isinstance(sae, ShardedTrainingSAE):
+        raise TypeError("sae has been sharded already")
+    if mesh is None:
+        is_nccl = "nccl" in dist.get_backend()
+        mesh = init_device_mesh("cuda" if is_nccl else "cpu", (dist.get_world_size(),))
     if mesh.ndim != 1:
         raise ValueError(f"mesh has {mesh.ndim} dimensions, expected 1")
-    size, rank = mesh.size(), mesh.get_local_rank()
-    latents, width = bounds(sae.cfg.d_sae, size), bounds(sae.cfg.d_in, size)
-    for name, starts in (("d_sae", latents), ("d_in", width)):
-        if starts[-1] == starts[-2]:
-            raise ValueError(
-                f"{name} is {starts[-1]}, of which {size} ranks take {starts[1]} each: nothing is "
-                "left for the last"
-            )
-    group = mesh.get_group()
-    made = _sharded_class(type(sae))(sae.cfg)
-    vars(made).update(_own_attributes(sae))
-    made._mesh = mesh
-    made._shards = Shards(group, _cpu_group(group), rank, size, latents, width)
-    for name, placement in PLACEMENTS.items():
-        weight = getattr(sae, name).detach()
-        local = weight
-        if isinstance(placement, Shard):
-            starts = width if name == "W_dec" else latents
-            length = starts[rank + 1] - starts[rank]
-            local = weight.narrow(placement.dim, starts[rank], length)
-        # W_enc stays latent by latent in memory. A copy, or the whole weight would stay, too.
-        local = local.T.contiguous().T.clone() if name == "W_enc" else local.contiguous().clone()
-        strides = (1, weight.shape[0]) if name == "W_enc" else weight.contiguous().stride()
-        parameter = DTensor.from_local(
-            local, mesh, [placement], run_check=False, shape=weight.shape, stride=strides
+    group, size, rank = mesh.get_group(), mesh.size(), mesh.get_local_rank()
+    control: Any = group
+    if dist.get_backend(group) != "gloo":
+        ranks = dist.get_process_group_ranks(group)
+        control = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+    problem = None
+    if names := _reasons(sae, OWN):
+        problem = NotImplementedError(
+            f"an SAE of several processes calls SAELens's own methods alone, but {', '.join(names)}"
         )
-        requires_grad = getattr(sae, name).requires_grad
-        made.register_parameter(name, nn.Parameter(parameter, requires_grad))
-    return made
+    for name, length in (("d_sae", sae.cfg.d_sae), ("d_in", sae.cfg.d_in)):
+        if problem is None and 0 in Split.even(length, size).sizes:
+            problem = ValueError(
+                f"{name} is {length}, which leaves one of {size} ranks without a part: take fewer "
+                "ranks"
+            )
+    cfg = {k: v for k, v in sae.cfg.to_dict().items() if k not in ("device", "metadata")}
+    from .. import __version__
+
+    versions = {
+        "the version of torch": torch.__version__,
+        "the version of sae_lens": sae_lens.__version__,
+        "the version of sae_lens_flex": __version__,
+    }
+    _Ranks(control, rank, size).agree({"class": type(sae).__name__, **cfg, **versions}, 0, problem)
+
+    device = torch.device(mesh.device_type)
+    if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
+    shards = Shards(
+        group, rank, latents=Split.even(sae.cfg.d_sae, size), width=Split.even(sae.cfg.d_in, size)
+    )
+    for name in PLACEMENTS:
+        weight = getattr(sae, name)
+        rows = _by_rows(name, weight.data)
+        local = rows.new_empty(_own_rows(name, rows, shards).shape, device=device)
+        for piece, rows_of_piece in _pieces(rows):
+            received = rows_of_piece.to(device).contiguous()
+            dist.broadcast(received, dist.get_global_rank(group, 0), group=group)
+            _copy_own(name, local, piece, received, shards)
+        parameter = nn.Parameter(_distributed(name, local, weight.shape, mesh))
+        parameter.requires_grad_(weight.requires_grad)
+        setattr(sae, name, parameter)
+    sae.__class__ = _sharded_class(type(sae))
+    sae._recorder = None
+    sae.device, sae.cfg.device = device, str(device)
+    vars(sae).update(_shards=shards, _mesh=mesh, _ranks=_Ranks(control, rank, size))
+    return sae
 
 
 @torch.no_grad()
-def unshard(sae: Sharded, device: torch.device | str = "cpu") -> Any:
-    """
-    Return an ordinary training SAE with the weights of a sharded one, on every rank.
-
-    Every rank has to call it.
+def unshard(
+    sae: FusedTopKTrainingSAE, *, keep: bool = True, device: torch.device | str | None = None
+) -> Any:
+    """Return an ordinary SAE with the weights of all ranks. Every rank calls this.
 
     Args:
-        sae: what `shard` returned.
-        device: where the weights go, one after the other.
+        sae (FusedTopKTrainingSAE): A sharded SAE, which stays as it is.
+        keep (bool): Whether this rank gets the SAE. False returns None, without its memory.
+        device (torch.device | str | None): Where its weights go. None takes the device of `sae`.
+
+    Raises:
+        TypeError: for an SAE that is not sharded.
     """
-    if not isinstance(sae, Sharded):
+    if not isinstance(sae, ShardedTrainingSAE):
+        raise TypeError(f"sae is a {type(sae).__name__}, expected one that `shard` made")
+    device = torch.device(device or sae.device)
+    shards = sae._shards
+    whole: dict[str, torch.Tensor] = {}
+    for name, weight in sae.named_parameters():
+        local = _by_rows(name, _local(weight).detach())
+        shape = _by_rows(name, torch.empty(weight.shape, device="meta")).shape
+        out = local.new_empty(shape, device=device) if keep else None
+        for source in range(1 if name == "b_dec" else shards.size):
+            theirs = replace(shards, rank=source)
+            like = _own_rows(name, torch.empty(shape, dtype=local.dtype, device="meta"), theirs)
+            for piece, rows in _pieces(like):
+                sent = local[piece].contiguous() if source == shards.rank else None
+                if sent is None:
+                    sent = local.new_empty(rows.shape)
+                dist.broadcast(sent, dist.get_global_rank(shards.group, source), group=shards.group)
+                if out is not None:
+                    _own_rows(name, out, theirs)[piece].copy_(sent)
+        if out is not None:
+            whole[name] = _by_rows(name, out)
+    if not keep:
+        return None
+    # A copy, as `deepcopy` makes it, that has the whole weights where the original has its parts.
+    base: Any = type(sae)._base
+    result = base.__new__(base)
+    memo: dict[int, Any] = {id(sae): result}
+    for name, weight in sae.named_parameters():
+        memo[id(weight)] = nn.Parameter(whole[name], requires_grad=weight.requires_grad)
+    state = {k: v for k, v in vars(sae).items() if k not in ("_shards", "_mesh", "_ranks")}
+    result.__setstate__(copy.deepcopy(state, memo))
+    result.device, result.cfg.device = device, str(device)
+    return result
+
+
+class ShardedTrainingSAE(FusedTopKTrainingSAE):
+    """What `shard` makes of an SAE; `shard` says what it does and what it refuses."""
+
+    _base: type = FusedTopKTrainingSAE
+    _shards: Shards
+    _mesh: DeviceMesh
+    _ranks: "_Ranks"
+
+    @override
+    @torch.compiler.disable()
+    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        """Compute a step's losses on the global batch from this rank's samples, [B_r, d_in]."""
+        settings: dict[str, Any] = {}
+        problem = None
+        try:
+            settings = self._checked_settings(step_input)
+        except Exception as error:  # All ranks are to raise, not to wait for this one.
+            problem = error
+        sizes = self._ranks.agree(settings, len(step_input.sae_in), problem)
+        shards = replace(self._shards, samples=Split(tuple(sizes)))
+        return self._fused_training_forward_pass(step_input, shards)
+
+    def _checked_settings(self, step_input: TrainStepInput) -> dict[str, Any]:
+        """Return what must be the same on all ranks. Raises for what a step cannot do."""
+        x, mask = step_input.sae_in, step_input.dead_neuron_mask
+        if names := _reasons(self, {**OWN, **_REFUSED}):
+            raise NotImplementedError(
+                "a step of several processes calls SAELens's own methods alone, but "
+                + ", ".join(names)
+            )
+        if x.ndim != 2 or x.shape[0] == 0 or x.shape[1] != self.cfg.d_in:
+            raise ValueError(
+                f"sae_in has shape {list(x.shape)}, expected [batch, {self.cfg.d_in}] with an "
+                "activation at least"
+            )
+        if x.requires_grad and torch.is_grad_enabled():
+            raise NotImplementedError(
+                "sae_in requires a gradient, which a step of several processes does not compute"
+            )
+        if mask is not None and mask.shape != (self.cfg.d_sae,):
+            raise ValueError(
+                f"dead_neuron_mask has shape {list(mask.shape)}, expected [{self.cfg.d_sae}], one "
+                "element a latent"
+            )
+        weights = self._weights()
+        k = self._step_k()
+        levels = self._levels(k, weights.W_dec)
+        return {
+            "is_logging_step": step_input.is_logging_step,
+            "k": k,
+            "budgets": levels.tolist() if isinstance(levels, torch.Tensor) else levels,
+            "aux_loss_coefficient": self.cfg.aux_loss_coefficient,
+            "dead_neuron_mask": "None" if mask is None else "a tensor",
+            "dtype of sae_in": x.dtype,
+            "dtype of the weights": weights.W_dec.dtype,
+            "autocast's dtype": product_dtype(weights.W_dec),
+            "use of Triton": computes_by_triton(self.cfg.backend, weights.W_dec, x),
+            "normalize_activations": self.cfg.normalize_activations,
+            "apply_b_dec_to_input": self.cfg.apply_b_dec_to_input,
+            "rescale_acts_by_decoder_norm": self.cfg.rescale_acts_by_decoder_norm,
+            "deterministic algorithms": is_deterministic(),
+            "is_grad_enabled": torch.is_grad_enabled(),
+            "requires_grad": [weight.requires_grad for weight in weights],
+        }
+
+    @override
+    def _weights(self) -> Weights:
+        # The gradient of a part is a part. That of b_dec is whole on every rank.
+        return Weights(*(_local(getattr(self, name)) for name in PLACEMENTS))
+
+    @override
+    def _dead(self, mask: torch.Tensor | None, n_latents: int) -> Dead | None:
+        dead = super()._dead(mask, n_latents)
+        if dead is None or mask is None:
+            return dead
+        counts = dead_counts_later(mask, self._shards.latents)
+
+        @cache
+        def agreed_split() -> Split:
+            *sizes, total = counts()
+            settings = {"dead_neuron_mask": (sizes, total)}
+            self._ranks.agree(settings, 0, None)
+            return Split(tuple(sizes))
+
+        def latents() -> torch.Tensor:
+            agreed_split()
+            return dead.latents()
+
+        return Dead(latents, dead.coefficient, agreed_split)
+
+    @override
+    def _reported_output(
+        self, x: torch.Tensor, residual: torch.Tensor, shards: Whole, is_logging_step: bool
+    ) -> torch.Tensor:
+        if not is_logging_step:
+            return x.new_full((), torch.nan, dtype=self.dtype).expand(x.shape)
+        return super()._reported_output(x, residual, shards, is_logging_step)
+
+    @override
+    def _store_latent_major(self) -> None:
+        if not isinstance(self.W_enc, DTensor):
+            super()._store_latent_major()
+
+    @override
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the parameters as DTensors, for `torch.distributed.checkpoint`."""
+        return nn.Module.state_dict(self, *args, **kwargs)
+
+    @override
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Load DTensors of the same mesh."""
+        for name, value in state_dict.items():
+            if not isinstance(value, DTensor):
+                raise TypeError(
+                    f"{name} is a {type(value).__name__}, expected a DTensor: a sharded SAE loads "
+                    "the state of sharded ones, and load_weights_from_checkpoint SAELens's files"
+                )
+        return nn.Module.load_state_dict(self, state_dict, strict, assign=False)
+
+    @override
+    @torch.no_grad()
+    def load_weights_from_checkpoint(self, checkpoint_path: Path | str) -> None:
+        """Read this rank's parts from the file of an ordinary SAE."""
+        with safe_open(Path(checkpoint_path) / SAE_WEIGHTS_FILENAME, "pt") as file:
+            for name, weight in self.named_parameters():
+                stored = file.get_slice(name)
+                if list(stored.get_shape()) != list(weight.shape):
+                    raise ValueError(
+                        f"{name} has shape {stored.get_shape()} in the checkpoint, expected "
+                        f"{list(weight.shape)}"
+                    )
+                local = _local(weight)
+                if name == "W_enc":
+                    local.copy_(stored[:, self._shards.own_latents(self.cfg.d_sae)])
+                elif name == "W_dec":
+                    local.copy_(stored[:, self._shards.own_width(self.cfg.d_in)])
+                elif name == "b_enc":
+                    local.copy_(stored[self._shards.own_latents(self.cfg.d_sae)])
+                else:
+                    local.copy_(stored[:])
+
+    @override
+    @torch.no_grad()
+    def log_histograms(self) -> dict[str, Any]:
+        """Return the norms of the decoder's rows. Every rank calls this."""
+        norms = self._shards.norms(_local(self.W_dec).float())
+        return {"weights/W_dec_norms": norms.cpu().numpy()}
+
+    @override
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise TypeError(
-            f"sae is a {type(sae).__name__}, expected what sae_lens_flex.shard returned"
+            "a sharded SAE cannot be copied or pickled: `sae_lens_flex.unshard` makes an ordinary "
+            "one, and torch.distributed.checkpoint saves its state_dict"
         )
-    made = type(sae).__mro__[2](sae.cfg)
-    for name in PLACEMENTS:
-        weight = getattr(sae, name)
-        made.register_parameter(
-            name, nn.Parameter(weight.full_tensor().to(device), weight.requires_grad)
+
+
+_NEEDS_THE_WHOLE = (
+    "forward",
+    "encode",
+    "encode_with_hidden_pre",
+    "decode",
+    "encode_levels",
+    "encode_adaptive",
+    "decode_levels",
+    "process_sae_in",
+    "calculate_aux_loss",
+    "calculate_topk_aux_loss",
+    "fold_W_dec_norm",
+    "fold_and_get_W_dec_norm",
+    "get_W_dec_norm",
+    "fold_activation_whitening",
+    "save_model",
+    "save_inference_model",
+    "initialize_weights",
+)
+
+
+def _refusal(name: str) -> Callable[..., NoReturn]:
+    def refuse(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
+        raise NotImplementedError(
+            f"{name} needs the whole SAE, and each process holds a part of it: call "
+            "`sae_lens_flex.unshard(sae)` on every rank, and this on what it returns"
         )
-    made._store_latent_major()
-    return made.train(sae.training)
+
+    refuse.__name__ = name
+    return refuse
 
 
-_classes: dict[type, type] = {}
+_REFUSED = {name: _refusal(name) for name in _NEEDS_THE_WHOLE}
+for _name, _function in _REFUSED.items():
+    setattr(ShardedTrainingSAE, _name, _function)
 
 
-def _sharded_class(cls: type) -> Any:
-    if cls not in _classes:
-        _classes[cls] = type(f"Sharded{cls.__name__}", (Sharded, cls), {})
-    return _classes[cls]
+@cache
+def _sharded_class(base: type) -> Any:
+    return type(f"Sharded{base.__name__}", (ShardedTrainingSAE, base), {"_base": base})
 
 
-def _own_attributes(sae: FusedTopKTrainingSAE) -> dict[str, Any]:
-    names = ("use_fused_path", "use_cuda_graph")
-    return {name: vars(sae)[name] for name in names if name in vars(sae)}
+def _reasons(sae: Any, own: dict[str, Any]) -> list[str]:
+    """Return what a step would have to call, each with what is the matter with it."""
+    reasons = [f"{name} has hooks" for name in hooked(sae)]
+    if sae.use_fused_path is False:
+        reasons.append("use_fused_path is False")
+    if sae.use_fused_path is None:
+        reasons += [f"{name} is not SAELens's own" for name in replaced(sae, own)]
+    return reasons
 
 
-def _cpu_group(group: ProcessGroup) -> ProcessGroup:
-    ranks = torch.distributed.get_process_group_ranks(group)
-    made = new_group(ranks, backend="gloo")
-    assert isinstance(made, ProcessGroup)
-    return made
+class _Ranks:
+    """What the processes tell each other on the host before a step."""
+
+    def __init__(self, group: Any, rank: int, size: int) -> None:
+        self.group, self.rank, self.size = group, rank, size
+
+    def agree(
+        self, settings: dict[str, Any], n_samples: int, problem: Exception | None
+    ) -> list[int]:
+        """Return every rank's number of samples, by one exchange of a few numbers.
+
+        Args:
+            settings: what must be the same on all ranks.
+            n_samples: of this rank.
+            problem: what keeps this rank from going on.
+
+        Raises:
+            Exception: `problem`.
+            RuntimeError: where another rank has one.
+            ValueError: where a setting differs between ranks; it names them.
+        """
+        checksum = zlib.crc32(repr(settings).encode())
+        mine = torch.tensor([n_samples, problem is not None, checksum])
+        rows = gather_rows(mine.view(1, 3), self.size, self.group)
+        sizes, problems, checksums = rows.T.tolist()
+        if any(problems):
+            texts = self._texts(None if problem is None else f"{type(problem).__name__}: {problem}")
+            if problem is not None:
+                raise problem
+            raise RuntimeError(
+                "; ".join(f"rank {rank} raised {t}" for rank, t in enumerate(texts) if t)
+            )
+        if len(set(checksums)) > 1:
+            all_settings = self._texts({name: repr(value) for name, value in settings.items()})
+            raise ValueError(
+                "ranks differ, expected the same on all: " + "; ".join(_differences(all_settings))
+            )
+        return sizes
+
+    def _texts(self, mine: Any) -> list[Any]:
+        texts: list[Any] = [None] * self.size
+        dist.all_gather_object(texts, mine, group=self.group)
+        return texts
+
+
+def _differences(settings: list[dict[str, str]]) -> Iterator[str]:
+    for name in sorted({name for of_rank in settings for name in of_rank}):
+        values = [of_rank.get(name, "missing") for of_rank in settings]
+        if len(set(values)) > 1:
+            of_ranks = ", ".join(f"{value} on rank {rank}" for rank, value in enumerate(values))
+            yield f"{name} is {of_ranks}"
+
+
+# --- weights, as rows: W_enc latent by latent, as it is stored
+
+
+def _local(weight: Any) -> torch.Tensor:
+    """Return a rank's part of a DTensor."""
+    return weight.to_local()
+
+
+def _by_rows(name: str, weight: torch.Tensor) -> torch.Tensor:
+    return weight.T if name == "W_enc" else weight
+
+
+def _own_rows(name: str, rows: torch.Tensor, shards: Shards) -> torch.Tensor:
+    """Return the view of a rank's part of a weight's rows."""
+    if name in ("W_enc", "b_enc"):
+        return rows[shards.own_latents(len(rows))]
+    return rows[:, shards.own_width(rows.shape[1])] if name == "W_dec" else rows
+
+
+def _copy_own(
+    name: str, local: torch.Tensor, piece: slice, rows: torch.Tensor, shards: Shards
+) -> None:
+    """Copy this rank's part of a piece of a weight's rows."""
+    if name == "W_dec":
+        local[piece] = rows[:, shards.own_width(rows.shape[1])]
+    elif name == "b_dec":
+        local[piece] = rows
+    else:
+        own = shards.own_latents(0)
+        start, stop = max(own.start, piece.start), min(own.stop, piece.stop)
+        if start < stop:
+            part = rows[start - piece.start : stop - piece.start]
+            local[start - own.start : stop - own.start] = part
+
+
+def _pieces(rows: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+    row_bytes = rows[0].numel() * rows.itemsize
+    n_rows = max(1, PIECE_BYTES // row_bytes)
+    for start in range(0, len(rows), n_rows):
+        piece = slice(start, min(len(rows), start + n_rows))
+        yield piece, rows[piece]
+
+
+def _distributed(name: str, local: torch.Tensor, shape: torch.Size, mesh: DeviceMesh) -> DTensor:
+    whole = _by_rows(name, torch.empty(shape, device="meta"))
+    stride = _by_rows(name, torch.empty(whole.shape, device="meta")).stride()
+    return DTensor.from_local(
+        _by_rows(name, local),
+        mesh,
+        [PLACEMENTS[name]],
+        run_check=False,
+        shape=shape,
+        stride=stride,
+    )

@@ -13,6 +13,8 @@ g = s @ W_dec.T at the kept latents, 0 elsewhere, the gradients are
     dL/dx = g @ W_enc.T,      dL/db_dec = -W_enc @ dL/db_enc.
 
 The target, what the living latents left over, has none.
+
+Of several processes each has the n_r dead latents of its encoder, and the part D_r of the width.
 """
 
 from collections.abc import Callable
@@ -23,8 +25,9 @@ import torch
 
 from ..ops.policy import accumulation_dtype, in_dtype, no_autocast
 from ..ops.selection import Encoder, chunk_rows, empty_code, select_from
-from .encoder import encoder_rows, minus_product
+from .encoder import minus_product
 from .requests import Spec, WantedGradients, Weights
+from .shards import WHOLE, Split, Whole
 
 
 class Dead(NamedTuple):
@@ -33,10 +36,12 @@ class Dead(NamedTuple):
     Attributes:
         latents: returns them, [n], ascending. It may wait for the device.
         coefficient: SAELens's `aux_loss_coefficient`.
+        split: returns by which the ranks hold them; None in one process.
     """
 
     latents: Callable[[], torch.Tensor]
     coefficient: float
+    split: Callable[[], Split] | None = None
 
 
 class DeadGradients(NamedTuple):
@@ -44,11 +49,10 @@ class DeadGradients(NamedTuple):
 
     Attributes:
         latents: the n dead latents, [n].
-        own_latents: their numbers in W_enc and b_enc, [n]: all of them in one process, and in one
-            of several those of its own, numbered from its first latent on.
-        W_enc: of the transpose of the columns of `own_latents`, [n, D].
-        b_enc: [n].
-        W_dec: of their rows, [n, D].
+        own_latents: the n_r of them in this rank's encoder, numbered from its first latent, [n_r].
+        W_enc: of the transpose of the encoder's columns, [n_r, D].
+        b_enc: [n_r].
+        W_dec: of the decoder's rows, [n, D_r].
         b_dec: [D].
         encoder_input: [B, D].
     """
@@ -80,9 +84,29 @@ def nonzero_later(mask: torch.Tensor) -> Callable[[], torch.Tensor]:
     return wait
 
 
+def dead_counts_later(mask: torch.Tensor, split: Split) -> Callable[[], list[int]]:
+    """Return a function that returns how many latents of each part of `mask`, [F], are set.
+
+    The sum of their numbers comes last. As with `nonzero_later`, only that function waits.
+    """
+    numbers = torch.arange(len(mask), device=mask.device)
+    sums = torch.stack([*(mask[part].sum() for part in split.parts), (numbers * mask).sum()])
+    if not mask.is_cuda:
+        return cache(sums.tolist)
+    sums = sums.to("cpu", non_blocking=True)
+    copied = torch.cuda.current_stream(mask.device).record_event()
+
+    @cache
+    def wait() -> list[int]:
+        copied.synchronize()
+        return sums.tolist()
+
+    return wait
+
+
 def auxiliary_loss(
     weights: Weights,
-    encoder_input: torch.Tensor,
+    rows: torch.Tensor,
     target: torch.Tensor,
     *,
     latents: torch.Tensor,
@@ -90,60 +114,72 @@ def auxiliary_loss(
     coefficient: float,
     spec: Spec,
     wanted: WantedGradients,
+    shards: Whole = WHOLE,
+    split: Split | None = None,
 ) -> tuple[torch.Tensor, DeadGradients]:
     """Return the loss, a scalar, and its gradients.
 
     The memory grows neither with B * n nor with F.
 
     Args:
-        weights: of the whole dictionary.
-        encoder_input: [B, D], normalized, before b_dec is subtracted.
-        target: what the living latents left over, [B, D].
+        weights: of the whole dictionary, or this rank's shards of them.
+        rows: what is multiplied with W_enc, [B, D].
+        target: what the living latents left over, [B, D_r].
         latents: the n dead latents, [n], n > 0.
         norms: by which latents are compared, [F], or None for 1.
         coefficient: multiplies the loss.
         spec: settings of the step.
         wanted: which gradients to compute.
+        shards: of which process the weights are.
+        split: by which the ranks hold the dead latents; None in one process.
     """
-    d_in, device = weights.W_dec.shape[1], weights.W_dec.device
-    b_enc = weights.b_enc.index_select(0, latents)  # [n]
-    norms = None if norms is None else norms[latents]  # [n]
+    d_in, device = len(weights.b_dec), weights.W_dec.device
     n_dead, half_width = len(latents), d_in // 2
+    own = shards.own(split, n_dead)
+    own_latents = latents[own]  # [n_r]
+    if shards.is_sharded:
+        own_latents = own_latents - shards.own_latents(len(weights.W_dec)).start
+    n_own = len(own_latents)
+    b_enc = weights.b_enc.index_select(0, own_latents)  # [n_r]
+    norms = None if norms is None else norms[latents]  # [n]
     k = min(n_dead, half_width)
     factor = coefficient * min(n_dead / half_width, 1.0)
     dtype, sum_dtype = spec.product_dtype, accumulation_dtype(weights.W_dec, target)
-    n_samples = len(encoder_input)
+    n_samples = len(rows)
 
     def zeros(is_wanted: bool, *shape: int) -> torch.Tensor | None:
         return torch.zeros(shape, dtype=sum_dtype, device=device) if is_wanted else None
 
-    def rows_of(weight: torch.Tensor) -> torch.Tensor:
-        return in_dtype(weight.index_select(0, latents), dtype)  # [n, D]
-
     wants_encoder = wanted.any_of_encoder(spec)
     through_b_dec = wanted.b_dec and spec.apply_b_dec_to_input
-    grad_W_enc, grad_W_dec = zeros(wanted.W_enc, n_dead, d_in), zeros(wanted.W_dec, n_dead, d_in)
-    grad_b_enc = zeros(wanted.b_enc or through_b_dec, n_dead)
+    grad_W_enc = zeros(wanted.W_enc, n_own, d_in)
+    grad_W_dec = zeros(wanted.W_dec, n_dead, target.shape[1])
+    grad_b_enc = zeros(wanted.b_enc or through_b_dec, n_own)
     grad_x = zeros(wanted.encoder_input, n_samples, d_in)
     loss = target.new_zeros((), dtype=sum_dtype)
     with no_autocast(device):
-        rows = encoder_rows(encoder_input, weights.b_dec, spec)  # [B, D]
-        encoder, decoder = rows_of(weights.W_enc.T), rows_of(weights.W_dec)  # [n, D]
+        encoder = in_dtype(weights.W_enc.T.index_select(0, own_latents), dtype)  # [n_r, D]
+        decoder = in_dtype(weights.W_dec.index_select(0, latents), dtype)  # [n, D_r]
         n_rows = chunk_rows(n_samples, n_dead, dtype, rows.device)
         for start in range(0, n_samples, n_rows):
             chunk = slice(start, start + n_rows)
-            products = rows[chunk] @ encoder.T  # [b, n]
+            products = rows[chunk] @ encoder.T  # [b, n_r]
             kept = None
             if k < n_dead:
-                kept = empty_code(len(products), k, rows, b_enc)  # [b, k]
-                parts = Encoder(encoder.T, b_enc, norms)
-                select_from(products, parts, kept, use_triton=spec.use_triton, is_sorted=False)
-                acts = torch.zeros_like(products)
+                kept = empty_code(len(products), min(k, n_own), rows, b_enc)
+                if n_own > 0:
+                    parts = Encoder(encoder.T, b_enc, None if norms is None else norms[own])
+                    is_sorted = shards.is_sharded  # as merging expects
+                    select_from(
+                        products, parts, kept, use_triton=spec.use_triton, is_sorted=is_sorted
+                    )
+                kept = shards.merge(kept, norms, k, split)  # [b, k]
+                acts = products.new_zeros((len(products), n_dead))
                 acts.scatter_(-1, kept.latents, in_dtype(kept.values, dtype))
             else:
-                acts = (products + b_enc).to(dtype)
+                acts = shards.all_columns((products + b_enc).to(dtype), split)  # [b, n]
             del products  # With tensors of [b, n] the peak of memory is here.
-            error = (acts @ decoder).to(sum_dtype) - target[chunk]  # [b, D]
+            error = (acts @ decoder).to(sum_dtype) - target[chunk]  # [b, D_r]
             loss += error.square().sum()
             s = error.mul_(2 * factor / spec.n_samples).to(dtype)
             if grad_W_dec is not None:
@@ -152,8 +188,12 @@ def auxiliary_loss(
             if not wants_encoder:
                 continue
             g = s @ decoder.T  # [b, n]
-            if kept is not None:
-                g = torch.zeros_like(g).scatter_(-1, kept.latents, g.gather(-1, kept.latents))
+            if kept is None:
+                g = shards.sum(g)
+            else:
+                of_kept = shards.sum(g.gather(-1, kept.latents))  # [b, k]
+                g = torch.zeros_like(g).scatter_(-1, kept.latents, of_kept)
+            g = g[:, own]  # [b, n_r]
             if grad_W_enc is not None:
                 grad_W_enc += g.T @ rows[chunk]
             if grad_b_enc is not None:
@@ -164,12 +204,13 @@ def auxiliary_loss(
         if through_b_dec and grad_b_enc is not None:
             del encoder, decoder
             # Unrounded, since it is a sum over all dead latents.
-            W_enc_rows = weights.W_enc.T.index_select(0, latents).to(sum_dtype)
+            W_enc_rows = weights.W_enc.T.index_select(0, own_latents).to(sum_dtype)
             zero = weights.b_dec.new_zeros(d_in, dtype=sum_dtype)
             grad_b_dec = minus_product(zero, W_enc_rows.T, grad_b_enc)
+    loss, grad_b_dec = shards.sum_both(loss, grad_b_dec)
     gradients = DeadGradients(
         latents=latents,
-        own_latents=latents,
+        own_latents=own_latents,
         W_enc=grad_W_enc,
         b_enc=grad_b_enc if wanted.b_enc else None,
         W_dec=grad_W_dec,

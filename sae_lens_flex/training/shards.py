@@ -1,241 +1,293 @@
-"""What one of w processes holds of a dictionary, and what they exchange in a step.
+"""A step over several processes: what each of them holds, and what they exchange.
 
-The encoder is cut by latents, because a latent is chosen from whole activations. The decoder is cut
-by the model's width, because the error of a reconstruction is a sum over the width. Rank r has
+Of w ranks, rank r holds the latents F_r of the encoder and the part D_r of the decoder's width,
 
-    W_enc[:, F_r], b_enc[F_r], W_dec[:, D_r],        b_dec as every rank has it,
+    W_enc[:, F_r],  b_enc[F_r],  W_dec[:, D_r],  b_dec,
 
-and B_r of the B samples. A step is the same code for one process and for many: for one process
-(`Whole`) every function here returns what it was given.
+and brings B_r samples of the batch of B. The reconstruction is separable over the width, so with
+the kept latents of all samples at hand each rank computes its part of every level, of the residual
+and of dL/dW_dec by itself. What the ranks exchange in a step is
+
+    the rows to encode      all-gather                      [B, D]
+    the target              all-to-all                      [B, D] in all, [B, D_r] for a rank
+    the decoder's norms     all-reduce of |W_dec[f, D_r]|^2 [F]
+    the candidates          all-to-all of the min(k, F_r) largest of each rank, by sample
+    the kept latents        all-gather of the k largest of them, with their values, [B, k]
+    dL/dv                   all-reduce                      [B, k]
+    the loss and dL/db_dec  all-reduce                      [1 + D]
+
+`Whole` stands for one process, which exchanges nothing. Every rank must call the same collectives
+in the same order, so nothing that differs between ranks may decide whether one is called.
 """
 
-import math
-from dataclasses import dataclass, replace
-from itertools import pairwise
-from typing import Self
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from ..ops.codes import Code
+from ..ops.policy import accumulation_dtype
+
+# So many elements of a matrix are squared at once.
+SQUARED_ELEMENTS = 2**22
+
+
+class Split(NamedTuple):
+    """Consecutive parts of a range, one for each rank, which may be empty.
+
+    Attributes:
+        sizes: of the parts.
+    """
+
+    sizes: tuple[int, ...]
+
+    @classmethod
+    def even(cls, n: int, n_parts: int) -> "Split":
+        """Split n as DTensor and `torch.chunk` do: equal parts, the last ones smaller or empty."""
+        size = -(-n // n_parts)
+        return cls(tuple(max(0, min(size, n - part * size)) for part in range(n_parts)))
+
+    def part(self, rank: int) -> slice:
+        """Return the part of a rank."""
+        end = sum(self.sizes[: rank + 1])
+        return slice(end - self.sizes[rank], end)
+
+    @property
+    def parts(self) -> list[slice]:
+        """The parts of all ranks."""
+        ends = list(accumulate(self.sizes))
+        return [slice(end - size, end) for end, size in zip(ends, self.sizes, strict=True)]
+
+
+def gather_rows(rows: torch.Tensor, size: int, group: Any) -> torch.Tensor:
+    """Return the rows of all `size` ranks, which have equally many: [n, ...] -> [size n, ...]."""
+    out = rows.new_empty((size * len(rows), *rows.shape[1:]))
+    # The older name warns where there is the newer one, from PyTorch 2.13 on.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(out, rows.contiguous(), group=group)
+    return out
 
 
 class Whole:
-    """One process, which holds the dictionary and the batch."""
+    """One process, which holds everything. What several would exchange is returned as it is."""
 
-    is_whole = True
+    is_sharded = False
 
-    def count_samples(self, n_own: int) -> int:
-        """Return B, of which the rank has n_own."""
+    def own(self, split: Split | None, n: int) -> slice:
+        """Return which of n this rank holds."""
+        return slice(0, n)
+
+    def own_latents(self, n_latents: int) -> slice:
+        """Return which of the F latents this rank's encoder holds."""
+        return slice(0, n_latents)
+
+    def own_width(self, d_in: int) -> slice:
+        """Return which part of the width D this rank's decoder holds."""
+        return slice(0, d_in)
+
+    def n_samples(self, n_own: int) -> int:
+        """Return B, given this rank's number of samples."""
         return n_own
 
-    def norms(self, W_dec: torch.Tensor) -> torch.Tensor:
-        """Return the norms of the decoder's rows, [F], from the rank's part, [F, D_r]."""
-        return W_dec.norm(dim=-1)
-
-    def whole_norms(self, norms: torch.Tensor) -> torch.Tensor:
-        """Return the norms of the decoder's rows, [F], from those of the rank's part, [F]."""
-        return norms
-
-    def gather_samples(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return the rows of all samples, [B, n], from those of the rank's samples, [B_r, n]."""
+    def all_samples(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return the rows of all ranks' samples: [B_r, n] -> [B, n]."""
         return rows
 
-    def own_columns(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return the rank's columns for all samples, [B, D_r], from its samples', [B_r, D]."""
+    def by_width(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return this rank's columns of all ranks' samples: [B_r, D] -> [B, D_r]."""
         return rows
 
-    def own_samples(self, columns: torch.Tensor) -> torch.Tensor:
-        """Return the rank's samples, [B_r, D], from its columns of all samples, [B, D_r]."""
+    def by_sample(self, columns: torch.Tensor) -> torch.Tensor:
+        """Return this rank's samples with all ranks' columns: [B, D_r] -> [B_r, D]."""
         return columns
 
-    def own_width(self, vector: torch.Tensor) -> torch.Tensor:
-        """Return the rank's part, [D_r], of a vector [D] that every rank has."""
+    def all_columns(self, columns: torch.Tensor, split: Split | None) -> torch.Tensor:
+        """Return all ranks' columns of n, which they hold by `split`: [b, n_r] -> [b, n]."""
+        return columns
+
+    def all_width(self, vector: torch.Tensor) -> torch.Tensor:
+        """Return a vector with zeros where other ranks hold the width: [D_r] -> [D]."""
         return vector
 
-    def at_own_width(self, part: torch.Tensor) -> torch.Tensor:
-        """Return a vector [D] with the rank's part, [D_r], in its place and zeros elsewhere."""
-        return part
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the sum of the ranks' tensors, of one shape; the argument may be overwritten."""
+        return tensor
 
-    def own_latents(self, vector: torch.Tensor) -> torch.Tensor:
-        """Return the rank's part, [F_r], of a vector [F] that every rank has."""
-        return vector
+    def sum_both(
+        self, scalar: torch.Tensor, vector: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the sums of the ranks' scalars and of their vectors, of one dtype."""
+        return scalar, vector
 
-    def own_code(self, code: Code) -> Code:
-        """Number the latents from the rank's first on. Others' are then outside [0, F_r)."""
-        return code
-
-    def merge(self, code: Code, norms: torch.Tensor | None, k: int) -> Code:
-        """Return the k largest of each sample among all latents, [B, k].
+    def norms(self, rows: torch.Tensor, own: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the norms of a matrix's rows, [F].
 
         Args:
-            code: the k largest, or all, among the rank's own latents, [B, min(k, F_r)],
-                descending, of equal compared values the smaller latent first.
-            norms: what values are multiplied by to be compared, [F], or None for 1.
-            k: latents to keep.
+            rows: this rank's columns of them, [F, D_r].
+            own: the norms of these, [F], where they are at hand.
+        """
+        return rows.norm(dim=-1) if own is None else own
+
+    def merge(self, code: Code, norms: torch.Tensor | None, k: int, split: Split | None) -> Code:
+        """Return the k largest of all ranks' candidates.
+
+        Args:
+            code: this rank's, descending in each sample, of equal values the smaller latent first,
+                [B, min(k, n_r)] each. Its latents are numbered from 0.
+            norms: what the values are multiplied by to be compared, [n], or None for 1.
+            k: latents to keep, at most n.
+            split: by which the ranks hold the n latents; None for the dictionary's.
+
+        Returns:
+            As one process would select, [B, k] each.
         """
         return code
 
-    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return the sum of the ranks' tensors, on every rank the same. It may be in place."""
-        return tensor
+    def own_pairs(self, code: Code) -> Code:
+        """Return a code whose latents are numbered from this rank's first one.
+
+        Those of other ranks get numbers from F_r on, which products with the encoder ignore.
+        """
+        return code
 
 
 WHOLE = Whole()
 
 
-def bounds(n: int, size: int) -> tuple[int, ...]:
-    """Return where the shares of n things begin, and n: [size + 1]. DTensor cuts at the same."""
-    share = math.ceil(n / size)
-    return tuple(min(rank * share, n) for rank in range(size + 1))
-
-
 @dataclass(frozen=True)
 class Shards(Whole):
-    """
-    One rank of several.
+    """One of several processes.
 
     Attributes:
-        group: the ranks; its collectives are those of the tensors' device.
-        cpu_group: the same ranks, for what the host has to know.
-        rank, size: of this process, w.
-        latents, width: where the ranks' shares begin, [w + 1].
-        batch: the number of samples of each rank, [w].
+        group: of the ranks; its backend fits the tensors' device.
+        rank: of this process in the group.
+        latents: by which the ranks hold the F latents.
+        width: by which they hold the width D.
+        samples: by which they bring the B samples of a step.
     """
 
-    group: dist.ProcessGroup
-    cpu_group: dist.ProcessGroup
+    group: Any
     rank: int
-    size: int
-    latents: tuple[int, ...]
-    width: tuple[int, ...]
-    batch: tuple[int, ...] = ()
+    latents: Split
+    width: Split
+    samples: Split = field(default=Split(()))
 
-    is_whole = False
+    is_sharded = True
 
-    def of_step(self, n_samples: int, is_logging_step: bool, k: int) -> Self:
-        """Exchange the numbers of samples. Every rank has to call it, once a step.
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Shards":
+        return self  # A group of processes is not copied.
 
-        Raises:
-            ValueError: on every rank, where the ranks take different steps.
-        """
-        own = torch.tensor([n_samples, int(is_logging_step), k])
-        steps = [torch.empty_like(own) for _ in range(self.size)]
-        dist.all_gather(steps, own, group=self.cpu_group)
-        batch, are_logging, ks = zip(*(step.tolist() for step in steps), strict=True)
-        for name, values in (("is_logging_step", are_logging), ("k", ks)):
-            if len(set(values)) > 1:
-                raise ValueError(f"{name} differs between the ranks: {list(values)}")
-        if sum(batch) == 0:
-            raise ValueError("sae_in has no activation on any rank, expected one at least")
-        return replace(self, batch=batch)
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return len(self.latents.sizes)
 
-    def count_samples(self, n_own: int) -> int:
-        return sum(self.batch)
+    def own(self, split: Split | None, n: int) -> slice:
+        assert split is not None
+        return split.part(self.rank)
 
-    def with_latents(self, starts: tuple[int, ...]) -> Self:
-        """Return the shards of some latents, of which each rank's begin at `starts`, [w + 1]."""
-        return replace(self, latents=starts)
+    def own_latents(self, n_latents: int) -> slice:
+        return self.latents.part(self.rank)
 
-    # --- sums
+    def own_width(self, d_in: int) -> slice:
+        return self.width.part(self.rank)
+
+    def n_samples(self, n_own: int) -> int:
+        return sum(self.samples.sizes)
+
+    def all_samples(self, rows: torch.Tensor) -> torch.Tensor:
+        return self._all_rows(rows, self.samples)
+
+    def by_width(self, rows: torch.Tensor) -> torch.Tensor:
+        blocks = [rows[:, part] for part in self.width.parts]
+        n_own = self.width.sizes[self.rank]
+        shapes = [(n, n_own) for n in self.samples.sizes]
+        return torch.cat(self._exchange(blocks, shapes))
+
+    def by_sample(self, columns: torch.Tensor) -> torch.Tensor:
+        blocks = [columns[part] for part in self.samples.parts]
+        n_own = self.samples.sizes[self.rank]
+        return torch.cat(self._exchange(blocks, [(n_own, n) for n in self.width.sizes]), dim=1)
+
+    def all_columns(self, columns: torch.Tensor, split: Split | None) -> torch.Tensor:
+        assert split is not None
+        return self._all_rows(columns.T, split).T.contiguous()
+
+    def all_width(self, vector: torch.Tensor) -> torch.Tensor:
+        out = vector.new_zeros(sum(self.width.sizes))
+        out[self.width.part(self.rank)] = vector
+        return out
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.itemsize < 4:  # Sums of 16-bit numbers are rounded once, at the end.
+            return self.sum(tensor.float()).to(tensor.dtype)
         tensor = tensor.contiguous()
         dist.all_reduce(tensor, group=self.group)
         return tensor
 
-    def norms(self, W_dec: torch.Tensor) -> torch.Tensor:
-        dtype = torch.promote_types(W_dec.dtype, torch.float32)
-        norms = torch.linalg.vector_norm(W_dec, dim=-1, dtype=dtype)
-        return self.whole_norms(norms).to(W_dec.dtype)
+    def sum_both(
+        self, scalar: torch.Tensor, vector: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if vector is None:
+            return self.sum(scalar), None
+        both = self.sum(torch.cat((scalar.view(1), vector.to(scalar.dtype))))
+        return both[0].clone(), both[1:].to(vector.dtype)
 
-    def whole_norms(self, norms: torch.Tensor) -> torch.Tensor:
-        return self.sum(norms.square()).sqrt()
+    def norms(self, rows: torch.Tensor, own: torch.Tensor | None = None) -> torch.Tensor:
+        if own is not None:
+            return self.sum(own.square()).sqrt_()
+        # Not by squaring norms, whose rounding could tell apart what one process finds equal.
+        dtype = accumulation_dtype(rows)
+        n_rows = max(1, SQUARED_ELEMENTS // rows.shape[1])
+        squares = [part.to(dtype).square().sum(-1) for part in rows.split(n_rows)]
+        return self.sum(torch.cat(squares)).sqrt_().to(rows.dtype)
 
-    # --- samples, columns and latents
+    def merge(self, code: Code, norms: torch.Tensor | None, k: int, split: Split | None) -> Code:
+        split = split or self.latents
+        # Each rank merges its part of the samples, whosever they are.
+        samples = Split.even(len(code.latents), self.size)
+        n_own = samples.sizes[self.rank]
+        shapes = [(n_own, min(k, n)) for n in split.sizes]
+        latents = (code.latents + split.part(self.rank).start).to(torch.int32)
+        latents = torch.cat(self._exchange([latents[p] for p in samples.parts], shapes), dim=1)
+        values = [code.values[p] for p in samples.parts]
+        values = torch.cat(self._exchange(values, shapes), dim=1)  # [b, sum of min(k, n_r)]
+        compared = values if norms is None else values * norms.take(latents.long())
+        # The candidates of a smaller rank are smaller latents and come first, so a stable sort
+        # keeps the smaller of equal ones. Adding 0 makes -0 equal to 0 in every sort.
+        order = (compared + 0.0).sort(dim=-1, descending=True, stable=True).indices[:, :k]
+        latents = self._all_rows(latents.gather(-1, order), samples)
+        return Code(latents.long(), self._all_rows(values.gather(-1, order), samples))
 
-    def gather_samples(self, rows: torch.Tensor) -> torch.Tensor:
-        most = max(self.batch)
-        padded = rows.new_zeros(most, rows.shape[1])
-        padded[: len(rows)] = rows
-        gathered = rows.new_empty(self.size * most, rows.shape[1])
-        dist.all_gather_into_tensor(_bytes(gathered), _bytes(padded), group=self.group)
-        if sum(self.batch) == len(gathered):
-            return gathered
-        parts = gathered.split(most)
-        return torch.cat([part[:n] for part, n in zip(parts, self.batch, strict=True)])
+    def own_pairs(self, code: Code) -> Code:
+        start = self.latents.part(self.rank).start
+        # The remainder puts the latents before this rank's behind all others.
+        return Code((code.latents - start).remainder_(sum(self.latents.sizes)), code.values)
 
-    def own_columns(self, rows: torch.Tensor) -> torch.Tensor:
-        n_own, widths = len(rows), _lengths(self.width)
-        sent = torch.cat([part.flatten() for part in rows.split(widths, dim=1)])
-        received = self._all_to_all(
-            sent,
-            [n_own * width for width in widths],
-            [n * widths[self.rank] for n in self.batch],
-        )
-        return received.view(-1, widths[self.rank])
+    # --- collectives
 
-    def own_samples(self, columns: torch.Tensor) -> torch.Tensor:
-        return self._by_sample(columns, _lengths(self.width))
+    def _all_rows(self, rows: torch.Tensor, split: Split) -> torch.Tensor:
+        """Return all ranks' rows, which they hold by `split`: [n_r, m] -> [n, m]."""
+        most, width = max(split.sizes), rows.shape[1:]
+        if rows.shape[0] < most:
+            padding = rows.new_zeros((most - rows.shape[0], *width))
+            rows = torch.cat((rows, padding))
+        out = gather_rows(rows, self.size, self.group)
+        if min(split.sizes) == most:
+            return out
+        return torch.cat([out[r * most : r * most + n] for r, n in enumerate(split.sizes)])
 
-    def own_width(self, vector: torch.Tensor) -> torch.Tensor:
-        return vector[self.width[self.rank] : self.width[self.rank + 1]]
-
-    def at_own_width(self, part: torch.Tensor) -> torch.Tensor:
-        vector = part.new_zeros(self.width[-1])
-        self.own_width(vector).copy_(part)
-        return vector
-
-    def own_latents(self, vector: torch.Tensor) -> torch.Tensor:
-        return vector[self.latents[self.rank] : self.latents[self.rank + 1]]
-
-    def own_code(self, code: Code) -> Code:
-        return Code(code.latents - self.latents[self.rank], code.values)
-
-    def merge(self, code: Code, norms: torch.Tensor | None, k: int) -> Code:
-        widths = [min(k, n) for n in _lengths(self.latents)]
-        latents = self._by_sample(code.latents + self.latents[self.rank], widths)
-        values = self._by_sample(code.values, widths)  # [B_r, w k]
-        compared = values if norms is None else values * norms[latents]
-        # Equal values keep their order: by rank, so by latent, and on a rank by latent.
-        order = compared.sort(dim=-1, descending=True, stable=True).indices[:, :k]
-        return Code(
-            self.gather_samples(latents.gather(-1, order)),
-            self.gather_samples(values.gather(-1, order)),
-        )
-
-    def _by_sample(self, rows: torch.Tensor, widths: list[int]) -> torch.Tensor:
-        """Return for the rank's samples, side by side, what all ranks have, [B_r, sum of widths].
-
-        Args:
-            rows: of all samples, [B, widths[rank]].
-            widths: of each rank's rows, [w].
-        """
-        n_own = self.batch[self.rank]
-        sizes = [n_own * width for width in widths]
-        received = self._all_to_all(
-            rows.flatten(), [n * widths[self.rank] for n in self.batch], sizes
-        )
-        parts = received.split(sizes)
-        return torch.cat([part.view(n_own, -1) for part in parts], dim=1)
-
-    def _all_to_all(self, sent: torch.Tensor, n_sent: list[int], n: list[int]) -> torch.Tensor:
-        received = sent.new_empty(sum(n))
-        n_bytes = sent.itemsize
-        dist.all_to_all_single(
-            _bytes(received),
-            _bytes(sent.contiguous()),
-            [n_bytes * each for each in n],
-            [n_bytes * each for each in n_sent],
-            group=self.group,
-        )
-        return received
-
-
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor's memory as bytes: not every backend sends every dtype."""
-    return tensor.flatten().view(torch.uint8)
-
-
-def _lengths(starts: tuple[int, ...]) -> list[int]:
-    return [end - start for start, end in pairwise(starts)]
+    def _exchange(
+        self, blocks: Sequence[torch.Tensor], shapes: Sequence[tuple[int, int]]
+    ) -> list[torch.Tensor]:
+        """Send a block to each rank; return the block that came from each, of these shapes."""
+        sent = torch.cat([block.flatten() for block in blocks])
+        sizes = [rows * columns for rows, columns in shapes]
+        received = sent.new_empty(sum(sizes))
+        n_sent = [block.numel() for block in blocks]
+        dist.all_to_all_single(received, sent, sizes, n_sent, group=self.group)
+        parts = received.split_with_sizes(sizes)
+        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]

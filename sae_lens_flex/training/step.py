@@ -19,16 +19,16 @@ so with the products of `ops.products`
     dL/dW_enc = scatter(g, rows).T,     dL/db_enc[f] = sum of g over the pairs of f,
     dL/dx = gather(g, W_enc.T),         dL/db_dec = that of the decoder - W_enc @ dL/db_enc.
 
-With the dictionary cut among several processes, `shards` exchanges what each of them lacks: the
-shapes below are then those of a rank, F_r latents of the encoder and D_r columns of the decoder,
-while `rows` and the code are those of the whole batch.
-
 Nothing of shape [B, F] outlives a chunk of the batch. The auxiliary loss on dead latents is added
 in `dead`, and autograd in `node`.
+
+Of several processes each holds a part of the weights and brings a part of the samples; `shards`
+says which, and what they exchange. Shapes below are a rank's: it has F_r latents in its encoder,
+the part D_r of the width in its decoder, and brings B_r samples. In one process F_r = F, D_r = D
+and B_r = B.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -43,8 +43,7 @@ from ..ops.selection import Encoder, select
 from .dead import Dead, DeadGradients, auxiliary_loss
 from .encoder import encoder_rows, minus_product
 from .requests import Gradients, Inputs, Spec, WantedGradients, Weights
-from .sharded_dead import sharded_auxiliary_loss
-from .shards import WHOLE, Shards, Whole
+from .shards import WHOLE, Whole
 
 
 class Reconstruction(NamedTuple):
@@ -53,7 +52,8 @@ class Reconstruction(NamedTuple):
     Attributes:
         mse_loss: scalar.
         gradients: of `mse_loss`.
-        residual: output minus input at level k, [B, D].
+        residual: output minus input at level k, [B, D_r].
+        rows: what was multiplied with W_enc, [B, D].
         code: the kept latents and their pre-activations h, [B, k] each, in the order of the levels.
         hidden_pre: h * norms of the kept latents, [B, k].
         norms: [F], or None for 1.
@@ -62,6 +62,7 @@ class Reconstruction(NamedTuple):
     mse_loss: torch.Tensor
     gradients: Gradients
     residual: torch.Tensor
+    rows: torch.Tensor
     code: Code
     hidden_pre: torch.Tensor
     norms: torch.Tensor | None
@@ -96,12 +97,13 @@ def step(
     """Compute a training step.
 
     Args:
-        weights: the parameters, or the rank's part of them, which are only read.
-        inputs: a batch of B samples, or the rank's samples.
+        weights: the parameters, which are only read.
+        inputs: a batch of B samples.
         spec: the settings.
         wanted: which gradients to compute.
         dead: the dead latents and the auxiliary loss's coefficient; None for no such loss.
-        shards: what this process holds of the dictionary and the batch.
+        shards: of which process the weights and samples are. The losses are those of the whole
+            batch.
     """
     main = begin_step(weights, inputs, spec, wanted=wanted, shards=shards)
     return finish_step(main, weights, inputs, spec, wanted=wanted, dead=dead, shards=shards)
@@ -121,7 +123,7 @@ def begin_step(
 
     Args:
         weights, inputs, spec, wanted, shards: as in `step`.
-        by: calls `reconstruct` for one process, or replays a recording of it. None calls it.
+        by: calls `reconstruct` in one process, or replays a recording of it. None calls it.
     """
     if by is not None:
         return by(weights, inputs, spec, wanted)
@@ -150,18 +152,17 @@ def finish_step(
     latents = None if dead is None else dead.latents()
     if dead is None or latents is None or len(latents) == 0:
         return StepResult(main, None, None)
-    compute = auxiliary_loss
-    if isinstance(shards, Shards):
-        compute = partial(sharded_auxiliary_loss, shards=shards)
-    loss, gradients = compute(
+    loss, gradients = auxiliary_loss(
         weights,
-        inputs.encoder_input,
+        main.rows,
         -main.residual,
         latents=latents,
+        split=None if dead.split is None else dead.split(),
         norms=main.norms,
         coefficient=dead.coefficient,
         spec=spec,
         wanted=wanted,
+        shards=shards,
     )
     return StepResult(main, loss, gradients)
 
@@ -175,8 +176,7 @@ def reconstruct(
 ) -> Reconstruction:
     """Encode a batch, reconstruct it and differentiate the error.
 
-    In one process it waits for nothing and asks nothing of the device, so it can be recorded as a
-    CUDA graph.
+    It waits for nothing and asks nothing of the device, so it can be recorded as a CUDA graph.
     """
     with no_autocast(weights.W_dec.device):  # `spec` says in which dtype products are computed
         return _reconstruct(weights, inputs, spec, wanted, shards)
@@ -185,33 +185,33 @@ def reconstruct(
 def _reconstruct(
     weights: Weights, inputs: Inputs, spec: Spec, wanted: WantedGradients, shards: Whole
 ) -> Reconstruction:
-    W_enc, b_enc, W_dec, b_dec = weights
-    x, target, scale, level_weights = inputs  # [B, D], [B, D], [B, 1], [k]
-    n_latents, n_own = W_dec.shape[0], W_enc.shape[1]
-    use_triton = spec.use_triton
+    W_enc, b_enc, W_dec, b_dec = weights  # [D, F_r], [F_r], [F, D_r], [D]
+    x, target, scale, level_weights = inputs  # [B_r, D], [B_r, D], [B_r, 1], [k]
+    n_latents, n_own, use_triton = W_dec.shape[0], W_enc.shape[1], spec.use_triton
+    own_latents, own_width = shards.own_latents(n_latents), shards.own_width(len(b_dec))
     sum_dtype = accumulation_dtype(W_dec, target)
 
     # --- encode
-    norms, read = _norms_and_copy(W_dec, spec, shards)  # [F] or None, [F, D]
-    rows = shards.gather_samples(encoder_rows(x, b_dec, spec))  # [B, D]
-    encoder = Encoder(W_enc, b_enc, None if norms is None else shards.own_latents(norms))
-    code = select(rows, encoder, min(spec.k, n_own), use_triton=use_triton)
-    code = shards.merge(code, norms, spec.k)  # [B, k]
+    norms, read = _norms_and_copy(W_dec, spec, shards)  # [F] or None, [F, D_r]
+    rows = shards.all_samples(encoder_rows(x, b_dec, spec))  # [B, D]
+    encoder = Encoder(W_enc, b_enc, None if norms is None else norms[own_latents])
+    code = select(rows, encoder, min(spec.k, n_own), use_triton=use_triton)  # of F_r
+    code = shards.merge(code, norms, spec.k, None)  # [B, k], of F
     index = None
     if wanted.W_enc:
-        index = shards.own_code(code).by_latent(
+        index = shards.own_pairs(code).by_latent(
             n_own, deterministic=spec.deterministic, use_triton=use_triton
         )
     hidden_pre = code.values if norms is None else code.values * norms.take(code.latents)
 
     # --- decode: vals @ W_dec[latents] + bias is to be the target
     acts = code.values.relu()  # [B, k]
-    vals, bias = acts, shards.own_width(b_dec)
+    vals, bias = acts, b_dec[own_width]
+    target = shards.by_width(target)  # [B, D_r]
     if scale is not None:
-        target = target - scale * b_dec.to(target.dtype)
-        scale = shards.gather_samples(scale)
+        scale = shards.all_samples(scale)  # [B, 1]
+        target = target - scale * bias.to(target.dtype)
         vals, bias = acts * scale, None
-    target = shards.own_columns(target)  # [B, D]
     wants_encoder = wanted.any_of_encoder(spec)
     wants_scaled = scale is not None and (wanted.b_dec or wanted.output_scale)
     decoded = decoder_loss(
@@ -221,7 +221,7 @@ def _reconstruct(
             bias=bias,
             target=target,
             levels=spec.levels if level_weights is None else level_weights,
-            scale=1 / spec.n_samples,  # SAELens sums over D and averages over samples.
+            scale=1 / spec.n_samples,  # SAELens sums over D and averages over samples
             wanted=Wanted(
                 residual=True,
                 weight=gradient_dtype(W_dec.dtype) if wanted.W_dec else None,
@@ -229,22 +229,26 @@ def _reconstruct(
                 bias=sum_dtype if wanted.b_dec and scale is None else None,
                 target=target.dtype if wanted.target or wants_scaled else None,
             ),
-            index=index if shards.is_whole else None,
+            index=None if shards.is_sharded else index,
             deterministic=spec.deterministic,
         ),
         use_triton=use_triton,
     )
     del read  # A copy, if it is one, is not to add to the encoder's gradient at the peak of memory.
-    grad_vals = None if decoded.values is None else shards.sum(decoded.values)
-    grad_b_dec, grad_scale = decoded.bias, None
+    grad_vals, grad_b_dec, grad_scale = decoded.values, decoded.bias, None
+    if grad_vals is not None:
+        grad_vals = shards.sum(grad_vals)  # [B, k]
     if scale is not None:
         scale = scale.to(sum_dtype)
         if wanted.b_dec and decoded.target is not None:
-            grad_b_dec = -(scale * decoded.target).sum(0)  # [D]
+            grad_b_dec = -(scale * decoded.target).sum(0)  # [D_r]
         if wanted.output_scale and grad_vals is not None and decoded.target is not None:
             grad_scale = (grad_vals * acts).sum(-1, keepdim=True)  # [B, 1]
             grad_scale -= (decoded.target * b_dec).sum(-1, keepdim=True)
         grad_vals = None if grad_vals is None else grad_vals * scale
+
+    if grad_b_dec is not None:
+        grad_b_dec = shards.all_width(grad_b_dec)  # [D]
 
     # --- back through the encoder
     grad_W_enc = grad_b_enc = grad_x = None
@@ -253,22 +257,20 @@ def _reconstruct(
         g = code.with_values(grad_vals.masked_fill(code.values <= 0, 0))  # [B, k]
         if index is not None:
             grad_W_enc = W_enc.new_empty(W_enc.shape[::-1], dtype=gradient_dtype(W_enc.dtype))
-            scatter(index, g.values, rows, out=grad_W_enc, use_triton=use_triton)  # [F, D]
-            grad_W_enc = grad_W_enc.T  # [D, F]
+            scatter(index, g.values, rows, out=grad_W_enc, use_triton=use_triton)  # [F_r, D]
+            grad_W_enc = grad_W_enc.T  # [D, F_r]
         if wanted.b_enc or (wanted.b_dec and spec.apply_b_dec_to_input):
             grad_b_enc = b_enc.new_zeros(n_latents, dtype=sum_dtype)
             grad_b_enc.index_add_(0, g.latents.flatten(), g.values.flatten())
-            grad_b_enc = shards.own_latents(grad_b_enc)  # [F]
+            grad_b_enc = grad_b_enc[own_latents]  # [F_r]
+        if grad_b_dec is not None and grad_b_enc is not None and spec.apply_b_dec_to_input:
+            grad_b_dec = minus_product(grad_b_dec, W_enc, grad_b_enc)
         if wanted.encoder_input:
             grad_x = gather(g, W_enc.T, use_triton=use_triton)  # [B, D]
-    if grad_b_dec is not None:
-        grad_b_dec = shards.at_own_width(grad_b_dec)  # [D]
-        if grad_b_enc is not None and spec.apply_b_dec_to_input:
-            grad_b_dec = minus_product(grad_b_dec, W_enc, grad_b_enc)
-        grad_b_dec = shards.sum(grad_b_dec)
     assert decoded.residual is not None
+    loss, grad_b_dec = shards.sum_both(decoded.loss, grad_b_dec)
     return Reconstruction(
-        mse_loss=shards.sum(decoded.loss),
+        mse_loss=loss,
         gradients=Gradients(
             W_enc=grad_W_enc,
             b_enc=_kept(grad_b_enc, b_enc) if wanted.b_enc else None,
@@ -279,6 +281,7 @@ def _reconstruct(
             output_scale=_kept(grad_scale, inputs.output_scale),
         ),
         residual=decoded.residual,
+        rows=rows,
         code=code,
         hidden_pre=hidden_pre,
         norms=norms,
@@ -296,7 +299,7 @@ def _norms_and_copy(
     rescales = spec.rescale_acts_by_decoder_norm
     if spec.use_triton and spec.product_dtype.itemsize < W_dec.itemsize:
         norms, copy = norms_and_copy(W_dec, spec.product_dtype)
-        return shards.whole_norms(norms) if rescales else None, copy
+        return shards.norms(W_dec, norms) if rescales else None, copy
     return shards.norms(W_dec) if rescales else None, W_dec
 
 

@@ -1,0 +1,74 @@
+"""A step of several processes is that of one process on the global batch."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from .ranks import Ranks
+from .steps import Case, on_rank, stepwise
+
+AUXILIARY = {"n_dead": 9, "first_dead": 8}  # more than k_aux, on two ranks
+
+CASES = {
+    "hierarchical": Case(),
+    "topk": Case("flex_topk"),
+    "budgets": Case(settings={"budgets": [1, 3, 5]}),
+    "without norms": Case(settings={"rescale_acts_by_decoder_norm": False}),
+    "b_dec kept in": Case("flex_topk", settings={"apply_b_dec_to_input": False}),
+    "layer_norm": Case(settings={"normalize_activations": "layer_norm", "aux_loss_coefficient": 0}),
+    "constant_norm": Case(
+        settings={"normalize_activations": "constant_norm_rescale", "aux_loss_coefficient": 0}
+    ),
+    "dense acts": Case("flex_topk", settings={"use_sparse_activations": False}),
+    "all winners on the first rank": Case(weights="first"),
+    "all winners on the last rank": Case(weights="last"),
+    "ties": Case(weights="ties", d_sae=200, n_samples=40),
+    "ties without norms": Case(
+        weights="ties",
+        d_sae=200,
+        n_samples=40,
+        settings={"rescale_acts_by_decoder_norm": False},
+    ),
+    "few positive": Case(weights="few positive"),
+    "K above a rank's share": Case("flex_topk", d_sae=13, k=11),
+    "K all": Case(d_sae=9, k=9),
+    "a sample a rank": Case(n_samples=0),
+    "few dead": Case(n_dead=3, first_dead=17),
+    "many dead": Case(**AUXILIARY),
+    "many dead, topk": Case("flex_topk", **AUXILIARY),
+    "many dead without norms": Case(settings={"rescale_acts_by_decoder_norm": False}, **AUXILIARY),
+    "many dead, b_dec kept in": Case(settings={"apply_b_dec_to_input": False}, **AUXILIARY),
+    "few dead, none on others": Case(n_dead=2, first_dead=0),
+    "dead on the last rank alone": Case(n_dead=11, first_dead=26),
+    "a rank's latents all dead": Case(n_dead=19, first_dead=0),
+    "all dead": Case(n_dead=37),
+}
+
+
+def assert_close(name: str, value: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    assert value.shape == expected.shape, name
+    assert value.dtype == expected.dtype, name
+    error = (value - expected).norm() / expected.norm().clamp(min=1e-30)
+    assert error <= tolerance, f"{name}: {error}"
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_steps_are_those_of_one_process(ranks: Ranks, case: Case) -> None:
+    if case.n_samples == 0:
+        case = replace(case, n_samples=ranks.size)
+    expected, found = stepwise(case), ranks.call(on_rank, case)
+    tolerance = 1e-12
+    for step, one in enumerate(expected):
+        several = [of_rank[step] for of_rank in found]
+        outputs = torch.cat([each["sae_out"] for each in several])
+        assert_close("sae_out", outputs, one["sae_out"], tolerance)
+        for each in several:
+            assert torch.equal(each["feature_acts"] != 0, one["feature_acts"] != 0)
+            assert torch.equal(each["own b_dec"], several[0]["own b_dec"])
+            for name in ("feature_acts", "hidden_pre"):
+                assert_close(name, each[name], one[name], tolerance)
+            for of in ("losses", "metrics", "gradients"):
+                assert each[of].keys() == one[of].keys()
+                for name, value in one[of].items():
+                    assert_close(name, each[of][name], value, tolerance)
