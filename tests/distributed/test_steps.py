@@ -71,6 +71,32 @@ def test_steps_in_float32_are_those_of_one_process(
     _compare(case, stepwise(case), ranks.call(on_rank, case), tolerance=1e-6)
 
 
+@pytest.mark.parametrize("n_dead", [0, 20])
+def test_steps_by_kernels_are_those_of_one_process(ranks: Ranks, n_dead: int) -> None:
+    case = Case(dtype="float32", n_dead=n_dead, steps=1, settings={"backend": "triton"})
+    _compare(case, stepwise(case), ranks.call(on_rank, case), tolerance=2e-6)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("architecture", ["hierarchical_topk", "flex_topk"])
+def test_steps_under_autocast_are_those_of_one_process(
+    ranks: Ranks, architecture: str, backend: str
+) -> None:
+    settings = {"backend": backend, "aux_loss_coefficient": 0.5}
+    case = Case(architecture, dtype="float32", autocast=True, n_dead=9, steps=1, settings=settings)
+    # The values of the dead latents are rounded to bfloat16, each part of a sum by itself.
+    _compare(case, stepwise(case), ranks.call(on_rank, case), tolerance=2**-7)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", ["bfloat16"])
+def test_steps_of_16_bit_weights_are_those_of_one_process(
+    ranks: Ranks, dtype: str, backend: str
+) -> None:
+    case = Case(dtype=dtype, steps=1, settings={"backend": backend})
+    _compare(case, stepwise(case), ranks.call(on_rank, case), tolerance=2**-7)
+
+
 @pytest.mark.parametrize("architecture", ["hierarchical_topk", "flex_topk"])
 def test_200_steps_are_those_of_one_process(ranks: Ranks, architecture: str) -> None:
     case = Case(architecture, n_samples=16, d_sae=70, steps=200)
