@@ -71,30 +71,36 @@ def test_steps_in_float32_are_those_of_one_process(
     _compare(case, stepwise(case), ranks.call(on_rank, case), tolerance=1e-6)
 
 
-@pytest.mark.parametrize("n_dead", [0, 20])
-def test_steps_by_kernels_are_those_of_one_process(ranks: Ranks, n_dead: int) -> None:
-    case = Case(dtype="float32", n_dead=n_dead, steps=1, settings={"backend": "triton"})
-    _compare(case, stepwise(case), ranks.call(on_rank, case), tolerance=2e-6)
-
-
-@pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("architecture", ["hierarchical_topk", "flex_topk"])
-def test_steps_under_autocast_are_those_of_one_process(
-    ranks: Ranks, architecture: str, backend: str
-) -> None:
-    settings = {"backend": backend, "aux_loss_coefficient": 0.5}
-    case = Case(architecture, dtype="float32", autocast=True, n_dead=9, steps=1, settings=settings)
-    # The values of the dead latents are rounded to bfloat16, each part of a sum by itself.
+def test_steps_under_autocast_are_those_of_one_process(ranks: Ranks, architecture: str) -> None:
+    case = Case(architecture, dtype="float32", autocast=True, n_dead=9)
+    # Values of dead latents are rounded to bfloat16, on each rank those of its part.
     _compare(case, stepwise(case), ranks.call(on_rank, case), tolerance=2**-7)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("dtype", ["bfloat16"])
-def test_steps_of_16_bit_weights_are_those_of_one_process(
-    ranks: Ranks, dtype: str, backend: str
-) -> None:
-    case = Case(dtype=dtype, steps=1, settings={"backend": backend})
+def test_steps_of_16_bit_weights_are_those_of_one_process(ranks: Ranks) -> None:
+    case = Case(dtype="bfloat16", n_dead=9)
     _compare(case, stepwise(case), ranks.call(on_rank, case), tolerance=2**-7)
+
+
+BY_KERNELS = Case(
+    d_in=6, d_sae=13, k=2, n_samples=4, steps=1, dtype="float32", settings={"backend": "triton"}
+)
+
+
+@pytest.mark.parametrize(
+    ("case", "tolerance"),
+    [
+        (replace(BY_KERNELS, n_dead=6, first_dead=4), 2e-6),
+        (replace(BY_KERNELS, autocast=True), 2**-7),
+        (replace(BY_KERNELS, dtype="bfloat16"), 2**-7),
+    ],
+    ids=["many dead", "autocast", "bfloat16"],
+)
+def test_steps_by_kernels_are_those_of_one_process(
+    two_ranks: Ranks, case: Case, tolerance: float
+) -> None:
+    _compare(case, stepwise(case), two_ranks.call(on_rank, case), tolerance=tolerance)
 
 
 @pytest.mark.parametrize("architecture", ["hierarchical_topk", "flex_topk"])
