@@ -114,6 +114,10 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def own(tensor: Any) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def record(sae: Any, output: TrainStepOutput) -> dict[str, Any]:
     """Return what is compared of a step."""
     acts = output.feature_acts
@@ -124,7 +128,7 @@ def record(sae: Any, output: TrainStepOutput) -> dict[str, Any]:
             **{n: v.detach() for n, v in output.losses.items()},
         },
         "gradients": {name: whole(getattr(sae, name).grad) for name in NAMES},
-        "own b_dec": sae.b_dec.grad.to_local() if isinstance(sae.b_dec, DTensor) else None,
+        "own b_dec": own(sae.b_dec.grad),
         "hidden_pre": output.hidden_pre,
         "feature_acts": acts,
         "sae_out": output.sae_out,
@@ -145,8 +149,8 @@ def stepwise(case: Case, size: int = 1) -> list[dict[str, Any]]:
         sae, rank = sae_lens_flex.shard(sae), dist.get_rank()
     records = []
     for step, batch in enumerate(case.batches()):
-        own = batch.split(parts(len(batch), size, step))[rank] if size > 1 else batch
-        records.append(record(sae, forward(case, sae, own)))
+        part = batch.split(parts(len(batch), size, step))[rank] if size > 1 else batch
+        records.append(record(sae, forward(case, sae, part)))
     return records
 
 
@@ -167,10 +171,10 @@ def free(case: Case, size: int = 1) -> dict[str, Any]:
     since_fired = torch.zeros(case.d_sae)
     losses, n_dead, norms = [], [], []
     for step, batch in enumerate(case.batches()):
-        own = batch.split(parts(len(batch), size, step))[rank] if size > 1 else batch
+        part = batch.split(parts(len(batch), size, step))[rank] if size > 1 else batch
         mask = since_fired > N_STEPS_TO_DEATH
         step_input = TrainStepInput(
-            sae_in=own,
+            sae_in=part,
             coefficients={},
             dead_neuron_mask=mask,
             n_training_steps=step,

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from sae_lens.saes.sae import TrainStepInput
+from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
+from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
@@ -50,8 +51,9 @@ def parts_and_whole() -> dict[str, Any]:
     sae = CASE.sae()
     sae.b_enc.requires_grad_(False)
     if dist.get_rank() > 0:  # whose weights do not matter
-        for weight in sae.parameters():
-            weight.data.zero_()
+        for name, weight in list(sae.named_parameters()):
+            empty = torch.nn.Parameter(weight.to("meta"), requires_grad=weight.requires_grad)
+            setattr(sae, name, empty)
     sharded: Any = sae_lens_flex.shard(sae, init_device_mesh("cpu", (dist.get_world_size(),)))
     assert sharded is sae
     again = sae_lens_flex.unshard(sharded)
@@ -71,6 +73,12 @@ def parts_and_whole() -> dict[str, Any]:
         "budget": again.budget,
         "histogram": sharded.log_histograms()["weights/W_dec_norms"],
     }
+
+
+def folded() -> dict[str, torch.Tensor]:
+    sae: Any = sae_lens_flex.shard(CASE.sae())
+    sae.fold_activation_norm_scaling_factor(3.0)
+    return {name: getattr(sae_lens_flex.unshard(sae), name).detach() for name in NAMES}
 
 
 def refusals() -> dict[str, str]:
@@ -156,7 +164,7 @@ def state_of(sae: Any, optimizer: Any) -> dict[str, Any]:
 def save(directory: Path) -> dict[str, torch.Tensor]:
     sae, optimizer = trained()
     state = state_of(sae, optimizer)
-    dcp.save(state, checkpoint_id=directory / "dcp")
+    save_distributed(state, checkpoint_id=directory / "dcp")
     ordinary = sae_lens_flex.unshard(sae)
     if dist.get_rank() == 0:
         ordinary.save_model(directory / "sae")
@@ -167,7 +175,7 @@ def save(directory: Path) -> dict[str, torch.Tensor]:
 def load(directory: Path) -> dict[str, torch.Tensor]:
     sae, optimizer = trained(steps=1)
     state = state_of(sae, optimizer)
-    dcp.load(state, checkpoint_id=directory / "dcp")
+    load_distributed(state, checkpoint_id=directory / "dcp")
     sae.load_state_dict({name: state[name] for name in NAMES})
     return {name: whole(value.detach()) for name, value in state_of(sae, optimizer).items()}
 
@@ -201,6 +209,14 @@ def test_each_rank_holds_its_part_of_rank_0s_weights(ranks: Ranks) -> None:
     elements = [each["elements"] for each in found]
     assert sum(elements) == n_weights + (ranks.size - 1) * CASE.d_in
     assert max(elements) < 1.2 * n_weights / ranks.size
+
+
+def test_a_scaling_factor_is_folded_in(ranks: Ranks) -> None:
+    expected = CASE.sae()
+    expected.fold_activation_norm_scaling_factor(3.0)
+    for each in ranks.call(folded):
+        for name, weight in each.items():
+            assert torch.equal(weight, getattr(expected, name))
 
 
 def test_what_cannot_work_is_refused_on_every_rank(ranks: Ranks) -> None:
