@@ -89,6 +89,8 @@ def refusals() -> dict[str, str]:
         "few latents": message(sae_lens_flex.shard, Case(d_sae=1, k=1).sae()),
         "config": message(sae_lens_flex.shard, Case(k=5 - (rank == 1)).sae()),
     }
+    plane = init_device_mesh("cpu", (1, dist.get_world_size()))
+    found["mesh"] = message(sae_lens_flex.shard, CASE.sae(), plane)
     hooked: Any = CASE.sae()
     if rank == 1:
         hooked.hook_sae_acts_post.add_hook(lambda acts, hook: acts)
@@ -124,6 +126,16 @@ def unlogged() -> dict[str, Any]:
         "metrics": output.metrics,
         "requires_grad": evaluated.loss.requires_grad,
     }
+
+
+def compiled() -> bool:
+    sae: Any = sae_lens_flex.shard(CASE.sae())
+    x = samples()
+    loss = forward(CASE, sae, x).loss
+    sae.training_forward_pass = torch.compile(sae.training_forward_pass)  # as `compile_sae` does
+    ordinary = sae_lens_flex.unshard(sae)
+    forward(CASE, ordinary, x)
+    return torch.equal(forward(CASE, sae, x).loss, loss)
 
 
 def second_backward() -> bool:
@@ -226,6 +238,7 @@ def test_what_cannot_work_is_refused_on_every_rank(ranks: Ranks) -> None:
         "whole": "TypeError: sae is a HierarchicalTopKTrainingSAE, expected one that `shard` made",
         "few latents": "ValueError: d_sae is 1, which leaves one of",
         "config": "ValueError: ranks differ, expected the same on all: k is 5 on rank 0, 4 on",
+        "mesh": "ValueError: mesh has 2 dimensions, expected 1",
         "twice": "TypeError: sae has been sharded already",
         "encode": "NotImplementedError: encode needs the whole SAE",
         "decode": "NotImplementedError: decode needs the whole SAE",
@@ -262,6 +275,10 @@ def test_sae_out_of_a_step_that_is_not_logged_is_nan(ranks: Ranks) -> None:
         assert each["sae_out"].isnan().all()
         assert each["metrics"] == {}
         assert not each["requires_grad"]
+
+
+def test_steps_can_be_compiled(ranks: Ranks) -> None:
+    assert all(ranks.call(compiled))
 
 
 def test_losses_are_differentiated_apart_and_again(ranks: Ranks) -> None:
