@@ -29,6 +29,8 @@ from .fused_topk import OWN, FusedTopKTrainingSAE
 PLACEMENTS = {"W_enc": Shard(1), "b_enc": Shard(0), "W_dec": Shard(1), "b_dec": Replicate()}
 # Weights go from rank to rank in pieces of about this many bytes.
 PIECE_BYTES = 2**26
+# What `unshard` leaves out: what belongs to the parts, and a compiled step, which is bound to them.
+NOT_COPIED = ("_shards", "_mesh", "_ranks", "training_forward_pass")
 
 T = TypeVar("T", bound=FusedTopKTrainingSAE)
 
@@ -57,6 +59,7 @@ def shard(sae: T, mesh: DeviceMesh | None = None) -> T:
 
     Args:
         sae (FusedTopKTrainingSAE): A flex_topk or hierarchical_topk training SAE, on any device.
+            The weights of other ranks than 0 are not read.
         mesh (DeviceMesh | None): One dimension. None takes all processes of the default group.
 
     Raises:
@@ -113,7 +116,10 @@ def shard(sae: T, mesh: DeviceMesh | None = None) -> T:
         rows = _by_rows(name, weight.data)
         local = rows.new_empty(_own_rows(name, rows, shards).shape, device=device)
         for piece, rows_of_piece in _pieces(rows):
-            received = rows_of_piece.to(device).contiguous()
+            if rank == 0:
+                received = rows_of_piece.to(device).contiguous()
+            else:
+                received = torch.empty(rows_of_piece.shape, dtype=rows.dtype, device=device)
             dist.broadcast(received, dist.get_global_rank(group, 0), group=group)
             _copy_own(name, local, piece, received, shards)
         parameter = nn.Parameter(_distributed(name, local, weight.shape, mesh))
@@ -169,7 +175,7 @@ def unshard(
     memo: dict[int, Any] = {id(sae): result}
     for name, weight in sae.named_parameters():
         memo[id(weight)] = nn.Parameter(whole[name], requires_grad=weight.requires_grad)
-    state = {k: v for k, v in vars(sae).items() if k not in ("_shards", "_mesh", "_ranks")}
+    state = {k: v for k, v in vars(sae).items() if k not in NOT_COPIED}
     result.__setstate__(copy.deepcopy(state, memo))
     result.device, result.cfg.device = device, str(device)
     return result
@@ -221,11 +227,11 @@ class ShardedTrainingSAE(FusedTopKTrainingSAE):
             )
         weights = self._weights()
         k = self._step_k()
-        levels = self._levels(k, weights.W_dec)
+        self._levels(k, weights.W_dec)  # raises where budgets do not fit k
         return {
             "is_logging_step": step_input.is_logging_step,
             "k": k,
-            "budgets": levels.tolist() if isinstance(levels, torch.Tensor) else levels,
+            "budgets": getattr(self.cfg, "budgets", None),
             "aux_loss_coefficient": self.cfg.aux_loss_coefficient,
             "dead_neuron_mask": "None" if mask is None else "a tensor",
             "dtype of sae_in": x.dtype,

@@ -141,6 +141,8 @@ def auxiliary_loss(
         own_latents = own_latents - shards.own_latents(len(weights.W_dec)).start
     n_own = len(own_latents)
     b_enc = weights.b_enc.index_select(0, own_latents)  # [n_r]
+    bias = shards.bias_to_compare(b_enc, use_triton=spec.use_triton)
+    kept_dtype = torch.promote_types(rows.dtype, b_enc.dtype)
     norms = None if norms is None else norms[latents]  # [n]
     k = min(n_dead, half_width)
     factor = coefficient * min(n_dead / half_width, 1.0)
@@ -166,14 +168,14 @@ def auxiliary_loss(
             products = rows[chunk] @ encoder.T  # [b, n_r]
             kept = None
             if k < n_dead:
-                kept = empty_code(len(products), min(k, n_own), rows, b_enc)
+                kept = empty_code(len(products), min(k, n_own), rows, bias)
                 if n_own > 0:
-                    parts = Encoder(encoder.T, b_enc, None if norms is None else norms[own])
+                    parts = Encoder(encoder.T, bias, None if norms is None else norms[own])
                     is_sorted = shards.is_sharded  # as merging expects
                     select_from(
                         products, parts, kept, use_triton=spec.use_triton, is_sorted=is_sorted
                     )
-                kept = shards.merge(kept, norms, k, split)  # [b, k]
+                kept = shards.merge(kept, norms, k, dtype=kept_dtype, split=split)  # [b, k]
                 acts = products.new_zeros((len(products), n_dead))
                 acts.scatter_(-1, kept.latents, in_dtype(kept.values, dtype))
             else:

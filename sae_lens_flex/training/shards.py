@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 
 from ..ops.codes import Code
-from ..ops.policy import accumulation_dtype
+from ..ops.policy import accumulation_dtype, in_dtype
 
 # So many elements of a matrix are squared at once.
 SQUARED_ELEMENTS = 2**22
@@ -131,7 +131,19 @@ class Whole:
         """
         return rows.norm(dim=-1) if own is None else own
 
-    def merge(self, code: Code, norms: torch.Tensor | None, k: int, split: Split | None) -> Code:
+    def bias_to_compare(self, b_enc: torch.Tensor, *, use_triton: bool) -> torch.Tensor:
+        """Return b_enc in the dtype with which candidates are to be selected for `merge`."""
+        return b_enc
+
+    def merge(
+        self,
+        code: Code,
+        norms: torch.Tensor | None,
+        k: int,
+        *,
+        dtype: torch.dtype,
+        split: Split | None = None,
+    ) -> Code:
         """Return the k largest of all ranks' candidates.
 
         Args:
@@ -139,6 +151,7 @@ class Whole:
                 [B, min(k, n_r)] each. Its latents are numbered from 0.
             norms: what the values are multiplied by to be compared, [n], or None for 1.
             k: latents to keep, at most n.
+            dtype: of the values to return.
             split: by which the ranks hold the n latents; None for the dictionary's.
 
         Returns:
@@ -245,7 +258,19 @@ class Shards(Whole):
         squares = [part.to(dtype).square().sum(-1) for part in rows.split(n_rows)]
         return self.sum(torch.cat(squares)).sqrt_().to(rows.dtype)
 
-    def merge(self, code: Code, norms: torch.Tensor | None, k: int, split: Split | None) -> Code:
+    def bias_to_compare(self, b_enc: torch.Tensor, *, use_triton: bool) -> torch.Tensor:
+        # The kernels compare in float32 before they round.
+        return b_enc.float() if use_triton and b_enc.itemsize < 4 else b_enc
+
+    def merge(
+        self,
+        code: Code,
+        norms: torch.Tensor | None,
+        k: int,
+        *,
+        dtype: torch.dtype,
+        split: Split | None = None,
+    ) -> Code:
         split = split or self.latents
         # Each rank merges its part of the samples, whosever they are.
         samples = Split.even(len(code.latents), self.size)
@@ -260,7 +285,8 @@ class Shards(Whole):
         # keeps the smaller of equal ones. Adding 0 makes -0 equal to 0 in every sort.
         order = (compared + 0.0).sort(dim=-1, descending=True, stable=True).indices[:, :k]
         latents = self._all_rows(latents.gather(-1, order), samples)
-        return Code(latents.long(), self._all_rows(values.gather(-1, order), samples))
+        values = in_dtype(values.gather(-1, order), dtype)
+        return Code(latents.long(), self._all_rows(values, samples))
 
     def own_pairs(self, code: Code) -> Code:
         start = self.latents.part(self.rank).start

@@ -194,9 +194,11 @@ def _reconstruct(
     # --- encode
     norms, read = _norms_and_copy(W_dec, spec, shards)  # [F] or None, [F, D_r]
     rows = shards.all_samples(encoder_rows(x, b_dec, spec))  # [B, D]
-    encoder = Encoder(W_enc, b_enc, None if norms is None else norms[own_latents])
+    bias = shards.bias_to_compare(b_enc, use_triton=use_triton)
+    encoder = Encoder(W_enc, bias, None if norms is None else norms[own_latents])
     code = select(rows, encoder, min(spec.k, n_own), use_triton=use_triton)  # of F_r
-    code = shards.merge(code, norms, spec.k, None)  # [B, k], of F
+    dtype = torch.promote_types(rows.dtype, b_enc.dtype)
+    code = shards.merge(code, norms, spec.k, dtype=dtype)  # [B, k], of F
     index = None
     if wanted.W_enc:
         index = shards.own_pairs(code).by_latent(

@@ -1,7 +1,7 @@
 """Steps of one process and of several, from equal weights on the same global batches."""
 
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -67,7 +67,16 @@ class Case:
         batches = torch.randn(*shape, generator=generator, dtype=torch.float64)
         if self.weights == "ties":
             batches = batches.round()
-        return list(batches.to(getattr(torch, self.dtype)))
+        return [self._without_near_ties(x) for x in batches.to(getattr(torch, self.dtype))]
+
+    def _without_near_ties(self, batch: torch.Tensor) -> torch.Tensor:
+        """Leave out samples of which rounding in float32 decides which latent is kept."""
+        if self.dtype != "float32":
+            return batch
+        exact = replace(self, dtype="float64").sae()
+        _, hidden = exact.encode_with_hidden_pre(batch.double())
+        largest = hidden.detach().topk(self.k + 1).values
+        return batch[largest[:, -2] - largest[:, -1] > 1e-6 * largest[:, -2].abs()]
 
     def mask(self) -> torch.Tensor:
         mask = torch.zeros(self.d_sae, dtype=torch.bool)
@@ -105,6 +114,10 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def own(tensor: Any) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def record(sae: Any, output: TrainStepOutput) -> dict[str, Any]:
     """Return what is compared of a step."""
     acts = output.feature_acts
@@ -115,7 +128,7 @@ def record(sae: Any, output: TrainStepOutput) -> dict[str, Any]:
             **{n: v.detach() for n, v in output.losses.items()},
         },
         "gradients": {name: whole(getattr(sae, name).grad) for name in NAMES},
-        "own b_dec": sae.b_dec.grad.to_local() if isinstance(sae.b_dec, DTensor) else None,
+        "own b_dec": own(sae.b_dec.grad),
         "hidden_pre": output.hidden_pre,
         "feature_acts": acts,
         "sae_out": output.sae_out,
@@ -136,10 +149,57 @@ def stepwise(case: Case, size: int = 1) -> list[dict[str, Any]]:
         sae, rank = sae_lens_flex.shard(sae), dist.get_rank()
     records = []
     for step, batch in enumerate(case.batches()):
-        own = batch.split(parts(len(batch), size, step))[rank] if size > 1 else batch
-        records.append(record(sae, forward(case, sae, own)))
+        part = batch.split(parts(len(batch), size, step))[rank] if size > 1 else batch
+        records.append(record(sae, forward(case, sae, part)))
     return records
 
 
 def on_rank(case: Case) -> list[dict[str, Any]]:
     return stepwise(case, dist.get_world_size())
+
+
+N_STEPS_TO_DEATH = 4
+
+
+def free(case: Case, size: int = 1) -> dict[str, Any]:
+    """Train with clipping and Adam. Latents that have not fired for some steps are dead."""
+    sae: Any = case.sae()
+    rank = 0
+    if size > 1:
+        sae, rank = sae_lens_flex.shard(sae), dist.get_rank()
+    optimizer = torch.optim.Adam(sae.parameters(), lr=1e-3, fused=True)
+    since_fired = torch.zeros(case.d_sae)
+    losses, n_dead, norms = [], [], []
+    for step, batch in enumerate(case.batches()):
+        part = batch.split(parts(len(batch), size, step))[rank] if size > 1 else batch
+        mask = since_fired > N_STEPS_TO_DEATH
+        step_input = TrainStepInput(
+            sae_in=part,
+            coefficients={},
+            dead_neuron_mask=mask,
+            n_training_steps=step,
+            is_logging_step=False,
+        )
+        output = sae.training_forward_pass(step_input)
+        optimizer.zero_grad()
+        output.loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
+        optimizer.step()
+        fired = output.feature_acts.bool().float().sum(0)
+        since_fired = torch.where(fired > 0, 0, since_fired + 1)
+        losses.append(
+            torch.stack([output.loss.detach(), *map(torch.detach, output.losses.values())])
+        )
+        n_dead.append(int(mask.sum()))
+        norms.append(whole(norm))
+    return {
+        "losses": torch.stack(losses),
+        "norms": torch.stack(norms),
+        "n_dead": n_dead,
+        "since_fired": since_fired,
+        "weights": {name: whole(getattr(sae, name).detach()) for name in NAMES},
+    }
+
+
+def free_on_rank(case: Case) -> dict[str, Any]:
+    return free(case, dist.get_world_size())

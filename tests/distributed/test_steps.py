@@ -1,14 +1,15 @@
 """A step of several processes is that of one process on the global batch."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from .ranks import Ranks
-from .steps import Case, on_rank, stepwise
+from .steps import Case, free, free_on_rank, on_rank, stepwise
 
-AUXILIARY = {"n_dead": 9, "first_dead": 8}  # more than k_aux, on two ranks
+AUXILIARY: Any = {"n_dead": 9, "first_dead": 8}  # more than k_aux, on two ranks
 
 CASES = {
     "hierarchical": Case(),
@@ -57,8 +58,68 @@ def assert_close(name: str, value: torch.Tensor, expected: torch.Tensor, toleran
 def test_steps_are_those_of_one_process(ranks: Ranks, case: Case) -> None:
     if case.n_samples == 0:
         case = replace(case, n_samples=ranks.size)
-    expected, found = stepwise(case), ranks.call(on_rank, case)
-    tolerance = 1e-12
+    _compare(case, stepwise(case), ranks.call(on_rank, case), tolerance=1e-12)
+
+
+@pytest.mark.parametrize("architecture", ["hierarchical_topk", "flex_topk"])
+@pytest.mark.parametrize("n_dead", [0, 20])
+def test_steps_in_float32_are_those_of_one_process(
+    ranks: Ranks, architecture: str, n_dead: int
+) -> None:
+    case = Case(architecture, 24, 150, 8, n_samples=64, dtype="float32", n_dead=n_dead)
+    n_left_out = case.steps * case.n_samples - sum(map(len, case.batches()))
+    assert n_left_out <= 2
+    _compare(case, stepwise(case), ranks.call(on_rank, case), tolerance=1e-6)
+
+
+@pytest.mark.parametrize("architecture", ["hierarchical_topk", "flex_topk"])
+def test_steps_under_autocast_are_those_of_one_process(ranks: Ranks, architecture: str) -> None:
+    case = Case(architecture, dtype="float32", autocast=True, n_dead=9)
+    # Values of dead latents are rounded to bfloat16, on each rank those of its part.
+    _compare(case, stepwise(case), ranks.call(on_rank, case), tolerance=2**-7)
+
+
+def test_steps_of_16_bit_weights_are_those_of_one_process(ranks: Ranks) -> None:
+    case = Case(dtype="bfloat16", n_dead=9)
+    _compare(case, stepwise(case), ranks.call(on_rank, case), tolerance=2**-7)
+
+
+BY_KERNELS = Case(
+    d_in=6, d_sae=13, k=2, n_samples=4, steps=1, dtype="float32", settings={"backend": "triton"}
+)
+
+
+@pytest.mark.parametrize(
+    ("case", "tolerance"),
+    [
+        (replace(BY_KERNELS, n_dead=6, first_dead=4), 2e-6),
+        (replace(BY_KERNELS, autocast=True), 2**-7),
+        (replace(BY_KERNELS, dtype="bfloat16"), 2**-7),
+    ],
+    ids=["many dead", "autocast", "bfloat16"],
+)
+def test_steps_by_kernels_are_those_of_one_process(
+    two_ranks: Ranks, case: Case, tolerance: float
+) -> None:
+    _compare(case, stepwise(case), two_ranks.call(on_rank, case), tolerance=tolerance)
+
+
+def test_200_steps_are_those_of_one_process(ranks: Ranks) -> None:
+    architecture = "flex_topk" if ranks.size == 2 else "hierarchical_topk"  # each takes seconds
+    case = Case(architecture, n_samples=16, d_sae=70, steps=200)
+    one = free(case)
+    assert max(one["n_dead"]) > case.d_in // 2
+    for several in ranks.call(free_on_rank, case):
+        assert several["n_dead"] == one["n_dead"]
+        assert torch.equal(several["since_fired"], one["since_fired"])
+        for name in ("losses", "norms"):
+            for step, (value, expected) in enumerate(zip(several[name], one[name], strict=True)):
+                assert_close(f"{name} of step {step}", value, expected, 1e-12)
+        for name, expected in one["weights"].items():
+            assert_close(name, several["weights"][name], expected, 1e-12)
+
+
+def _compare(case: Case, expected: list, found: list, tolerance: float) -> None:
     for step, one in enumerate(expected):
         several = [of_rank[step] for of_rank in found]
         outputs = torch.cat([each["sae_out"] for each in several])
