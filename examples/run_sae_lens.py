@@ -3,15 +3,18 @@
     python examples/run_sae_lens.py
     python examples/run_sae_lens.py --model gpt2 --dataset monology/pile-uncopyrighted
     python examples/run_sae_lens.py --preset gemma-2-2b
+    torchrun --nproc-per-node 8 examples/run_sae_lens.py --preset gemma-2-2b --device cuda
 
 Without arguments it takes the model and the text of examples/tiny_lm. It then needs no network, and
-is done within 2 minutes on 2 CPU cores. The other two commands are for a GPU.
+is done within 2 minutes on 2 CPU cores. The next two commands are for a GPU, the last one for eight.
 """
 
 import argparse
 import math
+import os
 from pathlib import Path
 
+import torch
 from datasets import load_dataset
 from sae_lens import (
     SAE,
@@ -27,6 +30,10 @@ import sae_lens_flex  # registers "hierarchical_topk"
 
 HELD_OUT_DOCUMENTS = 1000
 TINY_LM = Path(__file__).parent / "tiny_lm"
+
+# torchrun tells a process the number of processes, and its own among them.
+SEVERAL = int(os.environ.get("WORLD_SIZE", "1")) > 1
+IS_RANK_0 = os.environ.get("RANK", "0") == "0"
 
 PRESETS = {
     "tiny": dict(
@@ -142,9 +149,8 @@ def train(args: argparse.Namespace) -> None:
         output_path=str(args.output),
     )
     training_text = load_dataset(args.dataset, split="train", streaming=True)
-    LanguageModelSAETrainingRunner(
-        cfg, override_dataset=training_text.skip(HELD_OUT_DOCUMENTS)
-    ).run()
+    runner = sae_lens_flex.ShardedTrainingRunner if SEVERAL else LanguageModelSAETrainingRunner
+    runner(cfg, override_dataset=training_text.skip(HELD_OUT_DOCUMENTS)).run()
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -171,6 +177,10 @@ def evaluate(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     arguments = parse_args()
-    announce(arguments)
+    if IS_RANK_0:
+        announce(arguments)
     train(arguments)
-    evaluate(arguments)
+    if SEVERAL:
+        torch.distributed.destroy_process_group()
+    if IS_RANK_0:
+        evaluate(arguments)

@@ -3,6 +3,7 @@
 Importing this package registers the architectures "hierarchical_topk" and "flex_topk" in SAELens.
 """
 
+from .distributed import ShardedTrainingRunner
 from .evals import BudgetMetrics, BudgetSweep, smallest_budget, sweep_budgets
 from .ops import (
     hierarchical_sae_loss,
@@ -33,6 +34,7 @@ __all__ = [
     "HierarchicalTopKSAEConfig",
     "HierarchicalTopKTrainingSAE",
     "HierarchicalTopKTrainingSAEConfig",
+    "ShardedTrainingRunner",
     "export_topk",
     "from_topk",
     "fused_adam",
