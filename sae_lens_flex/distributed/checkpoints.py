@@ -76,11 +76,15 @@ def taking_shares(optimizer: Optimizer) -> Iterator[None]:
 
 
 def _share(value: Any, parameter: torch.Tensor) -> Any:
-    """Return this process's part of a tensor of the parameter's shape; anything else as it is."""
-    if not (isinstance(parameter, DTensor) and isinstance(value, torch.Tensor)):
+    """Return this process's part of a moment of the parameter; a number of steps as it is."""
+    if not isinstance(value, torch.Tensor) or value.ndim == 0:
         return value
+    assert isinstance(parameter, DTensor)
     if value.shape != parameter.shape:
-        return value
+        raise ValueError(
+            f"the optimizer's state has shape {list(value.shape)}, expected that of the parameter, "
+            f"{list(parameter.shape)}"
+        )
     mesh, placements = parameter.device_mesh, parameter.placements
     # The part is cut out on the CPU. The whole need not fit on a GPU.
     on_cpu = init_device_mesh("cpu", mesh.shape)

@@ -71,7 +71,7 @@ class ShardedTrainingRunner(LanguageModelSAETrainingRunner):
             cfg.device = device
             self.sae = shard(self.sae, processes.mesh)
             self._share_data()
-            self.evaluator: Any = _EvaluatorOnRank0(self.evaluator, processes)
+            self.evaluator: Any = EvaluatorOnRank0(self.evaluator, processes)
         if processes.rank > 0:
             # SAELens shuffles activations by torch's generator, which until here is the same in all
             # processes.
@@ -290,7 +290,7 @@ def _part(dataset: Any, processes: Processes) -> Any:
     return split_dataset_by_node(dataset, rank=processes.rank, world_size=processes.size)
 
 
-class _EvaluatorOnRank0:
+class EvaluatorOnRank0:
     """SAELens's evaluator on rank 0, while the others wait. The SAE has to fit there as a whole."""
 
     def __init__(self, evaluator: LLMSaeEvaluator[Any], processes: Processes) -> None:

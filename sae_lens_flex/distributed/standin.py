@@ -71,7 +71,8 @@ def shard(sae: Any, mesh: Any) -> Any:
     weights = {n: getattr(sae, n).data for n in PLACEMENTS}
     out = _classes[cls](sae.cfg)
     out._mesh = mesh
-    for n, p in PLACEMENTS.items():
+    for n, _ in sae.named_parameters():
+        p = PLACEMENTS[n]
         d = distribute_tensor(weights[n], mesh, [p], src_data_rank=None)
         out._parameters[n] = nn.Parameter(d)
     return out
