@@ -1,5 +1,6 @@
 """The processes that `torchrun` started: what each of them is, what they agree on, how they end."""
 
+import logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping
@@ -11,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from sae_lens import logger
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from tqdm.auto import tqdm
 
@@ -119,20 +119,20 @@ class Processes:
 
     @contextmanager
     def one_voice(self) -> Iterator[None]:
-        """Silence progress bars, SAELens's log and warnings in the block, except on rank 0."""
+        """Silence progress bars, logs and warnings in the block, except on rank 0."""
         if self.rank == 0:
             yield
             return
-        make_bar, level = tqdm.__init__, logger.level
+        make_bar, disabled = tqdm.__init__, logging.root.manager.disable
         tqdm.__init__ = partialmethod(make_bar, disable=True)  # type: ignore[method-assign]
-        logger.setLevel("ERROR")
+        logging.disable(logging.WARNING)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 yield
         finally:
             tqdm.__init__ = make_bar
-            logger.setLevel(level)
+            logging.disable(disabled)
 
 
 _joined: Processes | None = None
@@ -150,6 +150,11 @@ def join(device_type: str) -> Processes:
     """
     global _joined
     if _joined is not None and dist.is_initialized():
+        if _joined.mesh.device_type != device_type:
+            raise ValueError(
+                f"device is {device_type!r}, expected {_joined.mesh.device_type!r}, with which these "
+                "processes have met"
+            )
         return _joined
     if missing := [name for name in ("RANK", "WORLD_SIZE") if name not in os.environ]:
         raise ValueError(

@@ -260,6 +260,7 @@ def _settings(cfg: LanguageModelSAERunnerConfig[Any], dataset: HfDataset | None)
     settings: dict[str, Any] = {}
     for part in ("sae", "logger"):
         settings |= {f"{part}.{name}": value for name, value in fields.pop(part).items()}
+    del settings["logger.run_name"]  # Rank 0 alone has use for it.
     if cfg.checkpoint_path is not None and cfg.logger.wandb_id is None:
         fields["checkpoint_path"] = str(Path(cfg.checkpoint_path).parent)
     settings |= fields

@@ -5,6 +5,7 @@ They are forked from a process that has imported everything, so that starting th
 
 import multiprocessing
 import os
+import sys
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -48,7 +49,7 @@ class Launch:
         return self.launcher.exitcode
 
     def printed(self) -> str:
-        """Return what the processes have written to stderr so far."""
+        """Return what launcher and processes have written to stderr so far."""
         return "".join(path.read_text() for path in sorted(self.directory.rglob("stderr.log")))
 
 
@@ -64,6 +65,8 @@ def results(
 def _launch(
     n_processes: int, function: Callable[..., Any], arguments: tuple[Any, ...], directory: Path
 ) -> None:
+    with open(directory / "stderr.log", "w") as file:
+        os.dup2(file.fileno(), sys.stderr.fileno())
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

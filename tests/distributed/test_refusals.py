@@ -1,0 +1,86 @@
+"""What several processes do not train with, told by name in each of them when the run starts."""
+
+from typing import Any
+
+import pytest
+from datasets import Dataset
+from sae_lens import TopKTrainingSAEConfig
+
+from sae_lens_flex import HierarchicalTopKTrainingSAEConfig, ShardedTrainingRunner
+from sae_lens_flex.distributed import runner
+from sae_lens_flex.distributed.processes import join
+
+from .launch import results
+from .test_runner import D_IN, D_SAE, K, config
+
+
+def refusals() -> dict[str, str]:
+    """Return what a run with each setting raises in this process."""
+    rank = join("cpu").rank
+    whitened = HierarchicalTopKTrainingSAEConfig(
+        d_in=D_IN, d_sae=D_SAE, k=K, normalize_activations="covariance_whitening"
+    )
+    settings: dict[str, dict[str, Any]] = {
+        "architecture": {"sae": TopKTrainingSAEConfig(d_in=D_IN, d_sae=D_SAE, k=K)},
+        "whitening": {"sae": whitened},
+        "compile_sae": {"compile_sae": True},
+        "batch": {"train_batch_size_tokens": 1},
+        "device": {"device": "mps"},
+        "other device": {"device": "cuda"},
+        "llm_device": {"llm_device": "cuda:1"},
+        "act_store_device": {"act_store_device": "cuda"},
+        "other lr": {"lr": 1e-3 if rank == 0 else 2e-3},
+        "other sae": {"sae": HierarchicalTopKTrainingSAEConfig(d_in=D_IN, d_sae=D_SAE, k=K + rank)},
+    }
+    errors = {name: _error(config(**fields)) for name, fields in settings.items()}
+    texts = Dataset.from_dict({"text": ["a"] * (10 + rank)})
+    errors["other data"] = _error(config(), override_dataset=texts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "version", lambda package: f"{package} {rank}")
+        errors["other version"] = _error(config())
+    return errors
+
+
+def _error(cfg: Any, **overrides: Any) -> str:
+    try:
+        ShardedTrainingRunner(cfg, **overrides)
+    except ValueError as error:
+        return str(error)
+    return "none"
+
+
+EXPECTED = {
+    "architecture": "architecture is 'topk', expected one of hierarchical_topk, flex_topk",
+    "whitening": "normalize_activations is 'covariance_whitening'",
+    "compile_sae": "compile_sae is True, expected False",
+    "batch": "train_batch_size_tokens is 1, expected at least 2",
+    "device": "device is 'mps', expected 'cpu' or 'cuda'",
+    "other device": "device is 'cuda', expected 'cpu', with which these processes have met",
+    "llm_device": "llm_device is 'cuda:1', expected one of",
+    "act_store_device": "act_store_device is 'cuda', expected one of",
+    "other lr": "lr is 0.001 on rank 0 and 0.002 on rank 1",
+    "other sae": "sae.k is 4 on rank 0 and 5 on rank 1",
+    "other data": "override_dataset is '10 texts",
+    "other version": "version of torch is 'torch 0' on rank 0 and 'torch 1' on rank 1",
+}
+
+
+@pytest.fixture(scope="module")
+def by_rank(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    return results(2, refusals, directory=tmp_path_factory.mktemp("refusals"))
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_every_process_refuses_by_name(name: str, by_rank: list[dict[str, str]]) -> None:
+    for errors in by_rank:
+        assert EXPECTED[name] in errors[name]
+
+
+def test_a_gpu_of_all_processes_is_refused() -> None:
+    with pytest.raises(ValueError, match="device is 'cuda:1', expected 'cpu' or 'cuda'"):
+        runner.check_settings(config(device="cuda:1"), 2)
+
+
+def test_without_a_launcher_the_runner_says_what_to_type() -> None:
+    with pytest.raises(ValueError, match="RANK is not set: start the processes by torchrun"):
+        ShardedTrainingRunner(config())
