@@ -15,11 +15,12 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from tqdm.auto import tqdm
 
-# A process that waits longer for the others gives up. They wait for each other's language model
-# in every step, and longest for the first batch, which fills a buffer of activations.
-COLLECTIVE_LIMIT = timedelta(minutes=10)
-# While rank 0 evaluates the SAE or writes a checkpoint, the others wait.
-RANK_0_LIMIT = timedelta(hours=2)
+# A process that waits longer for the others in a step gives up. They wait longest where a buffer of
+# activations is filled.
+LIMIT = timedelta(minutes=10)
+# The same where they may wait for a download, for the text that a resumed run skips, or for rank 0,
+# which evaluates and writes alone.
+LONG_LIMIT = timedelta(hours=2)
 _FIRST_ERROR = "sae_lens_flex/first_error"
 
 
@@ -51,6 +52,7 @@ class Processes:
         device: of this process, "cpu" or "cuda:I".
         mesh: of all processes, on the devices of their SAE.
         group: all processes, for messages through the host's memory.
+        patient_group: the same, with a longer time limit.
         store: key-value store of all processes, None where the user made the process group.
     """
 
@@ -59,6 +61,7 @@ class Processes:
     device: str
     mesh: DeviceMesh
     group: dist.ProcessGroup
+    patient_group: dist.ProcessGroup
     store: dist.Store | None
 
     def share(self, total: int) -> int:
@@ -71,9 +74,9 @@ class Processes:
         dist.all_gather_object(everyones, mine, group=self.group)
         return everyones
 
-    def wait_for_rank_0(self) -> None:
-        """Return when all processes have called this, rank 0 perhaps much later than the others."""
-        dist.monitored_barrier(self.group, timeout=RANK_0_LIMIT)
+    def meet(self) -> None:
+        """Return when all processes have called this, some perhaps much later than others."""
+        dist.barrier(self.patient_group)
 
     def check_equal(self, settings: Mapping[str, Any]) -> None:
         """Raise ValueError in all processes where one of `settings` is not the same in all."""
@@ -105,7 +108,7 @@ class Processes:
 
     @contextmanager
     def first_error_only(self) -> Iterator[None]:
-        """Let an error in the block pass in the first process that has one; end the others silently.
+        """Let an error in the block pass in the process that has the first; end others silently.
 
         Raises:
             SystemExit: in place of an error that follows from another process's.
@@ -152,8 +155,8 @@ def join(device_type: str) -> Processes:
     if _joined is not None and dist.is_initialized():
         if _joined.mesh.device_type != device_type:
             raise ValueError(
-                f"device is {device_type!r}, expected {_joined.mesh.device_type!r}, with which these "
-                "processes have met"
+                f"device is {device_type!r}, expected {_joined.mesh.device_type!r}, with which "
+                "these processes have met"
             )
         return _joined
     if missing := [name for name in ("RANK", "WORLD_SIZE") if name not in os.environ]:
@@ -173,20 +176,26 @@ def join(device_type: str) -> Processes:
         torch.cuda.set_device(local_rank)
     store = None
     if not dist.is_initialized():
-        store, rank, size = next(dist.rendezvous("env://", timeout=COLLECTIVE_LIMIT))
+        store, rank, size = next(dist.rendezvous("env://", timeout=LIMIT))
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo",
             store=dist.PrefixStore("default_group", store),
             rank=rank,
             world_size=size,
-            timeout=COLLECTIVE_LIMIT,
+            timeout=LIMIT,
         )
     _joined = Processes(
         rank=dist.get_rank(),
         size=dist.get_world_size(),
         device=device,
         mesh=init_device_mesh(device_type, (dist.get_world_size(),)),
-        group=dist.new_group(backend="gloo", timeout=COLLECTIVE_LIMIT),  # type: ignore[arg-type]
+        group=_gloo(LIMIT),
+        patient_group=_gloo(LONG_LIMIT),
         store=store,
     )
     return _joined
+
+
+def _gloo(limit: timedelta) -> dist.ProcessGroup:
+    group: Any = dist.new_group(backend="gloo", timeout=limit)
+    return group

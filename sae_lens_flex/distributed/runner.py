@@ -46,9 +46,9 @@ class ShardedTrainingRunner(LanguageModelSAETrainingRunner):
 
     Config and files are those of a run of one process. `train_batch_size_tokens` and
     `training_tokens` count the tokens of all processes; `store_batch_size_prompts` and
-    `n_batches_in_buffer` are each process's. Every process has a language model of its own and reads
-    its own part of the text. It holds its part of the SAE's weights, gradients and Adam moments.
-    Rank 0 alone writes, logs and shows progress.
+    `n_batches_in_buffer` are each process's. A process has a language model of its own and its part
+    of the text. It holds its part of the SAE's weights, gradients and Adam moments. Rank 0 alone
+    writes, logs and shows progress.
 
     `run` returns the SAE in parts; `sae_lens_flex.unshard` makes it whole.
     """
@@ -65,16 +65,19 @@ class ShardedTrainingRunner(LanguageModelSAETrainingRunner):
         check_settings(cfg, processes.size)
         with processes.first_error_only(), processes.one_voice():
             cfg = _placed(cfg, processes)
-            # The whole SAE need not fit on a GPU.
+            # Each process draws the whole SAE, as one process would, and keeps its part.
+            torch.set_rng_state(processes.gather(torch.get_rng_state())[0])
+            # The whole need not fit on a GPU.
             device, cfg.device = cfg.device, "cpu"
             super().__init__(cfg, override_dataset, override_model, override_sae)
             cfg.device = device
+            processes.meet()
+            processes.check_equal(_fingerprints(self.sae))
             self.sae = shard(self.sae, processes.mesh)
             self._share_data()
             self.evaluator: Any = EvaluatorOnRank0(self.evaluator, processes)
         if processes.rank > 0:
-            # SAELens shuffles activations by torch's generator, which until here is the same in all
-            # processes.
+            # SAELens shuffles activations by torch's generator.
             torch.manual_seed((torch.initial_seed() + processes.rank) % 2**63)
 
     def _share_data(self) -> None:
@@ -86,8 +89,8 @@ class ShardedTrainingRunner(LanguageModelSAETrainingRunner):
             rows = len(store.cached_activation_dataset)
             if rows < store.store_batch_size_prompts:
                 raise ValueError(
-                    f"cached_activations_path has {rows} prompts for rank {processes.rank}, expected "
-                    f"at least store_batch_size_prompts ({store.store_batch_size_prompts})"
+                    f"cached_activations_path has {rows} prompts for rank {processes.rank}, "
+                    f"expected at least store_batch_size_prompts ({store.store_batch_size_prompts})"
                 )
             return
         # The store reads the dataset from here when the first batch is asked for.
@@ -130,6 +133,7 @@ class ShardedTrainingRunner(LanguageModelSAETrainingRunner):
                 trainer.load_trainer_state(cfg.resume_from_checkpoint)
                 self.sae.load_weights_from_checkpoint(cfg.resume_from_checkpoint)
                 self._resume_data(Path(cfg.resume_from_checkpoint))
+                self.processes.meet()
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, interrupt_callback)
             sae = trainer.fit()
@@ -174,8 +178,8 @@ class ShardedTrainingRunner(LanguageModelSAETrainingRunner):
         """Go on in this process's text where the checkpoint was written.
 
         With another number of processes than then, each skips its part of all the texts that were
-        read. Where `split_dataset_by_node` deals texts out one by one, as it does with a stream that
-        cannot be divided by files, these are the same texts.
+        read. These are the same texts where `split_dataset_by_node` deals them out one by one, as
+        it does with a stream that cannot be divided by files.
         """
         state = load_file(checkpoint_path / ACTIVATIONS_STORE_STATE_FILENAME)
         positions = state.get(DATA_POSITIONS, state["n_dataset_processed"].reshape(1)).tolist()
@@ -198,7 +202,7 @@ class ShardedTrainingRunner(LanguageModelSAETrainingRunner):
         whole = unshard(sae)
         if self.processes.rank == 0:
             super().save_final_sae(whole, output_path, log_feature_sparsity)
-        self.processes.wait_for_rank_0()
+        self.processes.meet()
 
 
 def check_settings(cfg: LanguageModelSAERunnerConfig[Any], n_processes: int) -> None:
@@ -206,8 +210,8 @@ def check_settings(cfg: LanguageModelSAERunnerConfig[Any], n_processes: int) -> 
     architecture = cfg.sae.architecture()
     if architecture not in TRAINING_CLASSES:
         raise ValueError(
-            f"architecture is {architecture!r}, expected one of {', '.join(TRAINING_CLASSES)} to train "
-            "in several processes"
+            f"architecture is {architecture!r}, expected one of {', '.join(TRAINING_CLASSES)} to "
+            "train in several processes"
         )
     if cfg.compile_sae:
         raise ValueError("compile_sae is True, expected False in several processes")
@@ -223,15 +227,15 @@ def check_settings(cfg: LanguageModelSAERunnerConfig[Any], n_processes: int) -> 
         )
     if cfg.device not in DEVICES:
         raise ValueError(
-            f"device is {cfg.device!r}, expected 'cpu' or 'cuda': each of several processes takes a "
-            "GPU of its own"
+            f"device is {cfg.device!r}, expected 'cpu' or 'cuda': each of several processes takes "
+            "a GPU of its own"
         )
     own = ("cpu", *DEVICES[cfg.device])
     for name in ("llm_device", "act_store_device"):
         if getattr(cfg, name) not in own:
             raise ValueError(
-                f"{name} is {getattr(cfg, name)!r}, expected one of {own}: each of several processes "
-                "has its language model and its SAE on one device"
+                f"{name} is {getattr(cfg, name)!r}, expected one of {own}: each of several "
+                "processes has its language model and its SAE on one GPU"
             )
 
 
@@ -280,6 +284,15 @@ def _settings(cfg: LanguageModelSAERunnerConfig[Any], dataset: HfDataset | None)
     return settings
 
 
+def _fingerprints(sae: TrainingSAE[Any]) -> dict[str, int]:
+    """Return a number for each of the SAE's weights, which other weights hardly have."""
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return {
+        f"initial {name}": int(weight.data.view(integers[weight.itemsize]).sum(dtype=torch.int64))
+        for name, weight in sae.named_parameters()
+    }
+
+
 def _version(package: str) -> str | None:
     try:
         return version(package)
@@ -308,5 +321,5 @@ class EvaluatorOnRank0:
         if self._processes.rank == 0:
             metrics = self._evaluator(whole.eval(), data_provider, activation_scaler)
         del whole
-        self._processes.wait_for_rank_0()
+        self._processes.meet()
         return metrics

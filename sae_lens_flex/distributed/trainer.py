@@ -26,9 +26,9 @@ class ShardedSAETrainer(SAETrainer[Any, Any]):
     SAELens's trainer for an SAE whose weights lie in parts in several processes.
 
     Each process has its own activations and calls `step` with them. The SAE's losses and
-    `feature_acts` are those of all activations, and torch's Adam and gradient clipping take parts
-    of weights as they are. So the training loop and the firing statistics are SAELens's. Its methods
-    are overridden where they would take a process's activations, weights or optimizer for all.
+    `feature_acts` are those of all activations, and torch's Adam and gradient clipping know parts
+    of weights. So the training loop and the firing statistics are SAELens's. Its methods are
+    overridden where they would take one process's activations, weights or moments for all.
     """
 
     def __init__(
@@ -87,14 +87,14 @@ class ShardedSAETrainer(SAETrainer[Any, Any]):
             if is_rank_0:
                 with self._as_one_process(sae, state):
                     super().save_checkpoint(checkpoint_name, None, wandb_aliases)
-            self.processes.wait_for_rank_0()
+            self.processes.meet()
             return
         path = Path(base, checkpoint_name)
         with written_aside(path) if is_rank_0 else nullcontext(path) as directory:
             if is_rank_0:
                 with self._as_one_process(sae, state):
                     super().save_checkpoint(directory.name, directory.parent, wandb_aliases)
-            self.processes.wait_for_rank_0()
+            self.processes.meet()
             if self.save_checkpoint_fn is not None:
                 self.save_checkpoint_fn(checkpoint_path=directory)
 
