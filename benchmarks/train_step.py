@@ -22,6 +22,8 @@ import gc
 import json
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -73,6 +75,7 @@ class Case:
     doubling_budgets: bool = False  # in ours: level weights in place of equal ones
     deterministic: bool = False
     with_stages: bool = False
+    n_busy: int = 0  # processes beside it that keep a core busy each
     n_steps: int = 30
 
 
@@ -111,6 +114,17 @@ CPU_CASES = [
         device="cpu",
         with_stages=True,
         n_steps=5,
+    ),
+    Case(
+        "cpu_busy",
+        d_in=256,
+        d_sae=8192,
+        k=32,
+        batch=1024,
+        autocast=False,
+        device="cpu",
+        n_busy=2,
+        n_steps=15,
     ),
 ]
 QUICK_CASES = [
@@ -269,6 +283,18 @@ def peak_memory(device: str) -> Iterator[Callable[[], dict[str, float | None]]]:
     yield peaks
 
 
+@contextmanager
+def busy_processes(n: int) -> Iterator[None]:
+    """Keep n processes busy that do nothing but count."""
+    processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(n)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
 def measure(case: Case, architecture: str, with_fused_adam: bool) -> dict[str, Any]:
     """Train, and return the step's time and memory; None for them where memory does not suffice."""
     result: dict[str, Any] = {"architecture": architecture, "fused_adam": with_fused_adam}
@@ -277,7 +303,8 @@ def measure(case: Case, architecture: str, with_fused_adam: bool) -> dict[str, A
             torch.use_deterministic_algorithms(case.deterministic)
             trainer = new_trainer(case, new_sae(case, architecture), with_fused_adam)
             step = steps(case, trainer)
-            result["ms"] = median_ms(step, case.device, ORDINARY_CALLS + 2, case.n_steps)
+            with busy_processes(case.n_busy):
+                result["ms"] = median_ms(step, case.device, ORDINARY_CALLS + 2, case.n_steps)
             result |= peaks()
             result["device_ms"] = device_ms(step) if case.device == "cuda" else None
             firing = trainer.act_freq_scores.sort(descending=True).values

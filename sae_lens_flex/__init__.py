@@ -21,6 +21,7 @@ from .saes import (
     HierarchicalTopKTrainingSAEConfig,
 )
 from .saes.registration import register_architectures
+from .saes.sharded import shard, unshard
 from .sharing import export_topk, from_topk, upload
 
 __version__ = "0.2.0"
@@ -39,11 +40,13 @@ __all__ = [
     "from_topk",
     "fused_adam",
     "hierarchical_sae_loss",
+    "shard",
     "smallest_budget",
     "sweep_budgets",
     "topk_sae_loss",
     "triton_hierarchical_sae_loss",
     "triton_topk_sae_loss",
+    "unshard",
     "upload",
 ]
 

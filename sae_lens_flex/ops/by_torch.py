@@ -4,11 +4,14 @@ The batch is walked in chunks, so the memory does not grow with B * K * D. The g
 formulas of `requests` while a chunk's rows are at hand.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from .checks import check_range
+from .chunks import for_each_chunk
 from .policy import accumulation_dtype, in_dtype, no_autocast
-from .products import chunk_samples
+from .products import chunk_samples, scatter
 from .requests import DecoderLoss, LossAndGradients
 
 
@@ -33,7 +36,11 @@ def _walk_batch(request: DecoderLoss) -> LossAndGradients:
     def new(is_wanted: object, *shape: int, dtype: torch.dtype = dtype) -> torch.Tensor | None:
         return target.new_zeros(shape, dtype=dtype) if is_wanted else None
 
-    residual = new(wanted.residual, n_samples, d_in)
+    # In the loss of level K alone every pair of a sample shares one S, 2 scale r_K. So the gradient
+    # of weight is summed latent by latent, once all r_K are known.
+    is_last_level = isinstance(request.levels, str) and request.levels == "last"
+    by_latent = is_last_level and wanted.weight is not None
+    residual = new(wanted.residual or by_latent, n_samples, d_in)
     grad_values = new(wanted.values, n_samples, k, dtype=wanted.values or dtype)
     grad_target = new(wanted.target, n_samples, d_in, dtype=wanted.target or dtype)
     grad_weight = new(wanted.weight, *weight.shape)
@@ -45,9 +52,7 @@ def _walk_batch(request: DecoderLoss) -> LossAndGradients:
     elif request.levels == "every":
         level_weights = target.new_full((1, k, 1), 1 / k, dtype=dtype)
 
-    n_rows = chunk_samples(code, d_in)
-    for start in range(0, n_samples, n_rows):
-        chunk = slice(start, start + n_rows)
+    def walk(chunk: slice) -> Callable[[], None]:
         w = weight[code.latents[chunk].long()].to(dtype)  # [b, K, D]
         v = code.values[chunk].to(dtype)  # [b, K]
         x = target[chunk].to(dtype)  # [b, D]
@@ -55,27 +60,41 @@ def _walk_batch(request: DecoderLoss) -> LossAndGradients:
             x = x - bias.to(dtype)
         if level_weights is None:
             r = torch.bmm(v.unsqueeze(1), w) - x.unsqueeze(1)  # [b, 1, D]
-            loss += r.square().sum()
+            part = r.square().sum()
             s = (2 * scale) * r
         else:
             r = (v.unsqueeze(-1) * w).cumsum(dim=1).sub_(x.unsqueeze(1))  # [b, K, D]
             g = r * level_weights
-            loss += torch.dot(g.flatten(), r.flatten())
+            part = torch.dot(g.flatten(), r.flatten())
             s = g.flip(1).cumsum_(dim=1).flip(1).mul_(2 * scale)
         if residual is not None:
             residual[chunk] = r[:, -1]
         if grad_values is not None:
             grad_values[chunk] = (w * s).sum(-1).to(grad_values.dtype)
-        if grad_bias is not None:
-            grad_bias += s[:, 0].sum(0)
         if grad_target is not None:
             grad_target[chunk] = s[:, 0].neg().to(grad_target.dtype)
-        if grad_weight is not None:
-            pairs = code.latents[chunk].flatten()
-            grad_weight.index_add_(0, pairs, (v.unsqueeze(-1) * s).flatten(0, 1))
+        of_weight = None
+        if grad_weight is not None and not by_latent:
+            of_weight = (v.unsqueeze(-1) * s).flatten(0, 1)  # [b K, D]
+
+        def add() -> None:
+            loss.add_(part)
+            if grad_bias is not None:
+                grad_bias.add_(s[:, 0].sum(0))
+            if grad_weight is not None and of_weight is not None:
+                grad_weight.index_add_(0, code.latents[chunk].flatten(), of_weight)
+
+        return add
+
+    for_each_chunk(walk, n_samples, chunk_samples(code, d_in), target.device)
+    if by_latent and grad_weight is not None and residual is not None:
+        index = request.index or code.by_latent(
+            len(weight), use_triton=False, deterministic=request.deterministic
+        )
+        scatter(index, code.values, 2 * scale * residual, out=grad_weight, use_triton=False)
     return LossAndGradients(
         loss=loss * scale,
-        residual=residual,
+        residual=residual if wanted.residual else None,
         weight=None if grad_weight is None else in_dtype(grad_weight, wanted.weight),
         values=grad_values,
         bias=None if grad_bias is None else in_dtype(grad_bias, wanted.bias),

@@ -12,6 +12,7 @@ Whether Triton or PyTorch computes a product is decided here.
 
 import torch
 
+from .chunks import for_each_chunk
 from .codes import Code, InvertedIndex
 from .kernels import residual as residual_kernel
 from .kernels.sums import sum_by_latent
@@ -59,13 +60,14 @@ def gather(
         )
         residual_kernel.residual(batch, residual_kernel.Outputs(residual=out))
         return out
-    n_rows = chunk_samples(code, d_in)
+
+    def walk(chunk: slice) -> None:
+        rows = weight[code.latents[chunk].long()].to(dtype)  # [b, K, D]
+        sums = torch.bmm(code.values[chunk].to(dtype).unsqueeze(1), rows).squeeze(1)
+        out[chunk] = sums if target is None else sums - target[chunk].to(dtype)
+
     with no_autocast(weight.device):
-        for start in range(0, n_samples, n_rows):
-            chunk = slice(start, start + n_rows)
-            rows = weight[code.latents[chunk].long()].to(dtype)  # [b, K, D]
-            sums = torch.bmm(code.values[chunk].to(dtype).unsqueeze(1), rows).squeeze(1)
-            out[chunk] = sums if target is None else sums - target[chunk].to(dtype)
+        for_each_chunk(walk, n_samples, chunk_samples(code, d_in), weight.device)
     return out
 
 
@@ -90,13 +92,16 @@ def scatter(
         sum_by_latent(index, values.contiguous(), rows, sums=out)
         return
     dtype = accumulation_dtype(rows, values)
+    pairs, samples, starts = index.pairs, index.samples, index.starts[1:]
+    first, last = starts[[0, -1]].tolist()  # The others are of latents outside [0, F).
+    pairs, samples, starts = pairs[first:last], samples[first:last], starts - first
     with no_autocast(rows.device):
         sums = torch.nn.functional.embedding_bag(
-            index.samples.to(index.starts.dtype),
+            samples.to(starts.dtype),
             rows.to(dtype),
-            index.starts[1:],
+            starts,
             mode="sum",
-            per_sample_weights=values.flatten()[index.pairs].to(dtype),
+            per_sample_weights=values.flatten()[pairs].to(dtype),
             include_last_offset=True,
         )
     out.copy_(sums)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from .chunks import for_each_chunk
 from .codes import Code
 from .kernels import selection as kernels
 from .kernels.launch import cdiv
@@ -59,11 +60,13 @@ def select(rows: torch.Tensor, encoder: Encoder, k: int, *, use_triton: bool) ->
     code = empty_code(n_samples, k, rows, encoder.bias)
     n_rows = chunk_rows(n_samples, n_latents, rows.dtype, rows.device)
     weight = encoder.weight.to(rows.dtype)
-    for start in range(0, n_samples, n_rows):
-        chunk = slice(start, start + n_rows)
+
+    def walk(chunk: slice) -> None:
         products = rows[chunk] @ weight  # [b, F]
         part = Code(code.latents[chunk], code.values[chunk])
         select_from(products, encoder, part, use_triton=use_triton)
+
+    for_each_chunk(walk, n_samples, n_rows, rows.device)
     return code
 
 

@@ -23,6 +23,7 @@ from ..training.firing import feature_acts
 from ..training.graph import Recorder, is_worth_recording
 from ..training.node import attach_step
 from ..training.requests import Inputs, Spec, WantedGradients, Weights
+from ..training.shards import WHOLE, Whole
 from ..training.step import begin_step, finish_step
 from .configs import FusedTopKTrainingSAEConfig, check_auxiliary_loss
 from .fused_path import METHODS, hooked, replaced
@@ -141,22 +142,23 @@ class FusedTopKTrainingSAE(OwnNormalization, TopKTrainingSAE):
     @torch.compiler.disable()  # torch.compile calls the step as it is
     def _fused_training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         x, weights = step_input.sae_in, self._weights()
-        n_latents, d_in = weights.W_dec.shape
-        if x.shape[0] == 0 or x.shape[1] != d_in:
+        n_latents, d_in = len(weights.W_dec), len(weights.b_dec)
+        k = self._step_k()
+        shards = self._shards_of_step(step_input, k)
+        if shards.count_samples(len(x)) == 0 or x.shape[1] != d_in:
             raise ValueError(
                 f"sae_in has shape {list(x.shape)}, expected [batch, {d_in}] with an "
                 "activation at least"
             )
         dead = self._dead(step_input.dead_neuron_mask, n_latents)
         inputs, output_map = self._inputs(x)
-        k = self._step_k()
         levels = self._levels(k, inputs.target)
         if isinstance(levels, torch.Tensor):
             inputs, levels = inputs._replace(level_weights=levels), "every"
         spec = Spec(
             k=k,
             levels=levels,
-            n_samples=len(x),
+            n_samples=shards.count_samples(len(x)),
             rescale_acts_by_decoder_norm=self.cfg.rescale_acts_by_decoder_norm,
             apply_b_dec_to_input=self.cfg.apply_b_dec_to_input,
             product_dtype=product_dtype(weights.W_dec),
@@ -170,10 +172,11 @@ class FusedTopKTrainingSAE(OwnNormalization, TopKTrainingSAE):
             inputs,
             spec,
             wanted=wanted,
-            by=self._recorder_of(weights, inputs, spec, wanted),
+            by=self._recorder_of(weights, inputs, spec, wanted) if shards.is_whole else None,
+            shards=shards,
         )
         # What is reported is launched before the host waits for the number of dead latents.
-        sae_out = (x.detach() + main.residual).to(self.dtype)
+        sae_out = self._sae_out(step_input, main.residual, shards)
         acts = feature_acts(
             Code(main.code.latents, main.hidden_pre.relu()),
             n_latents,
@@ -181,9 +184,9 @@ class FusedTopKTrainingSAE(OwnNormalization, TopKTrainingSAE):
         )
         metrics = {}
         if step_input.is_logging_step:
-            metrics = self._logging_metrics(x, main.code, output_map)
-        result = finish_step(main, weights, inputs, spec, wanted=wanted, dead=dead)
-        losses = attach_step(result, weights, inputs, spec, wanted=wanted, dead=dead)
+            metrics = self._logging_metrics(x, main.code, output_map, shards)
+        result = finish_step(main, weights, inputs, spec, wanted=wanted, dead=dead, shards=shards)
+        losses = attach_step(result, weights, inputs, spec, wanted=wanted, dead=dead, shards=shards)
         auxiliary = losses.auxiliary
         return TrainStepOutput(
             sae_in=x,
@@ -211,15 +214,16 @@ class FusedTopKTrainingSAE(OwnNormalization, TopKTrainingSAE):
         return "last"
 
     def _logging_metrics(
-        self, x: torch.Tensor, code: Code, output_map: OutputMap
+        self, x: torch.Tensor, code: Code, output_map: OutputMap, shards: Whole
     ) -> dict[str, Any]:
-        """Return the metrics of a logging step.
+        """Return the metrics of a logging step, of the whole batch.
 
         Args:
-            x: activations, [batch, d_in].
+            x: activations, [batch, d_in], or the rank's.
             code: kept latents and their pre-activations, [batch, k] each, in the order of the
-                levels.
-            output_map: of the activations.
+                levels, of the whole batch.
+            output_map: of the activations `x`.
+            shards: what this process has of the SAE and the batch.
         """
         return {}
 
@@ -227,6 +231,16 @@ class FusedTopKTrainingSAE(OwnNormalization, TopKTrainingSAE):
 
     def _weights(self) -> Weights:
         return Weights(self.W_enc, self.b_enc, self.W_dec, self.b_dec)
+
+    def _shards_of_step(self, step_input: TrainStepInput, k: int) -> Whole:
+        """Return what this process has of the SAE and the batch."""
+        return WHOLE
+
+    def _sae_out(
+        self, step_input: TrainStepInput, residual: torch.Tensor, shards: Whole
+    ) -> torch.Tensor:
+        """Return what a step reports as the output, [batch, d_in]."""
+        return (step_input.sae_in.detach() + residual).to(self.dtype)
 
     def _inputs(self, x: torch.Tensor) -> tuple[Inputs, OutputMap]:
         """Normalize activations as `process_sae_in` does; return also how the output undoes it.
@@ -280,9 +294,14 @@ class FusedTopKTrainingSAE(OwnNormalization, TopKTrainingSAE):
         if step_input.sae_in.ndim != 2:
             reasons.append(f"sae_in has {step_input.sae_in.ndim} dimensions, not 2")
         if self.use_fused_path is None:
-            reasons += [f"{name} is not SAELens's own" for name in replaced(self, OWN)]
+            reasons += [f"{name} is not SAELens's own" for name in replaced(self, self._own())]
         self._warn_of_unfused(reasons)
         return not reasons
+
+    @classmethod
+    def _own(cls) -> dict[str, Any]:
+        """Return the functions of METHODS where nobody replaced them."""
+        return OWN
 
     def _warn_of_unfused(self, reasons: Sequence[str]) -> None:
         """Say why steps are slow, each reason once."""

@@ -19,6 +19,7 @@ from ..ops.codes import Code
 from ..ops.losses import differentiable_loss, prefix_residuals
 from ..ops.policy import accumulation_dtype
 from ..ops.requests import Levels
+from ..training.shards import WHOLE, Whole
 from .budgets import RuntimeBudget, check_trained_budgets, doubling_budgets
 from .checks import check_integer
 from .configs import CheckedTopKSAEConfig, FusedTopKTrainingSAEConfig
@@ -134,25 +135,31 @@ class HierarchicalTopKTrainingSAE(RuntimeBudget, FusedTopKTrainingSAE):
 
     @override
     def _logging_metrics(
-        self, x: torch.Tensor, code: Code, output_map: OutputMap
+        self, x: torch.Tensor, code: Code, output_map: OutputMap, shards: Whole
     ) -> dict[str, torch.Tensor]:
         """Return explained variance and MSE at budgets 1, 2, 4, ... k, as SAELens defines them."""
-        return self._metrics_of(x, code.with_values(code.values.relu()), output_map)
+        return self._metrics_of(x, code.with_values(code.values.relu()), output_map, shards)
 
     @torch.no_grad()
     def _metrics_of(
-        self, x: torch.Tensor, code: Code, output_map: OutputMap
+        self, x: torch.Tensor, code: Code, output_map: OutputMap, shards: Whole = WHOLE
     ) -> dict[str, torch.Tensor]:
         # `code` has decode coefficients.
-        vals, target = self._decoding(code.values, x, output_map)
+        weights = self._weights()
+        offset = output_map.apply(weights.b_dec.to(accumulation_dtype(weights.W_dec, x)))
+        x = x.to(offset.dtype)
+        target = shards.own_columns((x - offset).contiguous())
+        vals = code.values
+        if output_map.scale is not None:
+            vals = vals * shards.gather_samples(output_map.scale)
         residuals = prefix_residuals(
             code.with_values(vals),
-            self.W_dec,
+            weights.W_dec,
             target,
             doubling_budgets(code.latents.shape[1]),
             use_triton=self._computes_by_triton(),
         )
-        return _metrics(x.to(target.dtype), residuals)
+        return _metrics(shards.own_columns(x), residuals, shards)
 
     def _decoding(
         self, coefficients: torch.Tensor, x: torch.Tensor, output_map: OutputMap
@@ -272,18 +279,19 @@ class _OutputsByDecode(NamedTuple):
 
 
 def _metrics(
-    x: torch.Tensor, residuals: Iterable[tuple[int, torch.Tensor]]
+    x: torch.Tensor, residuals: Iterable[tuple[int, torch.Tensor]], shards: Whole = WHOLE
 ) -> dict[str, torch.Tensor]:
     """Return explained variance and MSE at each budget, as SAELens defines them.
 
     Args:
-        x: activations, [batch, d_in].
-        residuals: each budget with its residuals, [batch, d_in].
+        x: activations, [batch, d_in], or the rank's columns of them.
+        residuals: each budget with its residuals, of the shape of `x`.
+        shards: what this process has of the SAE and the batch.
     """
-    variance = (x - x.mean(0)).square().sum(-1).mean()
+    variance = shards.sum((x - x.mean(0)).square().sum(-1).mean())
     metrics = {}
     for budget, residual in residuals:
-        mse = residual.square().sum(-1).mean()
+        mse = shards.sum(residual.square().sum(-1).mean())
         metrics[f"explained_variance_at_{budget}"] = 1 - mse / variance
         metrics[f"mse_at_{budget}"] = mse
     return metrics

@@ -44,7 +44,9 @@ class DeadGradients(NamedTuple):
 
     Attributes:
         latents: the n dead latents, [n].
-        W_enc: of the transpose of their columns, [n, D].
+        own_latents: their numbers in W_enc and b_enc, [n]: all of them in one process, and in one
+            of several those of its own, numbered from its first latent on.
+        W_enc: of the transpose of the columns of `own_latents`, [n, D].
         b_enc: [n].
         W_dec: of their rows, [n, D].
         b_dec: [D].
@@ -52,6 +54,7 @@ class DeadGradients(NamedTuple):
     """
 
     latents: torch.Tensor
+    own_latents: torch.Tensor
     W_enc: torch.Tensor | None
     b_enc: torch.Tensor | None
     W_dec: torch.Tensor | None
@@ -166,6 +169,7 @@ def auxiliary_loss(
             grad_b_dec = minus_product(zero, W_enc_rows.T, grad_b_enc)
     gradients = DeadGradients(
         latents=latents,
+        own_latents=latents,
         W_enc=grad_W_enc,
         b_enc=grad_b_enc if wanted.b_enc else None,
         W_dec=grad_W_dec,

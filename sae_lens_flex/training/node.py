@@ -20,6 +20,7 @@ from ..ops.autograd import attach, scale_in_place
 from ..ops.policy import gradient_dtype, in_dtype, is_deterministic
 from .dead import Dead, DeadGradients
 from .requests import Gradients, Inputs, Spec, WantedGradients, Weights
+from .shards import WHOLE, Whole
 from .step import StepResult, step
 
 NAME = "a training step"
@@ -47,12 +48,13 @@ def attach_step(
     *,
     wanted: WantedGradients,
     dead: Dead | None,
+    shards: Whole = WHOLE,
 ) -> Losses:
     """Return a step's losses, differentiable in its weights and inputs.
 
     Args:
         result: what `step` returned for the other arguments.
-        weights, inputs, spec, wanted, dead: as in `step`.
+        weights, inputs, spec, wanted, dead, shards: as in `step`.
     """
     mse, auxiliary = result.main.mse_loss, result.auxiliary_loss
     if not any(wanted):
@@ -65,6 +67,7 @@ def attach_step(
             replace(spec, deterministic=is_deterministic()),
             wanted=wanted,
             dead=dead,
+            shards=shards,
         )
 
     tensors = (*weights, *inputs[:3])
@@ -121,16 +124,19 @@ class _Gradients:
     ) -> Gradients:
         """Return gradients with those of the auxiliary loss, times a factor, added in place."""
         W_enc, b_enc, W_dec, b_dec = self.weights
-        scale_in_place(dead[1:], factor)
+        scale_in_place(dead[2:], factor)
 
         def add_rows(
-            gradient: torch.Tensor | None, rows: torch.Tensor | None, like: torch.Tensor
+            gradient: torch.Tensor | None,
+            latents: torch.Tensor,
+            rows: torch.Tensor | None,
+            like: torch.Tensor,
         ) -> torch.Tensor | None:
             if rows is None:
                 return gradient
             if gradient is None:  # The main loss is not differentiated in this pass.
                 gradient = like.new_zeros(like.shape, dtype=gradient_dtype(like.dtype))
-            return gradient.index_add_(0, dead.latents, in_dtype(rows, gradient.dtype))
+            return gradient.index_add_(0, latents, in_dtype(rows, gradient.dtype))
 
         def add(
             gradient: torch.Tensor | None, other: torch.Tensor | None, like: torch.Tensor
@@ -142,12 +148,12 @@ class _Gradients:
             return gradient.add_(other)
 
         by_latent = None if gradients.W_enc is None else gradients.W_enc.T
-        by_latent = add_rows(by_latent, dead.W_enc, W_enc.T)
+        by_latent = add_rows(by_latent, dead.own_latents, dead.W_enc, W_enc.T)
         x = self.inputs.encoder_input
         return gradients._replace(
             W_enc=None if by_latent is None else by_latent.T,
-            b_enc=add_rows(gradients.b_enc, dead.b_enc, b_enc),
-            W_dec=add_rows(gradients.W_dec, dead.W_dec, W_dec),
+            b_enc=add_rows(gradients.b_enc, dead.own_latents, dead.b_enc, b_enc),
+            W_dec=add_rows(gradients.W_dec, dead.latents, dead.W_dec, W_dec),
             b_dec=add(gradients.b_dec, dead.b_dec, b_dec),
             encoder_input=add(gradients.encoder_input, dead.encoder_input, x),
         )

@@ -19,11 +19,16 @@ so with the products of `ops.products`
     dL/dW_enc = scatter(g, rows).T,     dL/db_enc[f] = sum of g over the pairs of f,
     dL/dx = gather(g, W_enc.T),         dL/db_dec = that of the decoder - W_enc @ dL/db_enc.
 
+With the dictionary cut among several processes, `shards` exchanges what each of them lacks: the
+shapes below are then those of a rank, F_r latents of the encoder and D_r columns of the decoder,
+while `rows` and the code are those of the whole batch.
+
 Nothing of shape [B, F] outlives a chunk of the batch. The auxiliary loss on dead latents is added
 in `dead`, and autograd in `node`.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -38,6 +43,8 @@ from ..ops.selection import Encoder, select
 from .dead import Dead, DeadGradients, auxiliary_loss
 from .encoder import encoder_rows, minus_product
 from .requests import Gradients, Inputs, Spec, WantedGradients, Weights
+from .sharded_dead import sharded_auxiliary_loss
+from .shards import WHOLE, Shards, Whole
 
 
 class Reconstruction(NamedTuple):
@@ -84,18 +91,20 @@ def step(
     *,
     wanted: WantedGradients,
     dead: Dead | None = None,
+    shards: Whole = WHOLE,
 ) -> StepResult:
     """Compute a training step.
 
     Args:
-        weights: the parameters, which are only read.
-        inputs: a batch of B samples.
+        weights: the parameters, or the rank's part of them, which are only read.
+        inputs: a batch of B samples, or the rank's samples.
         spec: the settings.
         wanted: which gradients to compute.
         dead: the dead latents and the auxiliary loss's coefficient; None for no such loss.
+        shards: what this process holds of the dictionary and the batch.
     """
-    main = begin_step(weights, inputs, spec, wanted=wanted)
-    return finish_step(main, weights, inputs, spec, wanted=wanted, dead=dead)
+    main = begin_step(weights, inputs, spec, wanted=wanted, shards=shards)
+    return finish_step(main, weights, inputs, spec, wanted=wanted, dead=dead, shards=shards)
 
 
 @torch.no_grad()
@@ -106,14 +115,17 @@ def begin_step(
     *,
     wanted: WantedGradients,
     by: Reconstruct | None = None,
+    shards: Whole = WHOLE,
 ) -> Reconstruction:
     """Launch the part of a step that does not depend on the number of dead latents.
 
     Args:
-        weights, inputs, spec, wanted: as in `step`.
-        by: calls `reconstruct`, or replays a recording of it. None calls it.
+        weights, inputs, spec, wanted, shards: as in `step`.
+        by: calls `reconstruct` for one process, or replays a recording of it. None calls it.
     """
-    return (by or reconstruct)(weights, inputs, spec, wanted)
+    if by is not None:
+        return by(weights, inputs, spec, wanted)
+    return reconstruct(weights, inputs, spec, wanted, shards)
 
 
 @torch.no_grad()
@@ -125,6 +137,7 @@ def finish_step(
     *,
     wanted: WantedGradients,
     dead: Dead | None,
+    shards: Whole = WHOLE,
 ) -> StepResult:
     """Add the auxiliary loss. The host waits here for the number of dead latents.
 
@@ -132,12 +145,15 @@ def finish_step(
 
     Args:
         main: what `begin_step` returned for the other arguments.
-        weights, inputs, spec, wanted, dead: as in `step`.
+        weights, inputs, spec, wanted, dead, shards: as in `step`.
     """
     latents = None if dead is None else dead.latents()
     if dead is None or latents is None or len(latents) == 0:
         return StepResult(main, None, None)
-    loss, gradients = auxiliary_loss(
+    compute = auxiliary_loss
+    if isinstance(shards, Shards):
+        compute = partial(sharded_auxiliary_loss, shards=shards)
+    loss, gradients = compute(
         weights,
         inputs.encoder_input,
         -main.residual,
@@ -151,39 +167,51 @@ def finish_step(
 
 
 def reconstruct(
-    weights: Weights, inputs: Inputs, spec: Spec, wanted: WantedGradients
+    weights: Weights,
+    inputs: Inputs,
+    spec: Spec,
+    wanted: WantedGradients,
+    shards: Whole = WHOLE,
 ) -> Reconstruction:
     """Encode a batch, reconstruct it and differentiate the error.
 
-    It waits for nothing and asks nothing of the device, so it can be recorded as a CUDA graph.
+    In one process it waits for nothing and asks nothing of the device, so it can be recorded as a
+    CUDA graph.
     """
     with no_autocast(weights.W_dec.device):  # `spec` says in which dtype products are computed
-        return _reconstruct(weights, inputs, spec, wanted)
+        return _reconstruct(weights, inputs, spec, wanted, shards)
 
 
 def _reconstruct(
-    weights: Weights, inputs: Inputs, spec: Spec, wanted: WantedGradients
+    weights: Weights, inputs: Inputs, spec: Spec, wanted: WantedGradients, shards: Whole
 ) -> Reconstruction:
     W_enc, b_enc, W_dec, b_dec = weights
     x, target, scale, level_weights = inputs  # [B, D], [B, D], [B, 1], [k]
-    n_latents, use_triton = W_dec.shape[0], spec.use_triton
+    n_latents, n_own = W_dec.shape[0], W_enc.shape[1]
+    use_triton = spec.use_triton
     sum_dtype = accumulation_dtype(W_dec, target)
 
     # --- encode
-    norms, read = _norms_and_copy(W_dec, spec)  # [F] or None, [F, D]
-    rows = encoder_rows(x, b_dec, spec)  # [B, D]
-    code = select(rows, Encoder(W_enc, b_enc, norms), spec.k, use_triton=use_triton)  # [B, k]
+    norms, read = _norms_and_copy(W_dec, spec, shards)  # [F] or None, [F, D]
+    rows = shards.gather_samples(encoder_rows(x, b_dec, spec))  # [B, D]
+    encoder = Encoder(W_enc, b_enc, None if norms is None else shards.own_latents(norms))
+    code = select(rows, encoder, min(spec.k, n_own), use_triton=use_triton)
+    code = shards.merge(code, norms, spec.k)  # [B, k]
     index = None
     if wanted.W_enc:
-        index = code.by_latent(n_latents, deterministic=spec.deterministic, use_triton=use_triton)
+        index = shards.own_code(code).by_latent(
+            n_own, deterministic=spec.deterministic, use_triton=use_triton
+        )
     hidden_pre = code.values if norms is None else code.values * norms.take(code.latents)
 
     # --- decode: vals @ W_dec[latents] + bias is to be the target
     acts = code.values.relu()  # [B, k]
-    vals, bias = acts, b_dec
+    vals, bias = acts, shards.own_width(b_dec)
     if scale is not None:
-        vals, bias = acts * scale, None
         target = target - scale * b_dec.to(target.dtype)
+        scale = shards.gather_samples(scale)
+        vals, bias = acts * scale, None
+    target = shards.own_columns(target)  # [B, D]
     wants_encoder = wanted.any_of_encoder(spec)
     wants_scaled = scale is not None and (wanted.b_dec or wanted.output_scale)
     decoded = decoder_loss(
@@ -201,13 +229,14 @@ def _reconstruct(
                 bias=sum_dtype if wanted.b_dec and scale is None else None,
                 target=target.dtype if wanted.target or wants_scaled else None,
             ),
-            index=index,
+            index=index if shards.is_whole else None,
             deterministic=spec.deterministic,
         ),
         use_triton=use_triton,
     )
     del read  # A copy, if it is one, is not to add to the encoder's gradient at the peak of memory.
-    grad_vals, grad_b_dec, grad_scale = decoded.values, decoded.bias, None
+    grad_vals = None if decoded.values is None else shards.sum(decoded.values)
+    grad_b_dec, grad_scale = decoded.bias, None
     if scale is not None:
         scale = scale.to(sum_dtype)
         if wanted.b_dec and decoded.target is not None:
@@ -228,14 +257,18 @@ def _reconstruct(
             grad_W_enc = grad_W_enc.T  # [D, F]
         if wanted.b_enc or (wanted.b_dec and spec.apply_b_dec_to_input):
             grad_b_enc = b_enc.new_zeros(n_latents, dtype=sum_dtype)
-            grad_b_enc.index_add_(0, g.latents.flatten(), g.values.flatten())  # [F]
-        if grad_b_dec is not None and grad_b_enc is not None and spec.apply_b_dec_to_input:
-            grad_b_dec = minus_product(grad_b_dec, W_enc, grad_b_enc)
+            grad_b_enc.index_add_(0, g.latents.flatten(), g.values.flatten())
+            grad_b_enc = shards.own_latents(grad_b_enc)  # [F]
         if wanted.encoder_input:
             grad_x = gather(g, W_enc.T, use_triton=use_triton)  # [B, D]
+    if grad_b_dec is not None:
+        grad_b_dec = shards.at_own_width(grad_b_dec)  # [D]
+        if grad_b_enc is not None and spec.apply_b_dec_to_input:
+            grad_b_dec = minus_product(grad_b_dec, W_enc, grad_b_enc)
+        grad_b_dec = shards.sum(grad_b_dec)
     assert decoded.residual is not None
     return Reconstruction(
-        mse_loss=decoded.loss,
+        mse_loss=shards.sum(decoded.loss),
         gradients=Gradients(
             W_enc=grad_W_enc,
             b_enc=_kept(grad_b_enc, b_enc) if wanted.b_enc else None,
@@ -252,7 +285,9 @@ def _reconstruct(
     )
 
 
-def _norms_and_copy(W_dec: torch.Tensor, spec: Spec) -> tuple[torch.Tensor | None, torch.Tensor]:
+def _norms_and_copy(
+    W_dec: torch.Tensor, spec: Spec, shards: Whole
+) -> tuple[torch.Tensor | None, torch.Tensor]:
     """Return the norms by which latents are compared, or None, and what is read of W_dec.
 
     SAELens decodes in autocast's dtype. Where that is lower than the weight's, the kernels read a
@@ -261,8 +296,8 @@ def _norms_and_copy(W_dec: torch.Tensor, spec: Spec) -> tuple[torch.Tensor | Non
     rescales = spec.rescale_acts_by_decoder_norm
     if spec.use_triton and spec.product_dtype.itemsize < W_dec.itemsize:
         norms, copy = norms_and_copy(W_dec, spec.product_dtype)
-        return norms if rescales else None, copy
-    return W_dec.norm(dim=-1) if rescales else None, W_dec
+        return shards.whole_norms(norms) if rescales else None, copy
+    return shards.norms(W_dec) if rescales else None, W_dec
 
 
 def _kept(gradient: torch.Tensor | None, of: torch.Tensor | None) -> torch.Tensor | None:
