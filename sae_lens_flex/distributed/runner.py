@@ -28,8 +28,8 @@ from transformer_lens.HookedTransformer import HookedRootModule
 from typing_extensions import override
 
 from ..saes.registration import TRAINING_CLASSES
+from ..saes.sharded import shard, unshard
 from .processes import Processes, join
-from .standin import shard, unshard
 from .trainer import ShardedSAETrainer
 
 DATA_POSITIONS = "n_dataset_processed_by_rank"
@@ -73,7 +73,7 @@ class ShardedTrainingRunner(LanguageModelSAETrainingRunner):
             cfg.device = device
             processes.meet()
             processes.check_equal(_fingerprints(self.sae))
-            self.sae = shard(self.sae, processes.mesh)
+            self.sae = shard(self.sae, processes.mesh).to(device)
             self._share_data()
             self.evaluator: Any = EvaluatorOnRank0(self.evaluator, processes)
         if processes.rank > 0:
@@ -199,8 +199,8 @@ class ShardedTrainingRunner(LanguageModelSAETrainingRunner):
         output_path: str,
         log_feature_sparsity: torch.Tensor | None = None,
     ) -> None:
-        whole = unshard(sae)
-        if self.processes.rank == 0:
+        whole = unshard(sae, keep=self.processes.rank == 0)
+        if whole is not None:
             super().save_final_sae(whole, output_path, log_feature_sparsity)
         self.processes.meet()
 
@@ -317,9 +317,8 @@ class EvaluatorOnRank0:
         data_provider: DataProvider,
         activation_scaler: ActivationScaler,
     ) -> dict[str, Any]:
-        whole, metrics = unshard(sae), {}
-        if self._processes.rank == 0:
-            metrics = self._evaluator(whole.eval(), data_provider, activation_scaler)
-        del whole
+        whole, metrics = unshard(sae, sae.device, keep=self._processes.rank == 0), {}
+        if whole is not None:
+            metrics = self._evaluator(whole, data_provider, activation_scaler)
         self._processes.meet()
         return metrics

@@ -16,9 +16,9 @@ from sae_lens.training.sae_trainer import Evaluator, SAETrainer, SaveCheckpointF
 from sae_lens.training.types import DataProvider
 from typing_extensions import override
 
+from ..saes.sharded import unshard
 from .checkpoints import taking_shares, whole_state, written_aside
 from .processes import Processes
-from .standin import unshard
 
 
 class ShardedSAETrainer(SAETrainer[Any, Any]):
@@ -82,7 +82,7 @@ class ShardedSAETrainer(SAETrainer[Any, Any]):
         if base is None and not self.cfg.logger.log_to_wandb:
             return
         is_rank_0 = self.processes.rank == 0
-        sae, state = unshard(self.sae), whole_state(self.optimizer, keep=is_rank_0)
+        sae, state = unshard(self.sae, keep=is_rank_0), whole_state(self.optimizer, keep=is_rank_0)
         if base is None:
             if is_rank_0:
                 with self._as_one_process(sae, state):

@@ -1,11 +1,16 @@
 """A training SAE that is cut among several processes."""
 
+import copy
+from datetime import timedelta
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from sae_lens.constants import SAE_WEIGHTS_FILENAME
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
+from safetensors import safe_open
 from torch import nn
-from torch.distributed import ProcessGroup, new_group
+from torch.distributed import ProcessGroup, get_backend, new_group
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from typing_extensions import override
@@ -21,6 +26,8 @@ PLACEMENTS: dict[str, Placement] = {
     "W_dec": Shard(1),
     "b_dec": Replicate(),
 }
+# A process that waits longer for the others' numbers of samples gives up.
+LIMIT = timedelta(minutes=10)
 
 
 class Sharded(FusedTopKTrainingSAE):
@@ -82,6 +89,29 @@ class Sharded(FusedTopKTrainingSAE):
         return super()._sae_out(step_input, shards.own_samples(residual), shards)
 
     @override
+    @torch.no_grad()
+    def load_weights_from_checkpoint(self, checkpoint_path: Path | str) -> None:
+        """Read this rank's part of the weights from a checkpoint of the whole SAE."""
+        with safe_open(Path(checkpoint_path) / SAE_WEIGHTS_FILENAME, "pt") as file:
+            for name, weight in self.named_parameters():
+                stored = file.get_slice(name)
+                if list(stored.get_shape()) != list(weight.shape):
+                    raise ValueError(
+                        f"{name} has shape {stored.get_shape()} in {str(checkpoint_path)!r}, "
+                        f"expected {list(weight.shape)}"
+                    )
+                part = self._shards.part(name)
+                of_rank = stored[:, part] if len(weight.shape) == 2 else stored[part]
+                weight.to_local().copy_(of_rank)
+
+    @override
+    @torch.no_grad()
+    def log_histograms(self) -> dict[str, Any]:
+        """Return the norms of the decoder's rows, as SAELens does. Every rank has to call it."""
+        norms = self.W_dec.to_local().float().norm(dim=1)
+        return {"weights/W_dec_norms": self._shards.whole_norms(norms).cpu().numpy()}
+
+    @override
     @classmethod
     def _own(cls) -> dict[str, Any]:
         return {**OWN, **{name: getattr(Sharded, name) for name in ("decode", ENCODE)}}
@@ -131,7 +161,8 @@ def shard(sae: FusedTopKTrainingSAE, mesh: DeviceMesh) -> Sharded:
     of the weights, and then of their gradients and of the optimizer's state.
 
     Args:
-        sae: a `flex_topk` or `hierarchical_topk` training SAE, on the mesh's kind of device.
+        sae: a `flex_topk` or `hierarchical_topk` training SAE. Its weights may be on the CPU,
+            where the mesh is of GPUs.
         mesh: of one dimension. Its ranks need not divide `d_sae` and `d_in`.
 
     Raises:
@@ -164,47 +195,55 @@ def shard(sae: FusedTopKTrainingSAE, mesh: DeviceMesh) -> Sharded:
     vars(made).update(_own_attributes(sae))
     made._mesh = mesh
     made._shards = Shards(group, _cpu_group(group), rank, size, latents, width)
-    for name, placement in PLACEMENTS.items():
-        weight = getattr(sae, name).detach()
-        local = weight
-        if isinstance(placement, Shard):
-            starts = width if name == "W_dec" else latents
-            length = starts[rank + 1] - starts[rank]
-            local = weight.narrow(placement.dim, starts[rank], length)
+    # In the order of the whole SAE, by which optimizers number their state.
+    for name, parameter in sae.named_parameters():
+        placement, weight = PLACEMENTS[name], parameter.detach()
+        part = made._shards.part(name)
+        local = weight[:, part] if weight.ndim == 2 else weight[part]
         # W_enc stays latent by latent in memory. A copy, or the whole weight would stay, too.
         local = local.T.contiguous().T.clone() if name == "W_enc" else local.contiguous().clone()
         strides = (1, weight.shape[0]) if name == "W_enc" else weight.contiguous().stride()
-        parameter = DTensor.from_local(
+        sharded = DTensor.from_local(
             local, mesh, [placement], run_check=False, shape=weight.shape, stride=strides
         )
-        requires_grad = getattr(sae, name).requires_grad
-        made.register_parameter(name, nn.Parameter(parameter, requires_grad))
+        made.register_parameter(name, nn.Parameter(sharded, parameter.requires_grad))
     return made
 
 
 @torch.no_grad()
-def unshard(sae: Sharded, device: torch.device | str = "cpu") -> Any:
+def unshard(sae: Sharded, device: torch.device | str = "cpu", *, keep: bool = True) -> Any:
     """
-    Return an ordinary training SAE with the weights of a sharded one, on every rank.
+    Return an ordinary training SAE with the weights of a sharded one.
 
     Every rank has to call it.
 
     Args:
         sae: what `shard` returned.
         device: where the weights go, one after the other.
+        keep: whether this rank wants the SAE. With False it returns None, and holds one whole
+            weight at a time.
     """
     if not isinstance(sae, Sharded):
         raise TypeError(
             f"sae is a {type(sae).__name__}, expected what sae_lens_flex.shard returned"
         )
-    made = type(sae).__mro__[2](sae.cfg)
-    for name in PLACEMENTS:
-        weight = getattr(sae, name)
-        made.register_parameter(
-            name, nn.Parameter(weight.full_tensor().to(device), weight.requires_grad)
-        )
+    weights = {}
+    for name, weight in sae.named_parameters():
+        whole = weight.full_tensor()
+        if keep:
+            # What is whole on every rank comes without a copy.
+            whole = whole.clone() if PLACEMENTS[name].is_replicate() else whole
+            weights[name] = nn.Parameter(whole.to(device), weight.requires_grad)
+    if not keep:
+        return None
+    cfg = copy.deepcopy(sae.cfg)
+    cfg.device = "meta"  # It draws no weights.
+    made = type(sae).__mro__[2](cfg)
+    for name, weight in weights.items():
+        made.register_parameter(name, weight)
     made._store_latent_major()
-    return made.train(sae.training)
+    vars(made).update(_own_attributes(sae))
+    return made.to(device).train(sae.training)
 
 
 _classes: dict[type, type] = {}
@@ -222,7 +261,9 @@ def _own_attributes(sae: FusedTopKTrainingSAE) -> dict[str, Any]:
 
 
 def _cpu_group(group: ProcessGroup) -> ProcessGroup:
+    if get_backend(group) == "gloo":
+        return group
     ranks = torch.distributed.get_process_group_ranks(group)
-    made = new_group(ranks, backend="gloo")
+    made = new_group(ranks, backend="gloo", timeout=LIMIT)
     assert isinstance(made, ProcessGroup)
     return made

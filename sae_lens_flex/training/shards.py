@@ -137,6 +137,13 @@ class Shards(Whole):
         """Return the shards of some latents, of which each rank's begin at `starts`, [w + 1]."""
         return replace(self, latents=starts)
 
+    def part(self, name: str) -> slice:
+        """Return which columns of a weight, or which elements of a bias, the rank has."""
+        if name == "b_dec":
+            return slice(None)
+        starts = self.width if name == "W_dec" else self.latents
+        return slice(starts[self.rank], starts[self.rank + 1])
+
     # --- sums
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:

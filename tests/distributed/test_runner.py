@@ -21,9 +21,9 @@ from sae_lens_flex import (
     HierarchicalTopKSAE,
     HierarchicalTopKTrainingSAEConfig,
     ShardedTrainingRunner,
+    unshard,
 )
 from sae_lens_flex.distributed.processes import join
-from sae_lens_flex.distributed.standin import unshard
 
 from .launch import results
 
@@ -176,7 +176,7 @@ def test_one_process_loads_what_several_have_saved(
     for of_rank in by_rank:
         assert of_rank["sae"].keys() == checkpoint.keys()
         for name, weight in checkpoint.items():
-            assert torch.equal(of_rank["sae"][name], weight)
+            assert torch.equal(of_rank["sae"][name], weight), name
     # For inference SAELens makes the decoder's rows unit vectors.
     rows = checkpoint["W_dec"] / checkpoint["W_dec"].norm(dim=1, keepdim=True)
     torch.testing.assert_close(sae.W_dec.data, rows)

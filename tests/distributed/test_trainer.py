@@ -7,10 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sae_lens_flex import fused_adam
+from sae_lens_flex import fused_adam, unshard
 from sae_lens_flex.distributed.checkpoints import whole_state
 from sae_lens_flex.distributed.processes import join
-from sae_lens_flex.distributed.standin import unshard
 from sae_lens_flex.distributed.trainer import ShardedSAETrainer
 
 from .launch import results

@@ -11,9 +11,9 @@ from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.sae import TrainingSAEConfig
 from sae_lens.training import sae_trainer
 
+from sae_lens_flex import shard, unshard
 from sae_lens_flex.distributed.processes import Processes
 from sae_lens_flex.distributed.runner import EvaluatorOnRank0
-from sae_lens_flex.distributed.standin import shard, unshard
 from sae_lens_flex.distributed.trainer import ShardedSAETrainer
 
 # Nothing divides by 2 and by 3.
