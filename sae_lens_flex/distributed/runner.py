@@ -199,7 +199,7 @@ class ShardedTrainingRunner(LanguageModelSAETrainingRunner):
         output_path: str,
         log_feature_sparsity: torch.Tensor | None = None,
     ) -> None:
-        whole = unshard(sae, keep=self.processes.rank == 0)
+        whole = unshard(sae, device="cpu", keep=self.processes.rank == 0)
         if whole is not None:
             super().save_final_sae(whole, output_path, log_feature_sparsity)
         self.processes.meet()
@@ -317,7 +317,8 @@ class EvaluatorOnRank0:
         data_provider: DataProvider,
         activation_scaler: ActivationScaler,
     ) -> dict[str, Any]:
-        whole, metrics = unshard(sae, sae.device, keep=self._processes.rank == 0), {}
+        whole = unshard(sae, device=sae.device, keep=self._processes.rank == 0)
+        metrics = {}
         if whole is not None:
             metrics = self._evaluator(whole, data_provider, activation_scaler)
         self._processes.meet()

@@ -82,7 +82,8 @@ class ShardedSAETrainer(SAETrainer[Any, Any]):
         if base is None and not self.cfg.logger.log_to_wandb:
             return
         is_rank_0 = self.processes.rank == 0
-        sae, state = unshard(self.sae, keep=is_rank_0), whole_state(self.optimizer, keep=is_rank_0)
+        sae = unshard(self.sae, device="cpu", keep=is_rank_0)
+        state = whole_state(self.optimizer, keep=is_rank_0)
         if base is None:
             if is_rank_0:
                 with self._as_one_process(sae, state):
