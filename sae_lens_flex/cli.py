@@ -200,7 +200,7 @@ def train(argv: list[str]) -> int:
     runner_class = LanguageModelSAETrainingRunner
     if are_several():
         runner_class = ShardedTrainingRunner
-        join(cfg.device.partition(":")[0])  # So that "cuda" is this process's GPU.
+        join(cfg.device)  # From here on "cuda" is this process's GPU.
     uses_triton(getattr(cfg.sae, "backend", "auto"), _device(cfg.device))  # It may raise.
     with _quietly():
         names = [f"model {cfg.model_name}", f"dataset {cfg.dataset_path}"]

@@ -141,16 +141,17 @@ class Processes:
 _joined: Processes | None = None
 
 
-def join(device_type: str) -> Processes:
+def join(device: str) -> Processes:
     """Meet the other processes; return the same again where that has been done.
 
     Args:
-        device_type: of the SAE, "cpu" or "cuda". With "cuda" this process takes the GPU that its
-            number on its host says.
+        device: of the SAE. Where it is a GPU, this process takes the one whose number is its own
+            on its host. Any other is taken for the CPU.
 
     Raises:
         ValueError: no launcher started this process, or the host has fewer GPUs than processes.
     """
+    device_type = "cuda" if torch.device(device).type == "cuda" else "cpu"
     global _joined
     if _joined is not None and dist.is_initialized():
         if _joined.mesh.device_type != device_type:
@@ -164,7 +165,7 @@ def join(device_type: str) -> Processes:
             f"{missing[0]} is not set: start the processes by torchrun, such as "
             '"torchrun --nproc-per-node 2 SCRIPT"'
         )
-    device = device_type
+    device = "cpu"
     if device_type == "cuda":
         local_rank, n_gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local_rank >= n_gpus:

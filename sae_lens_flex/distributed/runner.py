@@ -60,7 +60,7 @@ class ShardedTrainingRunner(LanguageModelSAETrainingRunner):
         override_model: HookedRootModule | None = None,
         override_sae: TrainingSAE[Any] | None = None,
     ) -> None:
-        self.processes = processes = join("cuda" if cfg.device.startswith("cuda") else "cpu")
+        self.processes = processes = join(cfg.device)
         processes.check_equal(_settings(cfg, override_dataset))
         check_settings(cfg, processes.size)
         with processes.first_error_only(), processes.one_voice():
@@ -277,7 +277,7 @@ def _settings(cfg: LanguageModelSAERunnerConfig[Any], dataset: HfDataset | None)
         "override_dataset": type(dataset).__name__,
     }
     if isinstance(dataset, Dataset):
-        settings["override_dataset"] = f"{len(dataset)} texts, {dataset._fingerprint}"
+        settings["override_dataset"] = f"{len(dataset)} rows of {dataset.column_names}"
     if cfg.resume_from_checkpoint is not None:
         files = Path(cfg.resume_from_checkpoint).glob("*")
         settings["resume_from_checkpoint"] = sorted((f.name, f.stat().st_size) for f in files)

@@ -60,7 +60,7 @@ EXPECTED = {
     "act_store_device": "act_store_device is 'cuda', expected one of",
     "other lr": "lr is 0.001 on rank 0 and 0.002 on rank 1",
     "other sae": "sae.k is 4 on rank 0 and 5 on rank 1",
-    "other data": "override_dataset is '10 texts",
+    "other data": "override_dataset is \"10 rows of ['text']\" on rank 0",
     "other version": "version of torch is 'torch 0' on rank 0 and 'torch 1' on rank 1",
 }
 

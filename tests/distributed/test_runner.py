@@ -71,6 +71,14 @@ def logging_config(directory: Path) -> LanguageModelSAERunnerConfig[Any]:
     )
 
 
+def last_checkpoint(directory: Path) -> Path:
+    return directory / "checkpoints" / "run" / f"final_{N_STEPS * BATCH_SIZE}"
+
+
+def data_state(checkpoint: Path) -> dict[str, torch.Tensor]:
+    return load_file(checkpoint / "activations_store_state.safetensors")
+
+
 def run_with_logs(runner: LanguageModelSAETrainingRunner) -> tuple[Any, list[dict[str, Any]]]:
     """Run; return the SAE, and what would have gone to Weights & Biases."""
     logged: list[dict[str, Any]] = []
@@ -85,7 +93,14 @@ def run_with_logs(runner: LanguageModelSAETrainingRunner) -> tuple[Any, list[dic
         return runner.run(), logged
 
 
-def run_and_resume(directory: Path) -> dict[str, Any]:
+def resuming_config(checkpoint: Path) -> LanguageModelSAERunnerConfig[Any]:
+    """Make the config of two more steps from a checkpoint."""
+    return config(
+        resume_from_checkpoint=str(checkpoint), training_tokens=(N_STEPS + 2) * BATCH_SIZE
+    )
+
+
+def run_and_resume(directory: Path, checkpoint_of_one: Path) -> dict[str, Any]:
     rank = join("cpu").rank
     torch.manual_seed(7)
     runner = ShardedTrainingRunner(logging_config(directory))
@@ -100,13 +115,10 @@ def run_and_resume(directory: Path) -> dict[str, Any]:
                 wandb, "init", lambda **settings: logged.append(init(**settings).disabled)
             )
             sae = runner.run()
-    resumed = ShardedTrainingRunner(
-        config(
-            resume_from_checkpoint=str(directory / "checkpoints" / "run" / "final_520"),
-            training_tokens=(N_STEPS + 2) * BATCH_SIZE,
-        )
-    )
+    resumed = ShardedTrainingRunner(resuming_config(last_checkpoint(directory)))
     resumed_sae = resumed.run()
+    of_one = ShardedTrainingRunner(resuming_config(checkpoint_of_one))
+    of_one.run()
     return {
         "initial": initial,
         "texts": texts,
@@ -115,6 +127,7 @@ def run_and_resume(directory: Path) -> dict[str, Any]:
         "position": runner.activations_store.n_dataset_processed,
         "resumed": unshard(resumed_sae).state_dict(),
         "resumed position": resumed.activations_store.n_dataset_processed,
+        "position from one": of_one.activations_store.n_dataset_processed,
     }
 
 
@@ -124,17 +137,22 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def by_rank(directory: Path) -> list[dict[str, Any]]:
-    return results(2, run_and_resume, directory, directory=directory / "results")
+def by_rank(directory: Path, one: dict[str, Any]) -> list[dict[str, Any]]:
+    return results(2, run_and_resume, directory, one["checkpoint"], directory=directory / "results")
 
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Return the same of a run of one process."""
+    directory = tmp_path_factory.mktemp("one")
     torch.manual_seed(7)
-    runner = LanguageModelSAETrainingRunner(logging_config(tmp_path_factory.mktemp("one")))
+    runner = LanguageModelSAETrainingRunner(logging_config(directory))
     initial = {name: weight.clone() for name, weight in runner.sae.state_dict().items()}
-    return {"initial": initial, "logged": run_with_logs(runner)[1]}
+    return {
+        "initial": initial,
+        "logged": run_with_logs(runner)[1],
+        "checkpoint": last_checkpoint(directory),
+    }
 
 
 def test_initial_weights_are_those_of_one_process(
@@ -170,9 +188,7 @@ def test_one_process_loads_what_several_have_saved(
 ) -> None:
     sae = SAE.load_from_disk(directory / "sae")
     assert isinstance(sae, HierarchicalTopKSAE)
-    checkpoint = load_file(
-        directory / "checkpoints" / "run" / "final_520" / "sae_weights.safetensors"
-    )
+    checkpoint = load_file(last_checkpoint(directory) / "sae_weights.safetensors")
     for of_rank in by_rank:
         assert of_rank["sae"].keys() == checkpoint.keys()
         for name, weight in checkpoint.items():
@@ -194,7 +210,7 @@ def test_a_checkpoint_has_the_data_position_of_every_process(
 ) -> None:
     checkpoints = directory / "checkpoints" / "run"
     assert sorted(path.name for path in checkpoints.iterdir()) == ["325", "final_520"]
-    state = load_file(checkpoints / "final_520" / "activations_store_state.safetensors")
+    state = data_state(last_checkpoint(directory))
     positions = state["n_dataset_processed_by_rank"].tolist()
     assert len(positions) == 2
     assert state["n_dataset_processed"] == sum(positions)
@@ -203,3 +219,17 @@ def test_a_checkpoint_has_the_data_position_of_every_process(
         assert 0 < position <= of_rank["position"]
         assert of_rank["resumed position"] > position
         assert not torch.equal(of_rank["resumed"]["W_dec"], of_rank["sae"]["W_dec"])
+
+
+def test_data_go_on_where_another_number_of_processes_stopped(
+    by_rank: list[dict[str, Any]], one: dict[str, Any], directory: Path
+) -> None:
+    n_read_by_one = int(data_state(one["checkpoint"])["n_dataset_processed"])
+    for of_rank in by_rank:
+        # Two steps take less text than was read before.
+        assert n_read_by_one // 2 <= of_rank["position from one"] < n_read_by_one
+
+    n_read_by_two = int(data_state(last_checkpoint(directory))["n_dataset_processed"])
+    runner = LanguageModelSAETrainingRunner(resuming_config(last_checkpoint(directory)))
+    runner.run()
+    assert runner.activations_store.n_dataset_processed > n_read_by_two
