@@ -10,7 +10,7 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
-from torch.utils.serialization import config as serialization
+from torch.utils.serialization import config
 
 
 @contextmanager
@@ -69,7 +69,8 @@ def taking_shares(optimizer: Optimizer) -> Iterator[None]:
 
     hook = optimizer.register_load_state_dict_pre_hook(shared)
     try:
-        with serialization.patch("load.mmap", True):
+        settings: Any = config
+        with settings.patch("load.mmap", True):
             yield
     finally:
         hook.remove()

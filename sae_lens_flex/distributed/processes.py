@@ -13,6 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 from tqdm.auto import tqdm
 
 # A process that waits longer for the others in a step gives up. They wait longest where a buffer of
@@ -62,7 +64,7 @@ class Processes:
     mesh: DeviceMesh
     group: dist.ProcessGroup
     patient_group: dist.ProcessGroup
-    store: dist.Store | None
+    store: Store | None
 
     def share(self, total: int) -> int:
         """Return this process's share of `total` things. Shares differ by one at most."""
@@ -177,10 +179,10 @@ def join(device: str) -> Processes:
         torch.cuda.set_device(local_rank)
     store = None
     if not dist.is_initialized():
-        store, rank, size = next(dist.rendezvous("env://", timeout=LIMIT))
+        store, rank, size = next(rendezvous("env://", timeout=LIMIT))
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo",
-            store=dist.PrefixStore("default_group", store),
+            store=PrefixStore("default_group", store),
             rank=rank,
             world_size=size,
             timeout=LIMIT,

@@ -24,7 +24,6 @@ from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.prefetch import PrefetchingIterator
 from sae_lens.training.types import DataProvider
 from safetensors.torch import load_file, save_file
-from transformer_lens.HookedTransformer import HookedRootModule
 from typing_extensions import override
 
 from ..saes.registration import TRAINING_CLASSES
@@ -57,7 +56,7 @@ class ShardedTrainingRunner(LanguageModelSAETrainingRunner):
         self,
         cfg: LanguageModelSAERunnerConfig[Any],
         override_dataset: HfDataset | None = None,
-        override_model: HookedRootModule | None = None,
+        override_model: Any | None = None,
         override_sae: TrainingSAE[Any] | None = None,
     ) -> None:
         self.processes = processes = join(cfg.device)
@@ -73,7 +72,9 @@ class ShardedTrainingRunner(LanguageModelSAETrainingRunner):
             cfg.device = device
             processes.meet()
             processes.check_equal(_fingerprints(self.sae))
-            self.sae = shard(self.sae, processes.mesh).to(device)
+            whole: Any = self.sae
+            self.sae = shard(whole, processes.mesh).to(device)
+            del whole
             self._share_data()
             self.evaluator: Any = EvaluatorOnRank0(self.evaluator, processes)
         if processes.rank > 0:
@@ -85,8 +86,10 @@ class ShardedTrainingRunner(LanguageModelSAETrainingRunner):
         store, processes = self.activations_store, self.processes
         store.train_batch_size_tokens = processes.share(self.cfg.train_batch_size_tokens)
         if store.cached_activation_dataset is not None:
-            store.cached_activation_dataset = _part(store.cached_activation_dataset, processes)
-            rows = len(store.cached_activation_dataset)
+            store.cached_activation_dataset = part = _part(
+                store.cached_activation_dataset, processes
+            )
+            rows = len(part)
             if rows < store.store_batch_size_prompts:
                 raise ValueError(
                     f"cached_activations_path has {rows} prompts for rank {processes.rank}, "
@@ -94,8 +97,8 @@ class ShardedTrainingRunner(LanguageModelSAETrainingRunner):
                 )
             return
         # The store reads the dataset from here when the first batch is asked for.
-        store.dataset = _part(store.dataset, processes)
-        if next(iter(store.dataset), None) is None:
+        store.dataset = part = _part(store.dataset, processes)
+        if next(iter(part), None) is None:
             raise ValueError(
                 f"the dataset has no text for rank {processes.rank} of {processes.size} processes"
             )
@@ -195,7 +198,7 @@ class ShardedTrainingRunner(LanguageModelSAETrainingRunner):
     @override
     def save_final_sae(
         self,
-        sae: TrainingSAE[Any],
+        sae: Any,
         output_path: str,
         log_feature_sparsity: torch.Tensor | None = None,
     ) -> None:
@@ -313,7 +316,7 @@ class EvaluatorOnRank0:
 
     def __call__(
         self,
-        sae: TrainingSAE[Any],
+        sae: Any,
         data_provider: DataProvider,
         activation_scaler: ActivationScaler,
     ) -> dict[str, Any]:

@@ -31,10 +31,12 @@ class ShardedSAETrainer(SAETrainer[Any, Any]):
     overridden where they would take one process's activations, weights or moments for all.
     """
 
+    sae: Any
+
     def __init__(
         self,
         cfg: SAETrainerConfig,
-        sae: TrainingSAE[Any],
+        sae: Any,
         data_provider: DataProvider,
         processes: Processes,
         evaluator: Evaluator[Any] | None = None,

@@ -102,13 +102,13 @@ class Sharded(FusedTopKTrainingSAE):
                     )
                 part = self._shards.part(name)
                 of_rank = stored[:, part] if len(weight.shape) == 2 else stored[part]
-                weight.to_local().copy_(of_rank)
+                _local(weight).copy_(of_rank)
 
     @override
     @torch.no_grad()
     def log_histograms(self) -> dict[str, Any]:
         """Return the norms of the decoder's rows, as SAELens does. Every rank has to call it."""
-        norms = self.W_dec.to_local().float().norm(dim=1)
+        norms = _local(self.W_dec).float().norm(dim=1)
         return {"weights/W_dec_norms": self._shards.whole_norms(norms).cpu().numpy()}
 
     @override
@@ -136,7 +136,6 @@ class Sharded(FusedTopKTrainingSAE):
     def save_inference_model(self, path: Any) -> NoReturn:
         _refuse("save_inference_model")
 
-    @override
     def __deepcopy__(self, memo: Any) -> NoReturn:
         _refuse("a deep copy")
 
@@ -229,6 +228,7 @@ def unshard(sae: Sharded, device: torch.device | str = "cpu", *, keep: bool = Tr
         )
     weights = {}
     for name, weight in sae.named_parameters():
+        assert isinstance(weight, DTensor)
         whole = weight.full_tensor()
         if keep:
             # What is whole on every rank comes without a copy.
@@ -244,6 +244,10 @@ def unshard(sae: Sharded, device: torch.device | str = "cpu", *, keep: bool = Tr
     made._store_latent_major()
     vars(made).update(_own_attributes(sae))
     return made.to(device).train(sae.training)
+
+
+def _local(weight: Any) -> torch.Tensor:
+    return weight.to_local()
 
 
 _classes: dict[type, type] = {}
