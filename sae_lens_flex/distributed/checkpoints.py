@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from torch.utils.serialization import config
@@ -61,8 +61,12 @@ def taking_shares(optimizer: Optimizer) -> Iterator[None]:
 
     def shared(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        # A part is cut out on the CPU. The whole need not fit on a GPU.
+        on_cpu = init_device_mesh("cpu", parameters[0].device_mesh.shape)
         state = {
-            index: {name: _share(value, parameters[index]) for name, value in of_one.items()}
+            index: {
+                name: _share(value, parameters[index], on_cpu) for name, value in of_one.items()
+            }
             for index, of_one in state_dict["state"].items()
         }
         return {**state_dict, "state": state}
@@ -76,19 +80,16 @@ def taking_shares(optimizer: Optimizer) -> Iterator[None]:
         hook.remove()
 
 
-def _share(value: Any, parameter: torch.Tensor) -> Any:
+def _share(value: Any, parameter: DTensor, on_cpu: DeviceMesh) -> Any:
     """Return this process's part of a moment of the parameter; a number of steps as it is."""
     if not isinstance(value, torch.Tensor) or value.ndim == 0:
         return value
-    assert isinstance(parameter, DTensor)
     if value.shape != parameter.shape:
         raise ValueError(
             f"the optimizer's state has shape {list(value.shape)}, expected that of the parameter, "
             f"{list(parameter.shape)}"
         )
     mesh, placements = parameter.device_mesh, parameter.placements
-    # The part is cut out on the CPU. The whole need not fit on a GPU.
-    on_cpu = init_device_mesh("cpu", mesh.shape)
     part = distribute_tensor(value.cpu(), on_cpu, placements, src_data_rank=None).to_local()
     return DTensor.from_local(
         part.to(parameter.device),

@@ -49,7 +49,8 @@ class ShardedTrainingRunner(LanguageModelSAETrainingRunner):
     of the text. It holds its part of the SAE's weights, gradients and Adam moments. Rank 0 alone
     writes, logs and shows progress.
 
-    `run` returns the SAE in parts; `sae_lens_flex.unshard` makes it whole.
+    `run` returns the SAE in parts; `sae_lens_flex.unshard` makes it whole. The processes' group is
+    torch's default one, which a script ends with `torch.distributed.destroy_process_group()`.
     """
 
     def __init__(
@@ -304,6 +305,12 @@ def _version(package: str) -> str | None:
 
 
 def _part(dataset: Any, processes: Processes) -> Any:
+    """Return this process's part of a dataset."""
+    if isinstance(dataset, Dataset) and len(dataset) < processes.size:
+        raise ValueError(
+            f"the dataset has {len(dataset)} rows, expected at least {processes.size}, one for "
+            "each process"
+        )
     return split_dataset_by_node(dataset, rank=processes.rank, world_size=processes.size)
 
 

@@ -35,6 +35,10 @@ def refusals() -> dict[str, str]:
     errors = {name: _error(config(**fields)) for name, fields in settings.items()}
     texts = Dataset.from_dict({"text": ["a"] * (10 + rank)})
     errors["other data"] = _error(config(), override_dataset=texts)
+    one_text = Dataset.from_dict({"text": ["a"]})
+    stream = one_text.to_iterable_dataset()
+    errors["no text in a stream"] = _error(config(), override_dataset=stream)
+    errors["no text"] = _error(config(), override_dataset=one_text)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runner, "version", lambda package: f"{package} {rank}")
         errors["other version"] = _error(config())
@@ -46,6 +50,8 @@ def _error(cfg: Any, **overrides: Any) -> str:
         ShardedTrainingRunner(cfg, **overrides)
     except ValueError as error:
         return str(error)
+    except SystemExit:
+        return "another process has said it"
     return "none"
 
 
@@ -74,6 +80,16 @@ def by_rank(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
 def test_every_process_refuses_by_name(name: str, by_rank: list[dict[str, str]]) -> None:
     for errors in by_rank:
         assert EXPECTED[name] in errors[name]
+
+
+def test_too_little_text_is_told(by_rank: list[dict[str, str]]) -> None:
+    of_stream = [errors["no text in a stream"] for errors in by_rank]
+    assert of_stream[0] == "none"
+    assert of_stream[1] == "the dataset has no text for rank 1 of 2 processes"
+    # Rank 1 has failed first. What another one raises after that is left unsaid.
+    assert by_rank[0]["no text"] == "another process has said it"
+    expected = "the dataset has 1 rows, expected at least 2, one for each process"
+    assert by_rank[1]["no text"] == expected
 
 
 def test_a_gpu_of_all_processes_is_refused() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import wandb
-from datasets import load_dataset
+from datasets import Array2D, Dataset, Features, load_dataset
 from sae_lens import (
     SAE,
     LanguageModelSAERunnerConfig,
@@ -233,3 +233,31 @@ def test_data_go_on_where_another_number_of_processes_stopped(
     runner = LanguageModelSAETrainingRunner(resuming_config(last_checkpoint(directory)))
     runner.run()
     assert runner.activations_store.n_dataset_processed > n_read_by_two
+
+
+def read_cached_activations(path: Path) -> tuple[list[float], str]:
+    """Return what this process reads of cached activations, and what too few of them raise."""
+    cached = {"use_cached_activations": True, "cached_activations_path": str(path)}
+    runner = ShardedTrainingRunner(config(**cached, activations_mixing_fraction=0.0))
+    runner.run()
+    dataset: Any = runner.activations_store.cached_activation_dataset
+    numbers = [float(prompt[0, 0]) for prompt in dataset["transformer.h.1"]]
+    # The second process that fails is silent.
+    with pytest.raises((ValueError, SystemExit)) as caught:
+        ShardedTrainingRunner(config(**cached, store_batch_size_prompts=8))
+    return numbers, str(caught.value)
+
+
+def test_each_process_reads_its_own_part_of_cached_activations(tmp_path: Path) -> None:
+    # As SAELens caches them, a prompt in a row. Here a prompt is filled with its number.
+    prompts = [[[float(number)] * D_IN] * 32 for number in range(14)]
+    features = Features({"transformer.h.1": Array2D(shape=(32, D_IN), dtype="float32")})
+    dataset = Dataset.from_dict({"transformer.h.1": prompts}, features=features)
+    dataset.save_to_disk(tmp_path / "cached")
+    by_rank = results(
+        2, read_cached_activations, tmp_path / "cached", directory=tmp_path / "results"
+    )
+    assert [numbers for numbers, _ in by_rank] == [list(range(7)), list(range(7, 14))]
+    errors = sorted(error for _, error in by_rank)
+    assert errors[0] == "1"
+    assert "cached_activations_path has 7 prompts for rank" in errors[1]
