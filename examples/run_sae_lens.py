@@ -6,7 +6,7 @@
     torchrun --nproc-per-node 8 examples/run_sae_lens.py --preset gemma-2-2b --device cuda
 
 Without arguments it takes the model and the text of examples/tiny_lm. It then needs no network, and
-is done within 2 minutes on 2 CPU cores. The next two commands are for a GPU, the last one for eight.
+is done within 2 minutes on 2 CPU cores. The next two are for a GPU, the last one is for eight.
 """
 
 import argparse

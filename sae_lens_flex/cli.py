@@ -29,6 +29,7 @@ from sae_lens.saes.topk_sae import TopKSAE
 from . import __version__
 from .distributed import ShardedTrainingRunner
 from .distributed.processes import are_several, is_first_to_fail, is_rank_0, join
+from .distributed.runner import check_settings
 from .evals import sweep_budgets
 from .evals.batches import flat_activations
 from .ops.policy import uses_triton
@@ -200,7 +201,7 @@ def train(argv: list[str]) -> int:
     runner_class = LanguageModelSAETrainingRunner
     if are_several():
         runner_class = ShardedTrainingRunner
-        join(cfg.device)  # From here on "cuda" is this process's GPU.
+        check_settings(cfg, join(cfg.device))  # From here on "cuda" is this process's GPU.
     uses_triton(getattr(cfg.sae, "backend", "auto"), _device(cfg.device))  # It may raise.
     with _quietly():
         names = [f"model {cfg.model_name}", f"dataset {cfg.dataset_path}"]

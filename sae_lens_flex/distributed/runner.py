@@ -61,8 +61,7 @@ class ShardedTrainingRunner(LanguageModelSAETrainingRunner):
         override_sae: TrainingSAE[Any] | None = None,
     ) -> None:
         self.processes = processes = join(cfg.device)
-        processes.check_equal(_settings(cfg, override_dataset))
-        check_settings(cfg, processes.size)
+        check_settings(cfg, processes, override_dataset)
         with processes.first_error_only(), processes.one_voice():
             cfg = _placed(cfg, processes)
             # Each process draws the whole SAE, as one process would, and keeps its part.
@@ -209,8 +208,13 @@ class ShardedTrainingRunner(LanguageModelSAETrainingRunner):
         self.processes.meet()
 
 
-def check_settings(cfg: LanguageModelSAERunnerConfig[Any], n_processes: int) -> None:
-    """Raise ValueError if several processes cannot train together with this config."""
+def check_settings(
+    cfg: LanguageModelSAERunnerConfig[Any],
+    processes: Processes,
+    dataset: HfDataset | None = None,
+) -> None:
+    """Raise ValueError, in every process, if they cannot train together with their configs."""
+    processes.check_equal(_settings(cfg, dataset))
     architecture = cfg.sae.architecture()
     if architecture not in TRAINING_CLASSES:
         raise ValueError(
@@ -224,10 +228,10 @@ def check_settings(cfg: LanguageModelSAERunnerConfig[Any], n_processes: int) -> 
             "normalize_activations is 'covariance_whitening', which several processes cannot train "
             "with: unwhitening mixes the columns of W_dec, which lie in different processes"
         )
-    if cfg.train_batch_size_tokens < n_processes:
+    if cfg.train_batch_size_tokens < processes.size:
         raise ValueError(
             f"train_batch_size_tokens is {cfg.train_batch_size_tokens}, expected at least "
-            f"{n_processes}: it is the batch of all processes, of which each has a part"
+            f"{processes.size}: it is the batch of all processes, of which each has a part"
         )
     if cfg.device not in DEVICES:
         raise ValueError(
@@ -292,7 +296,9 @@ def _fingerprints(sae: TrainingSAE[Any]) -> dict[str, int]:
     """Return a number for each of the SAE's weights, which other weights hardly have."""
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
     return {
-        f"initial {name}": int(weight.data.view(integers[weight.itemsize]).sum(dtype=torch.int64))
+        f"checksum of the initial {name}": int(
+            weight.data.view(integers[weight.itemsize]).sum(dtype=torch.int64)
+        )
         for name, weight in sae.named_parameters()
     }
 
