@@ -91,7 +91,7 @@ PRESETS = {
         tokens=2_000_000,
         context_size=1024,
         batch_size=4096,
-        lr=3e-4,
+        lr=1e-3,
     ),
 }
 
