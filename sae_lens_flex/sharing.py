@@ -126,8 +126,13 @@ def from_topk(
         TypeError: for an SAE of another architecture, or a field that the config does not have.
         ValueError: for a field that belongs to the weights, such as `k`, or an impossible value.
     """
-    if not isinstance(sae, (TopKSAE, TopKTrainingSAE)):
-        raise TypeError(f"sae is a {type(sae).__name__}, expected a TopKSAE or a TopKTrainingSAE")
+    # SAELens's BatchTopK and Matryoshka SAEs in training derive from its TopK ones.
+    is_topk = isinstance(sae, (TopKSAE, TopKTrainingSAE))
+    if not is_topk or sae.cfg.architecture() not in ("topk", *TRAINING_CLASSES):
+        raise TypeError(
+            f"sae is a {type(sae).__name__}, expected an SAE of one of the architectures topk, "
+            f"{', '.join(TRAINING_CLASSES)}"
+        )
     own = {name: getattr(sae.cfg, name) for name in (*SETTLED, "device")}
     for name in training_fields:
         if name in (*own, "metadata"):

@@ -75,7 +75,7 @@ class BudgetSweep:
         return frame.drop(columns=[name for name in missing if name != "budget"])
 
     def __str__(self) -> str:
-        """Return a table with one row per SAE and budget.
+        """Return a table with one row per SAE and budget, and the number of tokens.
 
         It has the model's scores, but not the cross-entropies and divergences behind them. The
         table then fits a terminal of 80 columns.
@@ -86,7 +86,8 @@ class BudgetSweep:
         names = [name for name in frame.columns if not name.startswith(parts)]
         if len({row.sae for row in self.metrics}) == 1:
             names.remove("sae")
-        return frame[names].to_string(index=False, na_rep="-", float_format="%.4f")
+        table = frame[names].to_string(index=False, na_rep="-", float_format="%.4f")
+        return f"{table}\n(of {self.n_tokens} tokens)"
 
     def to_json(self, path: str | Path | None = None) -> str:
         """Return the sweep as JSON. Also write it to `path` if one is given."""

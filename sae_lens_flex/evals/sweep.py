@@ -14,6 +14,8 @@ from .batches import ModelBatch, ModelRuns, check_shape, given_batches, tokens_t
 from .metrics import BudgetSweep, Totals
 from .reconstruction import reconstruct
 
+N_BATCHES = 10  # that are taken of what may have no end
+
 
 @torch.no_grad()
 def sweep_budgets(
@@ -22,7 +24,7 @@ def sweep_budgets(
     *,
     model: HookedRootModule | None = None,
     budgets: Sequence[int] | None = None,
-    n_batches: int = 10,
+    n_batches: int | None = None,
     batch_size_prompts: int | None = None,
     compute_ce_loss: bool | None = None,
     compute_kl: bool = False,
@@ -42,7 +44,8 @@ def sweep_budgets(
         model: the language model. None takes the store's. Only a store goes with a model.
         budgets: ascending, from 1 to the largest k of the SAEs. None takes 1, 2, 4, ... and k of
             each SAE. Budgets above an SAE's own k are left out for it.
-        n_batches: number of batches to take. An iterable may have fewer.
+        n_batches: number of batches to take. None takes all of a tensor, list or tuple, and 10 of
+            a store or another iterable, which may have fewer.
         batch_size_prompts: prompts in a batch. None takes the store's.
         compute_ce_loss: whether to measure the cross-entropy, for which the model runs once per
             budget. None measures it with a store, and does not without.
@@ -60,7 +63,10 @@ def sweep_budgets(
     for sae in named.values():
         if not isinstance(sae, SAE):
             raise TypeError(f"saes has a {type(sae).__name__}, expected SAELens's SAEs")
-    n_batches = check_integer("n_batches", n_batches)
+    if n_batches is None:
+        n_batches = len(activations) if isinstance(activations, (list, tuple)) else N_BATCHES
+    else:
+        n_batches = check_integer("n_batches", n_batches)
     if batch_size_prompts is not None:
         batch_size_prompts = check_integer("batch_size_prompts", batch_size_prompts)
     budgets_of = _choose_budgets(named, budgets)

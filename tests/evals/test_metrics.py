@@ -26,13 +26,14 @@ def test_to_pandas_has_a_row_a_budget_and_only_what_was_computed(sweep) -> None:
 
 
 def test_text_is_a_table_that_fits_a_terminal(sweep) -> None:
-    header, *rows = str(sweep).splitlines()
+    header, *rows, n_tokens = str(sweep).splitlines()
+    assert n_tokens == f"(of {sweep.n_tokens} tokens)"
     assert header.split() == ["sae", "budget", "explained_variance", "mse", "l0", "dead_latents"]
     assert [row.split()[0] for row in rows] == [*4 * ["hierarchical"], "k=2", "k=8", "jumprelu"]
     assert rows[-1].split()[1] == "-"
     more = {"ce_loss_score": 0.8, "ce_loss_with_sae": 3.0, "ce_loss_without_sae": 2.0}
     one = BudgetSweep([row_at(k, 0.9, **more) for k in (1, 128)], 10)
-    header, *rows = str(one).splitlines()
+    header, *rows, _ = str(one).splitlines()
     assert header.split() == [
         *("budget", "explained_variance", "mse", "l0", "dead_latents", "ce_loss_score")
     ]

@@ -188,6 +188,14 @@ def test_tensor_iterable_and_generator_of_the_same_activations_agree() -> None:
     assert sweep_budgets(sae, batches, n_batches=2, show_progress=False).n_tokens == 60
 
 
+def test_all_of_a_list_is_measured_and_ten_batches_of_what_has_no_length() -> None:
+    batches = [torch.randn(2, D_IN) for _ in range(25)]
+    for given, n_tokens in ((batches, 50), (tuple(batches), 50), (iter(batches), 20)):
+        sweep = sweep_budgets(make_sae(), given, show_progress=False)
+        assert sweep.n_tokens == n_tokens
+        assert str(sweep).endswith(f"(of {n_tokens} tokens)")
+
+
 def test_leading_dimensions_are_tokens() -> None:
     sae = make_sae()
     x = torch.randn(4, 5, D_IN)
