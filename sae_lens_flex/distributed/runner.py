@@ -64,16 +64,13 @@ class ShardedTrainingRunner(LanguageModelSAETrainingRunner):
         check_settings(cfg, processes, override_dataset)
         with processes.first_error_only(), processes.one_voice():
             cfg = _placed(cfg, processes)
-            # Each process draws the whole SAE, as one process would, and keeps its part.
-            torch.set_rng_state(processes.gather(torch.get_rng_state())[0])
             # The whole need not fit on a GPU.
             device, cfg.device = cfg.device, "cpu"
             super().__init__(cfg, override_dataset, override_model, override_sae)
             cfg.device = device
             processes.meet()
-            processes.check_equal(_fingerprints(self.sae))
             whole: Any = self.sae
-            self.sae = shard(whole, processes.mesh).to(device)
+            self.sae = shard(whole, processes.mesh).to(device)  # rank 0's weights
             del whole
             self._share_data()
             self.evaluator: Any = EvaluatorOnRank0(self.evaluator, processes)
@@ -290,17 +287,6 @@ def _settings(cfg: LanguageModelSAERunnerConfig[Any], dataset: HfDataset | None)
         files = Path(cfg.resume_from_checkpoint).glob("*")
         settings["resume_from_checkpoint"] = sorted((f.name, f.stat().st_size) for f in files)
     return settings
-
-
-def _fingerprints(sae: TrainingSAE[Any]) -> dict[str, int]:
-    """Return a number for each of the SAE's weights, which other weights hardly have."""
-    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return {
-        f"checksum of the initial {name}": int(
-            weight.data.view(integers[weight.itemsize]).sum(dtype=torch.int64)
-        )
-        for name, weight in sae.named_parameters()
-    }
 
 
 def _version(package: str) -> str | None:
