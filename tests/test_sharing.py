@@ -10,7 +10,12 @@ import torch
 from integration import conftest as toy
 from integration.flows import activation_batches, make_trainer, run_python, runner_config
 from integration.hub import TOKEN, Hub, running_hub
-from sae_lens import SAE, LanguageModelSAETrainingRunner
+from sae_lens import (
+    SAE,
+    BatchTopKTrainingSAE,
+    BatchTopKTrainingSAEConfig,
+    LanguageModelSAETrainingRunner,
+)
 from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
 from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
 from safetensors.torch import load_file, save_file
@@ -280,6 +285,8 @@ def test_from_topk_refuses_what_the_sae_settles(field) -> None:
 def test_from_topk_refuses_other_architectures_and_unknown_fields() -> None:
     with pytest.raises(TypeError, match=r"^sae is a StandardSAE"):
         from_topk(StandardSAE(StandardSAEConfig(d_in=D_IN, d_sae=D_SAE)))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^sae is a BatchTopKTrainingSAE, expected .* topk, "):
+        from_topk(BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(d_in=D_IN, d_sae=D_SAE, k=2.5)))
     with pytest.raises(TypeError, match="budgetz"):
         from_topk(make_sae("topk"), budgetz=[1])
 
