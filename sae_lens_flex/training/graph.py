@@ -70,8 +70,8 @@ class Recorder:
     ) -> Reconstruction:
         """Return what `reconstruct` returns for tensors on a CUDA device.
 
-        The next call may overwrite `residual`, `code.values` and `norms` of the result. The loss,
-        the gradients, the latents and `hidden_pre` stay.
+        The next call may overwrite `residual`, `rows`, `code.values` and `norms` of the result. The
+        loss, the gradients, the latents and `hidden_pre` stay.
         """
         conditions = (
             *((w.data_ptr(), w.dtype, w.shape, w.stride()) for w in weights),
