@@ -121,13 +121,14 @@ def test_sweep_prints_and_writes_every_budget(trained: Path, run, tmp_path: Path
         *("--json", tmp_path / "sweep.json", "--figure", tmp_path / "sweep.html"),
     )
     assert result.code == 0, result.err
-    header, *rows = result.out.splitlines()
+    header, *rows, n_tokens = result.out.splitlines()
     for metric in ("budget", "explained_variance", "mse", "l0", "ce_loss_score", "kl_div_score"):
         assert metric in header.split()
     assert [row.split()[0] for row in rows] == ["1", "2", "4", "8"]
     sweep = BudgetSweep.from_json((tmp_path / "sweep.json").read_text())
     assert [row.budget for row in sweep.metrics] == [1, 2, 4, 8]
     assert 0 < sweep.n_tokens <= 2 * 4 * toy.CONTEXT_SIZE
+    assert n_tokens == f"(of {sweep.n_tokens} tokens)"
     assert "plotly" in (tmp_path / "sweep.html").read_text()
 
 
@@ -138,7 +139,7 @@ def test_sweep_takes_its_flags(trained: Path, run, hf_model_dir: Path, text_dir:
         *("--dataset", text_dir, "--device", "cpu"),
     )
     assert result.code == 0, result.err
-    header, *rows = result.out.splitlines()
+    header, *rows, _ = result.out.splitlines()
     assert "ce_loss_score" not in header
     assert [row.split()[0] for row in rows] == ["3", "5"]
 
@@ -147,7 +148,7 @@ def test_sweep_measures_a_stock_sae_as_it_is(trained: Path, run, tmp_path: Path)
     assert run("export", trained, "--budget", 4, "--output", tmp_path / "topk").code == 0
     result = run("sweep", tmp_path / "topk", "--n-batches", 1)
     assert result.code == 0, result.err
-    assert [row.split()[0] for row in result.out.splitlines()[1:]] == ["4"]
+    assert [row.split()[0] for row in result.out.splitlines()[1:-1]] == ["4"]
 
 
 def test_export_writes_a_topk_sae(trained: Path, run, tmp_path: Path) -> None:
