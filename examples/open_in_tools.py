@@ -81,6 +81,8 @@ def load_sae(path: Path) -> sae_lens_flex.HierarchicalTopKSAE:
             f"{path} reads {sae.cfg.metadata.hook_name!r}, expected one of {HOOK_NAMES}"
         )
     sae.cfg.metadata.hook_name = HOOK_NAMES[1]
+    # SAEBench passes a dtype of its own beside these, and one more is an error.
+    sae.cfg.metadata.model_from_pretrained_kwargs = {}
     return sae
 
 
