@@ -81,6 +81,7 @@ class Case:
 
 GEMMA = {"d_in": 2304, "d_sae": 65536, "k": 128, "batch": 4096}
 GPT2 = {"d_in": 768, "d_sae": 24576, "k": 64, "batch": 4096}
+SMALL = {"d_in": 256, "d_sae": 8192, "k": 32, "batch": 1024}
 GPU_CASES = [
     Case(
         "gemma",
@@ -102,13 +103,10 @@ GPU_CASES = [
     Case("million", d_in=2304, d_sae=2**20, k=64, batch=4096, n_steps=10),
 ]
 CPU_CASES = [
-    Case("cpu", d_in=256, d_sae=8192, k=32, batch=1024, autocast=False, device="cpu", n_steps=5),
+    Case("cpu", **SMALL, autocast=False, device="cpu", n_steps=5),
     Case(
         "cpu_zipf",
-        d_in=256,
-        d_sae=8192,
-        k=32,
-        batch=1024,
+        **SMALL,
         autocast=False,
         firing="zipf",
         device="cpu",
@@ -117,10 +115,7 @@ CPU_CASES = [
     ),
     Case(
         "cpu_busy",
-        d_in=256,
-        d_sae=8192,
-        k=32,
-        batch=1024,
+        **SMALL,
         autocast=False,
         device="cpu",
         n_busy=2,

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.sae import TrainingSAE, TrainStepOutput
 from sae_lens.training.activation_scaler import ActivationScaler
@@ -17,6 +16,7 @@ from sae_lens.training.types import DataProvider
 from typing_extensions import override
 
 from ..saes.sharded import unshard
+from ..training.shards import Split
 from .checkpoints import taking_shares, whole_state, written_aside
 from .processes import Processes
 
@@ -65,13 +65,8 @@ class ShardedSAETrainer(SAETrainer[Any, Any]):
 
     def _of_all(self, rows: torch.Tensor) -> torch.Tensor:
         """Return the rows of all processes, [n, d], in the order of the ranks."""
-        counts = self.processes.gather(len(rows))
-        # A collective takes as many rows from each.
-        padded = rows.new_zeros(max(counts), rows.shape[1])
-        padded[: len(rows)] = rows
-        parts = [torch.empty_like(padded) for _ in counts]
-        dist.all_gather(parts, padded)
-        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+        samples = Split(tuple(self.processes.gather(len(rows))))
+        return replace(self.sae._shards, samples=samples).all_samples(rows)
 
     @override
     def save_checkpoint(
