@@ -15,11 +15,12 @@ from .launch import cdiv, launch, tl, triton
 
 @triton.jit
 def _scale_part(gradient, scale, n_elements, BLOCK: tl.constexpr):
+    wide = tl.float64 if gradient.dtype.element_ty == tl.float64 else tl.float32
     stride = tl.num_programs(0).to(tl.int64) * BLOCK
     for start in range(tl.program_id(0).to(tl.int64) * BLOCK, n_elements, stride):
         offsets = start + tl.arange(0, BLOCK)
         mask = offsets < n_elements
-        scaled = tl.load(gradient + offsets, mask=mask).to(tl.float32) * scale
+        scaled = tl.load(gradient + offsets, mask=mask).to(wide) * scale
         tl.store(gradient + offsets, scaled.to(gradient.dtype.element_ty), mask=mask)
 
 
