@@ -64,10 +64,12 @@ class ShardedTrainingRunner(LanguageModelSAETrainingRunner):
         check_settings(cfg, processes, override_dataset)
         with processes.first_error_only(), processes.one_voice():
             cfg = _placed(cfg, processes)
-            # The whole need not fit on a GPU.
-            device, cfg.device = cfg.device, "cpu"
+            # The whole need not fit on a GPU. Weights that are drawn need no memory until then.
+            is_drawn = override_sae is None and cfg.from_pretrained_path is None
+            device, cfg.device = cfg.device, "meta" if is_drawn else "cpu"
+            cfg.sae.device = cfg.device
             super().__init__(cfg, override_dataset, override_model, override_sae)
-            cfg.device = device
+            cfg.sae.device = cfg.device = device
             processes.meet()
             whole: Any = self.sae
             self.sae = shard(whole, processes.mesh).to(device)  # rank 0's weights
@@ -253,6 +255,7 @@ def _placed(
 ) -> LanguageModelSAERunnerConfig[Any]:
     """Return the config of this process: on its own device, with the directory of rank 0."""
     cfg = copy.copy(cfg)
+    cfg.sae = copy.copy(cfg.sae)
     for name in ("device", "llm_device", "act_store_device"):
         if getattr(cfg, name) != "cpu":
             setattr(cfg, name, processes.device)

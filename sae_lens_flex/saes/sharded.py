@@ -57,6 +57,9 @@ def shard(sae: T, mesh: DeviceMesh | None = None) -> T:
     What needs the whole SAE (`encode`, `decode`, `save_model` and others) raises; `unshard` gives
     it. Steps are never recorded as CUDA graphs.
 
+    On the device "meta" an SAE has no memory for weights. If rank 0's is there, each rank draws its
+    part as `initialize_weights` does, by rank 0's generator. So the whole need not fit anywhere.
+
     Args:
         sae (FusedTopKTrainingSAE): A flex_topk or hierarchical_topk training SAE, on any device.
             The weights of other ranks than 0 are not read.
@@ -66,7 +69,8 @@ def shard(sae: T, mesh: DeviceMesh | None = None) -> T:
         TypeError: for another SAE, or one that has been sharded.
         ValueError: for a mesh of more dimensions, or where a rank would hold no latent or no part
             of the width, or where the ranks' configs or versions differ.
-        NotImplementedError: for an SAE with methods, functions or hooks that are not SAELens's own.
+        NotImplementedError: for an SAE with methods, functions or hooks that are not SAELens's own;
+            on "meta" also for an `initialize_weights` of its own.
     """
     if not isinstance(sae, FusedTopKTrainingSAE):
         raise TypeError(
@@ -88,6 +92,14 @@ def shard(sae: T, mesh: DeviceMesh | None = None) -> T:
     if names := _reasons(sae, OWN):
         problem = NotImplementedError(
             f"an SAE of several processes calls SAELens's own methods alone, but {', '.join(names)}"
+        )
+    of_rank_0 = torch.tensor(sae.W_dec.is_meta)
+    dist.broadcast(of_rank_0, dist.get_global_rank(control, 0), group=control)
+    is_drawn = bool(of_rank_0)
+    if problem is None and is_drawn and not _draws_by_latent(sae):
+        problem = NotImplementedError(
+            "initialize_weights is not SAELens's own, so an SAE on the device 'meta' cannot be "
+            "drawn in parts: make the whole, on any other device"
         )
     for name, length in (("d_sae", sae.cfg.d_sae), ("d_in", sae.cfg.d_in)):
         if problem is None and 0 in Split.even(length, size).sizes:
@@ -111,18 +123,19 @@ def shard(sae: T, mesh: DeviceMesh | None = None) -> T:
     shards = Shards(
         group, rank, latents=Split.even(sae.cfg.d_sae, size), width=Split.even(sae.cfg.d_in, size)
     )
-    for name in PLACEMENTS:
-        weight = getattr(sae, name)
-        rows = _by_rows(name, weight.data)
-        local = rows.new_empty(_own_rows(name, rows, shards).shape, device=device)
-        for piece, rows_of_piece in _pieces(rows):
-            if rank == 0:
-                received = rows_of_piece.to(device).contiguous()
-            else:
-                received = torch.empty(rows_of_piece.shape, dtype=rows.dtype, device=device)
-            dist.broadcast(received, dist.get_global_rank(group, 0), group=group)
-            _copy_own(name, local, piece, received, shards)
-        parameter = nn.Parameter(_distributed(name, local, weight.shape, mesh))
+    locals_ = {
+        name: torch.empty(
+            _own_rows(name, _by_rows(name, weight.to("meta")), shards).shape,
+            dtype=weight.dtype,
+            device=device,
+        )
+        for name, weight in sae.named_parameters()
+    }
+    draws = _drawn(sae, device, control) if is_drawn else _sent(sae, device, group, rank)
+    for name, piece, rows in draws:
+        _copy_own(name, locals_[name], piece, rows, shards)
+    for name, weight in list(sae.named_parameters()):
+        parameter = nn.Parameter(_distributed(name, locals_.pop(name), weight.shape, mesh))
         parameter.requires_grad_(weight.requires_grad)
         setattr(sae, name, parameter)
     sae.__class__ = _sharded_class(type(sae))
@@ -459,6 +472,61 @@ def _own_rows(name: str, rows: torch.Tensor, shards: Shards) -> torch.Tensor:
     if name in ("W_enc", "b_enc"):
         return rows[shards.own_latents(len(rows))]
     return rows[:, shards.own_width(rows.shape[1])] if name == "W_dec" else rows
+
+
+Rows = tuple[str, slice, torch.Tensor]
+"""A weight's name, which of its rows, and these rows of the whole weight."""
+
+
+def _sent(sae: Any, device: torch.device, group: Any, rank: int) -> Iterator[Rows]:
+    """Yield all of rank 0's weights, in pieces, on every rank."""
+    for name, weight in sae.named_parameters():
+        for piece, rows in _pieces(_by_rows(name, weight.data)):
+            if rank == 0:
+                received = rows.to(device).contiguous()
+            else:
+                received = torch.empty(rows.shape, dtype=rows.dtype, device=device)
+            dist.broadcast(received, dist.get_global_rank(group, 0), group=group)
+            yield name, piece, received
+
+
+def _draws_by_latent(sae: Any) -> bool:
+    """Return whether SAELens draws the weights, each latent's by itself."""
+    own = FusedTopKTrainingSAE.initialize_weights
+    return "initialize_weights" not in vars(sae) and type(sae).initialize_weights is own
+
+
+def _drawn(sae: Any, device: torch.device, control: Any) -> Iterator[Rows]:
+    """Yield weights that are drawn anew, in pieces, the same on every rank.
+
+    On a CPU they are the numbers that the whole would be drawn with, which come latent by latent.
+    """
+    own_state = _random_state(device)
+    state = own_state.clone()
+    dist.broadcast(state, dist.get_global_rank(control, 0), group=control)
+    _set_random_state(state, device)
+    part, whole = copy.deepcopy(sae), sae.W_dec.to("meta")
+    part.device = device
+    for piece, rows in _pieces(whole):
+        part.cfg.d_sae = len(rows)
+        part.initialize_weights()
+        for name, weight in part.named_parameters():
+            if name != "b_dec":
+                yield name, piece, _by_rows(name, weight.data)
+    yield "b_dec", slice(0, sae.cfg.d_in), part.b_dec.data
+    if dist.get_rank(control) > 0:
+        _set_random_state(own_state, device)
+
+
+def _random_state(device: torch.device) -> torch.Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def _set_random_state(state: torch.Tensor, device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    else:
+        torch.set_rng_state(state)
 
 
 def _copy_own(

@@ -2,17 +2,18 @@ from collections.abc import Callable, Iterator
 from functools import cache
 
 import pytest
+import torch
 
 from .ranks import Ranks
 
 
 @pytest.fixture(scope="session")
-def make_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], Ranks]]:
+def make_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Ranks]]:
     made = []
 
     @cache
-    def make(size: int) -> Ranks:
-        made.append(Ranks(size, tmp_path_factory.mktemp("ranks")))
+    def make(size: int, device: str = "cpu") -> Ranks:
+        made.append(Ranks(size, tmp_path_factory.mktemp("ranks"), device))
         return made[-1]
 
     yield make
@@ -21,10 +22,19 @@ def make_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[i
 
 
 @pytest.fixture(params=[2, 3], ids=["w2", "w3"])
-def ranks(request: pytest.FixtureRequest, make_ranks: Callable[[int], Ranks]) -> Ranks:
+def ranks(request: pytest.FixtureRequest, make_ranks: Callable[..., Ranks]) -> Ranks:
     return make_ranks(request.param)
 
 
 @pytest.fixture
-def two_ranks(make_ranks: Callable[[int], Ranks]) -> Ranks:
+def two_ranks(make_ranks: Callable[..., Ranks]) -> Ranks:
     return make_ranks(2)
+
+
+@pytest.fixture
+def gpu_ranks(make_ranks: Callable[..., Ranks]) -> Ranks:
+    """A process for each GPU, three at most."""
+    n_gpus = torch.cuda.device_count()
+    if n_gpus < 2:
+        pytest.skip("needs two CUDA devices")
+    return make_ranks(min(n_gpus, 3), "cuda")

@@ -14,15 +14,17 @@ CONTEXT.set_forkserver_preload(["sae_lens_flex", "torch.distributed.tensor"])
 
 
 class Ranks:
-    """Processes that are one gloo group on the CPU, until `close`."""
+    """Processes that are one group until `close`: gloo on the CPU, or NCCL with a GPU each."""
 
-    def __init__(self, size: int, directory: Any) -> None:
+    def __init__(self, size: int, directory: Any, device: str = "cpu") -> None:
         self.size, self.is_open = size, True
         store = f"file://{directory}/store"
         self.pipes, self.processes = [], []
         for rank in range(size):
             mine, theirs = CONTEXT.Pipe()
-            process = CONTEXT.Process(target=_serve, args=(theirs, store, rank, size), daemon=True)
+            process = CONTEXT.Process(
+                target=_serve, args=(theirs, store, rank, size, device), daemon=True
+            )
             process.start()
             self.pipes.append(mine)
             self.processes.append(process)
@@ -58,10 +60,13 @@ class Ranks:
             process.kill()
 
 
-def _serve(pipe: Any, store: str, rank: int, size: int) -> None:
+def _serve(pipe: Any, store: str, rank: int, size: int, device: str) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, init_method=store, rank=rank, world_size=size)
     while True:
         function, arguments = pipe.recv()
         try:

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map_only
 
 import sae_lens_flex
 from sae_lens_flex.saes.registration import TRAINING_CLASSES
@@ -30,13 +31,19 @@ class Case:
     autocast: bool = False
     weights: str = "random"
     steps: int = 3
+    device: str = "cpu"
     settings: dict[str, Any] = field(default_factory=dict)
 
     def sae(self) -> Any:
         sae_class, config_class = TRAINING_CLASSES[self.architecture]
         settings = {"aux_loss_coefficient": 0.5, "decoder_init_norm": None, **self.settings}
         cfg = config_class(
-            d_in=self.d_in, d_sae=self.d_sae, k=self.k, dtype=self.dtype, device="cpu", **settings
+            d_in=self.d_in,
+            d_sae=self.d_sae,
+            k=self.k,
+            dtype=self.dtype,
+            device=self.device,
+            **settings,
         )
         sae = sae_class(cfg)
         generator = torch.Generator().manual_seed(0)
@@ -67,7 +74,8 @@ class Case:
         batches = torch.randn(*shape, generator=generator, dtype=torch.float64)
         if self.weights == "ties":
             batches = batches.round()
-        return [self._without_near_ties(x) for x in batches.to(getattr(torch, self.dtype))]
+        batches = batches.to(self.device, getattr(torch, self.dtype))
+        return [self._without_near_ties(x) for x in batches]
 
     def _without_near_ties(self, batch: torch.Tensor) -> torch.Tensor:
         """Leave out samples of which rounding in float32 decides which latent is kept."""
@@ -79,7 +87,7 @@ class Case:
         return batch[largest[:, -2] - largest[:, -1] > 1e-6 * largest[:, -2].abs()]
 
     def mask(self) -> torch.Tensor:
-        mask = torch.zeros(self.d_sae, dtype=torch.bool)
+        mask = torch.zeros(self.d_sae, dtype=torch.bool, device=self.device)
         mask[self.first_dead : self.first_dead + self.n_dead] = True
         return mask
 
@@ -101,7 +109,7 @@ def forward(case: Case, sae: Any, x: torch.Tensor, is_logging_step: bool = True)
         n_training_steps=0,
         is_logging_step=is_logging_step,
     )
-    autocast = torch.autocast("cpu", torch.bfloat16) if case.autocast else nullcontext()
+    autocast = torch.autocast(case.device, torch.bfloat16) if case.autocast else nullcontext()
     with autocast:
         output = sae.training_forward_pass(step_input)
     for weight in sae.parameters():
@@ -119,10 +127,10 @@ def own(tensor: Any) -> torch.Tensor:
 
 
 def record(sae: Any, output: TrainStepOutput) -> dict[str, Any]:
-    """Return what is compared of a step."""
+    """Return what is compared of a step, on the CPU."""
     acts = output.feature_acts
     acts = acts.to_dense() if acts.is_sparse else acts
-    return {
+    record = {
         "losses": {
             "loss": output.loss.detach(),
             **{n: v.detach() for n, v in output.losses.items()},
@@ -134,6 +142,7 @@ def record(sae: Any, output: TrainStepOutput) -> dict[str, Any]:
         "sae_out": output.sae_out,
         "metrics": output.metrics,
     }
+    return tree_map_only(torch.Tensor, torch.Tensor.cpu, record)
 
 
 def stepwise(case: Case, size: int = 1) -> list[dict[str, Any]]:
@@ -168,7 +177,7 @@ def free(case: Case, size: int = 1) -> dict[str, Any]:
     if size > 1:
         sae, rank = sae_lens_flex.shard(sae), dist.get_rank()
     optimizer = torch.optim.Adam(sae.parameters(), lr=1e-3, fused=True)
-    since_fired = torch.zeros(case.d_sae)
+    since_fired = torch.zeros(case.d_sae, device=case.device)
     losses, n_dead, norms = [], [], []
     for step, batch in enumerate(case.batches()):
         part = batch.split(parts(len(batch), size, step))[rank] if size > 1 else batch
@@ -192,13 +201,14 @@ def free(case: Case, size: int = 1) -> dict[str, Any]:
         )
         n_dead.append(int(mask.sum()))
         norms.append(whole(norm))
-    return {
+    end = {
         "losses": torch.stack(losses),
         "norms": torch.stack(norms),
         "n_dead": n_dead,
         "since_fired": since_fired,
         "weights": {name: whole(getattr(sae, name).detach()) for name in NAMES},
     }
+    return tree_map_only(torch.Tensor, torch.Tensor.cpu, end)
 
 
 def free_on_rank(case: Case) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 import sae_lens_flex
+from sae_lens_flex.saes import sharded
+from sae_lens_flex.saes.registration import TRAINING_CLASSES
 
 from .ranks import Ranks
 from .steps import NAMES, Case, forward, whole
@@ -73,6 +75,28 @@ def parts_and_whole() -> dict[str, Any]:
         "budget": again.budget,
         "histogram": sharded.log_histograms()["weights/W_dec_norms"],
     }
+
+
+def drawn(device: str) -> dict[str, Any]:
+    """Return an SAE that was drawn in parts, and whether the generator was left as it has to be."""
+    sharded.PIECE_BYTES = 5 * 40  # five latents
+    torch.manual_seed(3 if dist.get_rank() == 0 else 8)
+    before = torch.get_rng_state()
+    sae = sae_lens_flex.shard(new_sae(device))
+    weights = {name: getattr(sae_lens_flex.unshard(sae), name).detach() for name in NAMES}
+    after = torch.get_rng_state()
+    return {"weights": weights, "device": str(sae.device), "drew": not torch.equal(before, after)}
+
+
+def new_sae(device: str) -> Any:
+    sae_class, config_class = TRAINING_CLASSES["hierarchical_topk"]
+    return sae_class(config_class(d_in=10, d_sae=37, k=5, device=device))
+
+
+def own_weights() -> str:
+    sae = new_sae("meta")
+    sae.initialize_weights = lambda: None
+    return message(sae_lens_flex.shard, sae)
 
 
 def folded() -> dict[str, torch.Tensor]:
@@ -221,6 +245,18 @@ def test_each_rank_holds_its_part_of_rank_0s_weights(ranks: Ranks) -> None:
     elements = [each["elements"] for each in found]
     assert sum(elements) == n_weights + (ranks.size - 1) * CASE.d_in
     assert max(elements) < 1.2 * n_weights / ranks.size
+
+
+def test_weights_without_memory_are_drawn_as_the_whole_would_be(ranks: Ranks) -> None:
+    torch.manual_seed(3)
+    expected = new_sae("cpu")
+    for rank, each in enumerate(ranks.call(drawn, "meta")):
+        assert each["device"] == "cpu"
+        assert each["drew"] == (rank == 0)
+        for name, weight in expected.named_parameters():
+            assert torch.equal(each["weights"][name], weight), name
+    for error in ranks.call(own_weights):
+        assert error.startswith("NotImplementedError: initialize_weights is not SAELens's own")
 
 
 def test_a_scaling_factor_is_folded_in(ranks: Ranks) -> None:

@@ -106,7 +106,41 @@ def test_steps_by_kernels_are_those_of_one_process(
 
 def test_200_steps_are_those_of_one_process(ranks: Ranks) -> None:
     architecture = "flex_topk" if ranks.size == 2 else "hierarchical_topk"  # each takes seconds
-    case = Case(architecture, n_samples=16, d_sae=70, steps=200)
+    _compare_200_steps(ranks, Case(architecture, n_samples=16, d_sae=70, steps=200))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_steps_on_gpus_are_those_of_one_process(gpu_ranks: Ranks, case: Case) -> None:
+    n_samples = gpu_ranks.size if case.n_samples == 0 else case.n_samples
+    case = replace(case, n_samples=n_samples, device="cuda")
+    _compare(case, stepwise(case), gpu_ranks.call(on_rank, case), tolerance=1e-12)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("architecture", ["hierarchical_topk", "flex_topk"])
+@pytest.mark.parametrize("n_dead", [0, 300])
+def test_steps_by_kernels_on_gpus_are_those_of_one_process(
+    gpu_ranks: Ranks, architecture: str, n_dead: int
+) -> None:
+    case = Case(
+        architecture, 96, 1000, 16, n_samples=500, dtype="float32", n_dead=n_dead, device="cuda"
+    )
+    n_left_out = case.steps * case.n_samples - sum(map(len, case.batches()))
+    assert n_left_out <= 10
+    _compare(case, stepwise(case), gpu_ranks.call(on_rank, case), tolerance=1e-6)
+    case = replace(case, autocast=True)
+    _compare(case, stepwise(case), gpu_ranks.call(on_rank, case), tolerance=2**-7)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("architecture", ["hierarchical_topk", "flex_topk"])
+def test_200_steps_on_gpus_are_those_of_one_process(gpu_ranks: Ranks, architecture: str) -> None:
+    case = Case(architecture, n_samples=16, d_sae=70, steps=200, device="cuda")
+    _compare_200_steps(gpu_ranks, case)
+
+
+def _compare_200_steps(ranks: Ranks, case: Case) -> None:
     one = free(case)
     assert max(one["n_dead"]) > case.d_in // 2
     for several in ranks.call(free_on_rank, case):
