@@ -3,13 +3,14 @@
     python -m benchmarks.scale                         # every case, on one GPU and on all of them
     python -m benchmarks.scale --ranks 1 2 4           # on so many
     python -m benchmarks.scale --cases quarter_million
+    python -m benchmarks.scale --largest 768           # the largest dictionary of this width
     python -m benchmarks.scale --quick --ranks 1 2 4   # small, gloo processes on a CPU; no file
 
-The results go to benchmarks/results/scale_<device>.json, one after the other. Each is a run of
-`torchrun` by itself. It first takes a small step sharded and compares it with the step of one
-process: `error` is the largest relative difference of losses and gradients. A time is the median of
-the distances between the ends of steps, on the slowest rank. A step is `SAETrainer.step` within
-`accelerate()`, on a batch of the case's size in all, whatever the number of processes.
+The results go to benchmarks/results/scale_<device>.json, one after the other. Each number of
+processes is a run of `torchrun`. It first takes a small step sharded and compares it with the step
+of one process: `error` is the largest relative difference of losses and gradients. A time is the
+median of the distances between the ends of steps, on the slowest rank. A step is `SAETrainer.step`
+within `accelerate()`, on a batch of the case's size in all, whatever the number of processes.
 
 "sharded" is `sae_lens_flex.shard`. "copies" is what DistributedDataParallel does: a whole SAE on
 every process, and gradients that are averaged. "communication" is the time that the device spends
@@ -19,12 +20,14 @@ in collectives, where they do not overlap with computing.
 import argparse
 import copy
 import datetime
+import gc
 import json
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -66,13 +69,17 @@ CASES = [
     Case("quarter_million", 2304, 2**18, 64, 4096),
     Case("million", 2304, 2**20, 64, 4096, has_copies=False, n_steps=10),
 ]
+# The search for the largest dictionary begins where a GPU has so many bytes for each of its weights,
+# of which the weight, its gradient and Adam's moments take 16. It goes down in steps of 3 %.
+BYTES_PER_WEIGHT = 17
+SEARCH_STEPS = [1 - 0.03 * step for step in range(20)]
 QUICK_CASES = [Case("quick", 48, 515, 8, 130, autocast=False, n_steps=3)]
 
 
 # --- a process of a run
 
 
-def new_sae(case: Case, device: str, dtype: str = "float32") -> TrainingSAE[Any]:
+def new_sae(case: Case, device: str) -> TrainingSAE[Any]:
     torch.manual_seed(0)
     return TrainingSAE.from_dict(
         {
@@ -81,7 +88,6 @@ def new_sae(case: Case, device: str, dtype: str = "float32") -> TrainingSAE[Any]
             "d_sae": case.d_sae,
             "k": case.k,
             "device": device,
-            "dtype": dtype,
         }
     )
 
@@ -119,7 +125,7 @@ def error_against_one_process(mesh: DeviceMesh, device: str) -> float:
 
 def train(case: Case, mode: str, mesh: DeviceMesh, device: str) -> dict[str, Any]:
     """Time steps, and return what they took on the slowest rank."""
-    sae: Any = new_sae(case, device)
+    sae: Any = new_sae(case, "meta" if mode == "sharded" else device)
     if mode == "sharded":
         sae = sae_lens_flex.shard(sae, mesh)
     if mode == "copies":
@@ -185,29 +191,34 @@ def of_slowest(value: float | None) -> float | None:
     return max(numbers) if numbers else None
 
 
-def work(case: Case, mode: str) -> None:
-    """Be one process of a run; the first prints the result."""
-    is_gpu = torch.cuda.is_available() and case not in QUICK_CASES
+def work(works: list[tuple[Case, str]], quick: bool) -> None:
+    """Be one process of a run; the first prints each result."""
+    is_gpu = torch.cuda.is_available() and not quick
     if is_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     else:
         torch.set_num_threads(1)
     device = "cuda" if is_gpu else "cpu"
-    limit = datetime.timedelta(minutes=5)
+    limit = datetime.timedelta(minutes=2)
     dist.init_process_group("cpu:gloo,cuda:nccl" if is_gpu else "gloo", timeout=limit)
     try:
         mesh = init_device_mesh(device, (dist.get_world_size(),))
-        result: dict[str, Any] = {"error": None}
-        if mode == "sharded":
-            result["error"] = error_against_one_process(mesh, device)
-        try:
-            result |= train(case, mode, mesh, device)
-        except torch.OutOfMemoryError:
-            if dist.get_world_size() > 1:
-                raise  # The others wait: the run ends.
-            result |= {"ms": None, "peak_gib": None}
-        if dist.get_rank() == 0:
-            print(RESULT + json.dumps(result), flush=True)
+        error = None
+        if dist.get_world_size() > 1:
+            error = error_against_one_process(mesh, device)
+        for case, mode in works:
+            result: dict[str, Any] = {"error": error if mode == "sharded" else None}
+            try:
+                result |= train(case, mode, mesh, device)
+            except torch.OutOfMemoryError:
+                if dist.get_world_size() > 1:
+                    raise  # The others wait: the run ends.
+                result |= {"ms": None, "peak_gib": None}
+            if dist.get_rank() == 0:
+                print(RESULT + json.dumps(result), flush=True)
+            gc.collect()
+            if is_gpu:
+                torch.cuda.empty_cache()
     finally:
         dist.destroy_process_group()
 
@@ -215,17 +226,36 @@ def work(case: Case, mode: str) -> None:
 # --- the runs
 
 
-def launch(case: Case, mode: str, n_ranks: int, quick: bool) -> dict[str, Any]:
-    """Return the result of a run, whose times are None where it failed."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(n_ranks), "-m", "benchmarks.scale"]
-    command += ["--work", case.name, mode, *(["--quick"] if quick else [])]
-    done = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True, check=False)
-    for line in done.stdout.splitlines():
-        if line.startswith(RESULT):
-            return json.loads(line.removeprefix(RESULT))
-    print(done.stderr[-3000:], file=sys.stderr)
-    return {"error": None, "ms": None, "peak_gib": None, "failed": done.returncode}
+def launch(works: list[tuple[Case, str]], n_ranks: int, quick: bool) -> Iterator[dict[str, Any]]:
+    """Yield the result of each case and mode.
+
+    Its times are None where memory was short, or where it `failed`. The rest is then started anew.
+    """
+    while works:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc-per-node", str(n_ranks), "-m", "benchmarks.scale"]
+        command += [*(["--quick"] if quick else []), "--work"]
+        command += [json.dumps([(asdict(case), mode) for case, mode in works])]
+        with tempfile.TemporaryFile("w+") as errors:
+            process = subprocess.Popen(
+                command, cwd=HERE.parent, stdout=subprocess.PIPE, stderr=errors, text=True
+            )
+            assert process.stdout is not None
+            for line in process.stdout:
+                if line.startswith(RESULT):
+                    works = works[1:]
+                    yield json.loads(line.removeprefix(RESULT))
+            if process.wait() == 0:
+                continue
+            errors.seek(0)
+            text = errors.read()
+        is_full = "OutOfMemoryError" in text
+        if not is_full:
+            print(text[-3000:], file=sys.stderr)
+        if works:
+            works = works[1:]
+            failure = {} if is_full else {"failed": process.returncode}
+            yield {"error": None, "ms": None, "peak_gib": None, **failure}
 
 
 def modes(case: Case, n_ranks: int) -> list[str]:
@@ -236,33 +266,62 @@ def modes(case: Case, n_ranks: int) -> list[str]:
 
 def run(cases: list[Case], ranks: list[int], path: Path | None, quick: bool) -> bool:
     """Measure, print and write every result. Return whether none failed."""
-    kind = "cpu" if quick or not torch.cuda.is_available() else "cuda"
-    record = {
-        "machine": machine(kind),
+    record = new_record("cpu" if quick else "cuda")
+    is_whole = True
+    of_one: dict[str, float | None] = {}
+    for n_ranks in ranks:
+        works = [(case, mode) for case in cases for mode in modes(case, n_ranks)]
+        for (case, mode), found in zip(works, launch(works, n_ranks, quick), strict=True):
+            if mode == "one":
+                of_one[case.name] = found["ms"]
+            result = with_rates(case, mode, n_ranks, found, of_one.get(case.name))
+            is_whole &= "failed" not in result
+            keep(result, record, path)
+    return is_whole
+
+
+def find_largest(d_in: int, ranks: list[int], path: Path | None) -> None:
+    """Train ever smaller dictionaries until memory suffices."""
+    record = new_record("cuda")
+    memory = torch.cuda.get_device_properties(0).total_memory
+    for n_ranks in ranks:
+        mode = "sharded" if n_ranks > 1 else "one"
+        for share in SEARCH_STEPS:
+            n_latents = int(share * memory / (BYTES_PER_WEIGHT * 2 * d_in)) // 1024 * 1024 * n_ranks
+            case = Case("largest", d_in, n_latents, 64, 4096, n_steps=5)
+            (found,) = launch([(case, mode)], n_ranks, quick=False)
+            result = with_rates(case, mode, n_ranks, found, None)
+            keep(result, record, path)
+            if result["ms"] is not None:
+                break
+
+
+def new_record(device: str) -> dict[str, Any]:
+    return {
+        "machine": machine(device),
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "sae-lens")},
         "date": datetime.date.today().isoformat(),
         "results": [],
     }
-    is_whole = True
-    for case in cases:
-        of_one: float | None = None
-        for n_ranks in ranks:
-            for mode in modes(case, n_ranks):
-                result = launch(case, mode, n_ranks, quick)
-                ms = result["ms"]
-                of_one = ms if mode == "one" else of_one
-                result = {**asdict(case), "mode": mode, "ranks": n_ranks, **result}
-                if ms is not None:
-                    result["tokens_per_s"] = 1e3 * case.batch / ms
-                    if of_one is not None:
-                        result["speedup"] = of_one / ms
-                record["results"].append(result)
-                is_whole &= "failed" not in result
-                print_result(result)
-                if path is not None:
-                    path.write_text(json.dumps(record, indent=2) + "\n")
-    return is_whole
+
+
+def with_rates(
+    case: Case, mode: str, n_ranks: int, found: dict[str, Any], ms_of_one: float | None
+) -> dict[str, Any]:
+    result = {**asdict(case), "mode": mode, "ranks": n_ranks, **found}
+    if result["ms"] is not None:
+        result["tokens_per_s"] = 1e3 * case.batch / result["ms"]
+        if ms_of_one is not None:
+            result["speedup"] = ms_of_one / result["ms"]
+    return result
+
+
+def keep(result: dict[str, Any], record: dict[str, Any], path: Path | None) -> None:
+    record["results"].append(result)
+    print_result(result)
+    if path is not None:
+        path.write_text(json.dumps(record, indent=2) + "\n")
 
 
 def print_result(result: dict[str, Any]) -> None:
@@ -291,12 +350,14 @@ def main() -> None:
         "--ranks", nargs="+", type=int, metavar="N", help="by default 1, and every GPU or 2"
     )
     parser.add_argument("--results", type=Path, help="JSON file to write")
-    parser.add_argument("--work", nargs=2, metavar=("CASE", "MODE"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--largest", type=int, metavar="D_IN", help="look for the largest dictionary of this width"
+    )
+    parser.add_argument("--work", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     cases = QUICK_CASES if arguments.quick else CASES
     if arguments.work:
-        name, mode = arguments.work
-        work(next(case for case in cases if case.name == name), mode)
+        work([(Case(**case), mode) for case, mode in arguments.work], arguments.quick)
         return
     if not arguments.quick and n_gpus == 0:
         parser.error("there is no GPU here; --quick runs a small case on a CPU")
@@ -309,8 +370,11 @@ def main() -> None:
     ranks = arguments.ranks or [1, 2 if arguments.quick else n_gpus]
     path = arguments.results
     if path is None and not arguments.quick:
-        path = HERE / "results" / f"scale_{machine('cuda').split()[-1].lower()}.json"
-    if not run(cases, ranks, path, arguments.quick):
+        name = f"largest_{arguments.largest}" if arguments.largest else "scale"
+        path = HERE / "results" / f"{name}_{machine('cuda').split()[-1].lower()}.json"
+    if arguments.largest:
+        find_largest(arguments.largest, ranks, path)
+    elif not run(cases, ranks, path, arguments.quick):
         sys.exit("a run failed")
 
 
