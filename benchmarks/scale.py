@@ -69,8 +69,8 @@ CASES = [
     Case("quarter_million", 2304, 2**18, 64, 4096),
     Case("million", 2304, 2**20, 64, 4096, has_copies=False, n_steps=10),
 ]
-# The search for the largest dictionary begins where a GPU has so many bytes for each of its weights,
-# of which the weight, its gradient and Adam's moments take 16. It goes down in steps of 3 %.
+# The search for the largest dictionary begins where a GPU has so many bytes for each weight that it
+# holds. The weight, its gradient and Adam's moments take 16. The search goes down by steps of 3 %.
 BYTES_PER_WEIGHT = 17
 SEARCH_STEPS = [1 - 0.03 * step for step in range(20)]
 QUICK_CASES = [Case("quick", 48, 515, 8, 130, autocast=False, n_steps=3)]
