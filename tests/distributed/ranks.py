@@ -9,8 +9,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-CONTEXT: Any = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["sae_lens_flex", "torch.distributed.tensor"])
+FORKED: Any = multiprocessing.get_context("forkserver")
+FORKED.set_forkserver_preload(["sae_lens_flex", "torch.distributed.tensor"])
+# A fork of a process that has used CUDA cannot.
+SPAWNED: Any = multiprocessing.get_context("spawn")
 
 
 class Ranks:
@@ -20,9 +22,10 @@ class Ranks:
         self.size, self.is_open = size, True
         store = f"file://{directory}/store"
         self.pipes, self.processes = [], []
+        context = FORKED if device == "cpu" else SPAWNED
         for rank in range(size):
-            mine, theirs = CONTEXT.Pipe()
-            process = CONTEXT.Process(
+            mine, theirs = context.Pipe()
+            process = context.Process(
                 target=_serve, args=(theirs, store, rank, size, device), daemon=True
             )
             process.start()
