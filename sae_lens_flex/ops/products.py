@@ -92,17 +92,20 @@ def scatter(
         sum_by_latent(index, values.contiguous(), rows, sums=out)
         return
     dtype = accumulation_dtype(rows, values)
-    samples, pairs = index.samples, index.pairs
-    if rows.device.type == "cpu":  # There the last bag has all pairs that are left.
-        last = int(index.starts[-1])
+    samples, pairs, ends = index.samples, index.pairs, index.starts[1:]
+    # PyTorch's last bag has all pairs that are left.
+    if rows.device.type == "cpu":
+        last = int(ends[-1])
         samples, pairs = samples[:last], pairs[:last]
+    else:  # One more bag takes them, so that the host need not wait for their number.
+        ends = torch.cat((ends, ends.new_full((1,), len(pairs))))
     with no_autocast(rows.device):
         sums = torch.nn.functional.embedding_bag(
-            samples.to(index.starts.dtype),
+            samples.to(ends.dtype),
             rows.to(dtype),
-            index.starts[1:],
+            ends,
             mode="sum",
             per_sample_weights=values.flatten()[pairs].to(dtype),
             include_last_offset=True,
         )
-    out.copy_(sums)
+    out.copy_(sums[: len(out)])

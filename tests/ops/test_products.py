@@ -187,6 +187,21 @@ def test_scatter_of_float64(device) -> None:
 
 
 @every_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_scatter_ignores_latents_beyond_the_last(on, dtype) -> None:
+    if on[0] == "triton" and dtype == torch.float64:
+        return  # The kernels do not take it.
+    n_latents = 30
+    code = random_code((20, 5, 2 * n_latents, 7), dtype, on[1])
+    rows = random_matrix(20, 7, dtype=dtype, device=on[1])
+    expected = as_matrix(code, 2 * n_latents).T[:n_latents] @ rows.cpu().double()
+    index = code.by_latent(n_latents, use_triton=on[0] == "triton", deterministic=False)
+    out = torch.full((n_latents, 7), torch.nan, dtype=dtype, device=on[1])
+    scatter(index, code.values, rows, out=out, use_triton=on[0] == "triton")
+    assert relative_error(out, expected) < (1e-14 if dtype == torch.float64 else 5e-6)
+
+
+@every_backend
 def test_scatter_takes_strided_values(on) -> None:
     code = random_code((9, 9, 20, 70), device=on[1])
     strided = Code(code.latents, code.values.T.contiguous().T)
