@@ -22,6 +22,18 @@ def feature_acts(code: Code, n_latents: int, *, is_sparse: bool) -> torch.Tensor
     return code.values.new_zeros(shape).scatter_(-1, code.latents, code.values)
 
 
+def fired(code: Code, n_latents: int) -> torch.Tensor:
+    """Return on how many samples each latent has a positive activation, [F], float32.
+
+    Args:
+        code: latents and pre-activations, [B, K] each.
+        n_latents: F.
+    """
+    # As in SAELens a pre-activation that is not a number counts.
+    has_fired = (code.values.relu() != 0).flatten().float()
+    return has_fired.new_zeros(n_latents).index_add_(0, code.latents.flatten(), has_fired)
+
+
 def _sparse(code: Code, shape: tuple[int, int]) -> torch.Tensor:
     rows = torch.arange(shape[0], device=code.latents.device).unsqueeze(-1)
     coordinates = torch.stack((rows.expand_as(code.latents), code.latents)).flatten(1)
