@@ -75,21 +75,34 @@ class RecordedSteps:
         tensors = [*trained.weights, since_fired, learning_rate]
         for each in moments:
             tensors += each or ()
-        result, is_replay = recorder(
-            lambda inputs: whole_step(trained, inputs, spec, wanted, settings, most_dead),
-            request.inputs,
-            (whole_step, *map(place, tensors), spec, wanted, settings),
-            form=most_dead,
-        )
-        main, losses = result.main, result.losses
-        if is_replay:
-            main, losses = main._replace(hidden_pre=main.hidden_pre.clone()), losses.clone()
+        arguments = spec, wanted, settings, most_dead
+        if request.is_logging_step:
+            # Metrics are of the weights before the step, so it is launched piece by piece.
+            reports = []
+            result = whole_step(
+                trained,
+                request.inputs,
+                *arguments,
+                before_update=lambda main: reports.append(sae._reported(request, main)),
+            )
+            (reported,), losses = reports, result.losses
+        else:
+            result, is_replay = recorder(
+                lambda inputs: whole_step(trained, inputs, *arguments),
+                request.inputs,
+                (whole_step, *map(place, tensors), spec, wanted, settings),
+                form=most_dead,
+            )
+            main, losses = result.main, result.losses
+            if is_replay:
+                main, losses = main._replace(hidden_pre=main.hidden_pre.clone()), losses.clone()
+            reported = sae._reported(request, main)
         written = [w for w, each in zip(request.weights, moments, strict=True) if each is not None]
         torch.autograd.graph.increment_version([*written, since_fired])
         self._bound.after_step()
         trainer.act_freq_scores += result.counts
         trainer.n_frac_active_samples += trainer.cfg.train_batch_size_samples
-        return sae._output(sae._reported(request, main), Losses(*losses.unbind()))
+        return sae._output(reported, Losses(*losses.unbind()))
 
     def after_step(self) -> None:
         """Take note that an ordinary step has counted what fired."""

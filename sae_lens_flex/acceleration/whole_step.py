@@ -9,6 +9,7 @@
 It waits for nothing and asks nothing of the device.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -93,6 +94,8 @@ def whole_step(
     wanted: WantedGradients,
     settings: Settings,
     most_dead: int,
+    *,
+    before_update: Callable[[Reconstruction], None] = lambda main: None,
 ) -> WholeStep:
     """Take a step, in one process.
 
@@ -102,10 +105,12 @@ def whole_step(
         spec, wanted: as in `training.step.step`.
         settings: Adam's, and of the auxiliary loss.
         most_dead: at least the number of dead latents; 0 leaves out the loss on them.
+        before_update: is called with the reconstruction while the weights are those that it is of.
     """
     weights, since_fired = trained.weights, trained.since_fired
     with no_autocast(since_fired.device):
         main = reconstruct(weights, inputs, spec, wanted)
+        before_update(main)
         gradients, total = main.gradients, main.mse_loss
         auxiliary = torch.zeros_like(total)
         if most_dead > 0:

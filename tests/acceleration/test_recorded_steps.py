@@ -1,6 +1,9 @@
 """Whole steps of a trainer, recorded and replayed, against ordinary ones within accelerate()."""
 
+import copy
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,11 +13,12 @@ from saes.comparison import FUSED_ARCHITECTURES, assert_close
 from training.replays import Replays, recording_of
 
 import sae_lens_flex
-from sae_lens_flex.acceleration import recorded_steps
+from sae_lens_flex.acceleration import dead_bound, recorded_steps
+from sae_lens_flex.acceleration.dead_bound import HORIZON, PERIOD, DeadBound, _Count
 from sae_lens_flex.acceleration.recorded_steps import RecordedSteps
 from sae_lens_flex.training.graph import ORDINARY_CALLS
 
-from .trainers import BATCH, D_IN, new_trainer
+from .trainers import BATCH, D_IN, D_SAE, new_trainer
 
 Trainer = SAETrainer[Any, Any]
 both_architectures = pytest.mark.parametrize("architecture", FUSED_ARCHITECTURES)
@@ -26,11 +30,15 @@ class WholeSteps(Replays):
 
     Attributes:
         kinds: of the steps of the one that does: "whole" or "ordinary".
+        forms: for how many dead latents its whole steps were.
+        last: what its last step returned.
     """
 
     def __init__(self, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__(device, monkeypatch)
         self.kinds: list[str] = []
+        self.forms: list[int] = []
+        self.last: Any = None
         monkeypatch.setattr(recorded_steps, "LEAST_CAPACITY", 4)
         take = RecordedSteps.take
 
@@ -40,7 +48,14 @@ class WholeSteps(Replays):
                 self.kinds[-1] = "ordinary" if output is None else "whole"
             return output
 
+        capacity_for = RecordedSteps._capacity_for
+
+        def noted_capacity(*args: Any) -> int:
+            self.forms.append(capacity_for(*args))
+            return self.forms[-1]
+
         monkeypatch.setattr(RecordedSteps, "take", noted)
+        monkeypatch.setattr(RecordedSteps, "_capacity_for", noted_capacity)
 
     def pair(self, architecture: str, **fields: Any) -> tuple[Trainer, Trainer]:
         trainers = tuple(
@@ -61,7 +76,8 @@ class WholeSteps(Replays):
     def step(self, trainer: Trainer, seed: int, n_samples: int = BATCH) -> Any:
         """Take a step as `fit` does. The gradients of every other batch are clipped."""
         generator = torch.Generator().manual_seed(seed)
-        batch = torch.randn(n_samples, D_IN, generator=generator) * (3 if seed % 2 else 0.03)
+        d_in = trainer.sae.cfg.d_in
+        batch = torch.randn(n_samples, d_in, generator=generator) * (3 if seed % 2 else 0.03)
         if trainer.sae.use_cuda_graph:
             self.kinds.append("ordinary")
         with sae_lens_flex.accelerate():
@@ -85,6 +101,7 @@ class WholeSteps(Replays):
                 before(trainer)
             seed = trainers[0].n_training_steps
             output, expected = (self.step(trainer, seed, n_samples) for trainer in trainers)
+            self.last = output
             assert_same_outputs(output, expected)
             assert_same_state(*trainers)
             follow(*trainers)
@@ -160,3 +177,395 @@ def test_every_step_is_the_ordinary_one(steps, architecture, autocast, fields) -
     assert kinds[0] == "ordinary"  # It makes the moments.
     assert set(kinds[3:]) == {"whole"}
     assert recording_of(trainers[0].sae) is not None
+
+
+# --- dead latents
+
+
+def revive(trainer: Trainer) -> None:
+    """Let latents fire that have not."""
+    with torch.no_grad():
+        trainer.sae.b_enc[30:36].add_(25)
+
+
+@both_architectures
+@pytest.mark.parametrize("d_in", [D_IN, 40])
+def test_dead_latents_come_and_go(steps, architecture, d_in) -> None:
+    # With d_in // 2 = 20 all 18 dead latents are kept; with 8 the largest of them.
+    trainers = steps.pair(architecture, dead_feature_window=36, sae_fields={"d_in": d_in})
+    forms, auxiliary = steps.forms, []
+    for _ in range(43):
+        assert set(steps.check(trainers, 1)[3:]) <= {"whole"}
+        auxiliary.append(steps.last.losses["auxiliary_reconstruction_loss"].item())
+    assert auxiliary[:37] == [0] * 37
+    assert min(auxiliary[37:]) > 0
+    dead = trainers[0].dead_neurons
+    assert dead[30:].all()
+    # No latent can be dead at the first steps; later some may be that are not.
+    assert forms[0] == 0
+    assert 0 < max(forms) <= 32
+    for trainer in trainers:
+        revive(trainer)
+    assert set(steps.check(trainers, 4)) == {"whole"}
+    assert trainers[0].dead_neurons.sum() < dead.sum()
+
+
+def test_steps_are_ordinary_until_the_number_of_dead_latents_is_bounded(steps) -> None:
+    trainers = steps.pair("flex_topk", dead_feature_window=1000)
+    steps.check(trainers, 6)
+
+    def age(trainer: Trainer) -> None:
+        trainer.n_forward_passes_since_fired[20:] += 2000
+
+    steps.check(trainers, 1, before=age)
+    assert steps.last.losses["auxiliary_reconstruction_loss"] > 0
+    assert steps.check(trainers, 4)[-1] == "whole"
+    for trainer in trainers:
+        trainer.n_forward_passes_since_fired = torch.zeros(D_SAE, device=steps.device)
+    steps.check(trainers, 1)
+    assert steps.last.losses["auxiliary_reconstruction_loss"] == 0
+    for trainer in trainers:
+        trainer.cfg.dead_feature_window = 0
+    steps.check(trainers, 3)
+    assert steps.last.losses["auxiliary_reconstruction_loss"] > 0
+
+
+def test_bound_holds_for_the_steps_that_it_is_read_in() -> None:
+    generator, bound = torch.Generator().manual_seed(0), DeadBound()
+    since_fired, window, n_exact = torch.zeros(300), 50, 0
+    rates = torch.rand(300, generator=generator) ** 6
+    for _ in range(400):
+        n_dead = int((since_fired > window).sum())
+        at_most = bound.at_step(since_fired, window)
+        assert at_most is not None
+        assert n_dead <= at_most
+        n_exact += at_most == 0
+        has_fired = torch.rand(300, generator=generator) < rates
+        since_fired.add_(1).masked_fill_(has_fired, 0)
+        bound.after_step()
+    # From the first count on that is taken when a latent may be within the horizon of its death.
+    assert n_exact == -(-(window - HORIZON + 1) // PERIOD) * PERIOD
+
+
+class Copied:
+    """Stands for an event after a copy, which comes to pass when the host waits for it."""
+
+    def __init__(self) -> None:
+        self.n_waits = 0
+
+    def query(self) -> bool:
+        return self.n_waits > 0
+
+    def synchronize(self) -> None:
+        self.n_waits += 1
+
+
+def test_host_waits_only_for_a_device_that_is_far_behind(monkeypatch) -> None:
+    bound, since_fired, events = DeadBound(), torch.zeros(10), []
+
+    def late(step: int, count: torch.Tensor, copied: None) -> Any:
+        events.append(Copied())
+        return _Count(step, count, events[-1])
+
+    monkeypatch.setattr(dead_bound, "_Count", late)
+    n_steps = 3 * HORIZON
+    for step in range(n_steps):
+        if step == 5:
+            events[0].synchronize()
+        known = bound.at_step(since_fired, 1000)
+        assert (known is None) == (step < 5)
+        since_fired += 1
+        bound.after_step()
+    # A count holds for HORIZON steps more, and is waited for only when the one before does not.
+    assert [event.n_waits for event in events[:8]] == [1, 1, 1, 1, 1, 1, 1, 1]
+    assert sum(event.n_waits for event in events) == 1 + (n_steps - HORIZON) // PERIOD
+
+
+# --- what a user changes between steps
+
+
+def add_input_hook(trainer: Trainer) -> Callable[[], None]:
+    trainer.sae.hook_sae_input.add_hook(lambda x, hook: x + 1)
+    return trainer.sae.reset_hooks
+
+
+def add_recons_hook(trainer: Trainer) -> Callable[[], None]:
+    trainer.sae.hook_sae_recons.add_hook(lambda x, hook: 2 * x)
+    return trainer.sae.reset_hooks
+
+
+def add_gradient_hook(trainer: Trainer) -> Callable[[], None]:
+    return trainer.sae.W_dec.register_hook(lambda gradient: 3 * gradient).remove
+
+
+def add_accumulation_hook(trainer: Trainer) -> Callable[[], None]:
+    def double(parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None
+        parameter.grad.mul_(2)
+
+    return trainer.sae.b_enc.register_post_accumulate_grad_hook(double).remove
+
+
+def add_pre_hook(trainer: Trainer) -> Callable[[], None]:
+    def halve(optimizer: Any, *_: Any) -> None:
+        for parameter in optimizer.param_groups[0]["params"]:
+            parameter.grad.div_(2)
+
+    return trainer.optimizer.register_step_pre_hook(halve).remove
+
+
+def add_post_hook(trainer: Trainer) -> Callable[[], None]:
+    def shrink(optimizer: Any, *_: Any) -> None:
+        with torch.no_grad():
+            for parameter in optimizer.param_groups[0]["params"]:
+                parameter.sub_(parameter.grad / 100)
+
+    return trainer.optimizer.register_step_post_hook(shrink).remove
+
+
+def replace_step(trainer: Trainer) -> Callable[[], None]:
+    step = trainer.optimizer.step
+
+    def twice() -> None:
+        step()
+        step()
+
+    trainer.optimizer.step = twice  # type: ignore[method-assign]
+    return lambda: setattr(trainer.optimizer, "step", step)
+
+
+def replace_forward_pass(trainer: Trainer) -> Callable[[], None]:
+    forward = trainer.sae.training_forward_pass
+
+    def doubled(step_input: Any) -> Any:
+        output = forward(step_input)
+        return replace(output, loss=0.1 * output.loss)
+
+    trainer.sae.training_forward_pass = doubled
+    return lambda: delattr(trainer.sae, "training_forward_pass")
+
+
+def replace_decode(trainer: Trainer) -> Callable[[], None]:
+    decode = trainer.sae.decode
+    trainer.sae.decode = lambda feature_acts: 2 * decode(feature_acts)
+    return lambda: delattr(trainer.sae, "decode")
+
+
+def add_gradient(trainer: Trainer) -> Callable[[], None]:
+    trainer.sae.b_dec.grad = torch.full_like(trainer.sae.b_dec, 0.1)
+    return lambda: None
+
+
+CHANGES = {
+    "input hook": (add_input_hook, "whole"),
+    "recons hook": (add_recons_hook, "ordinary"),
+    "gradient hook": (add_gradient_hook, "ordinary"),
+    "accumulation hook": (add_accumulation_hook, "ordinary"),
+    "optimizer's pre hook": (add_pre_hook, "ordinary"),
+    "optimizer's post hook": (add_post_hook, "ordinary"),
+    "optimizer's step": (replace_step, "ordinary"),
+    "forward pass": (replace_forward_pass, "ordinary"),
+    "decode": (replace_decode, "ordinary"),
+    "a gradient of someone": (add_gradient, "ordinary"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:training steps take the unfused path")
+@both_architectures
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_hooked_or_replaced_works_and_can_be_taken_back(
+    steps, architecture, change
+) -> None:
+    trainers = steps.pair(architecture)
+    steps.check(trainers, N_FIRST)
+    add, kind = CHANGES[change]
+    for _ in range(2):
+        undo = [add(trainer) for trainer in trainers]
+        assert set(steps.check(trainers, 1 if change == "a gradient of someone" else 2)) == {kind}
+        for each in undo:
+            each()
+        assert steps.check(trainers, 4)[-1] == "whole"
+
+
+def test_replaced_clipping_is_called(steps, monkeypatch) -> None:
+    trainers = steps.pair("flex_topk")
+    steps.check(trainers, N_FIRST)
+    clip, norms = torch.nn.utils.clip_grad_norm_, []
+    monkeypatch.setattr(
+        torch.nn.utils, "clip_grad_norm_", lambda *args: norms.append(clip(*args).item())
+    )
+    assert set(steps.check(trainers, 2)) == {"ordinary"}
+    assert len(norms) == 4
+
+
+def test_input_that_needs_a_gradient_makes_an_ordinary_step(steps) -> None:
+    trainers = steps.pair("flex_topk")
+    steps.check(trainers, N_FIRST)
+    for trainer in trainers:
+        scale = torch.ones((), device=steps.device, requires_grad=True)
+        trainer.sae.hook_sae_input.add_hook(lambda x, hook, scale=scale: x * scale)
+    assert set(steps.check(trainers, 3)) == {"ordinary"}
+
+
+@both_architectures
+@pytest.mark.parametrize("frozen", [("W_dec",), ("W_enc", "b_enc"), ("b_dec",)], ids="-".join)
+def test_frozen_weights_stay_and_the_others_train(steps, architecture, frozen) -> None:
+    trainers = steps.pair(architecture, dead_feature_window=2)
+    steps.check(trainers, N_FIRST)
+    for is_frozen in (True, False):
+        for trainer in trainers:
+            for name in frozen:
+                trainer.sae.get_parameter(name).requires_grad_(not is_frozen)
+        before = [trainers[0].sae.get_parameter(name).clone() for name in frozen]
+        assert set(steps.check(trainers, 8)) == {"whole"}
+        after = [trainers[0].sae.get_parameter(name) for name in frozen]
+        for old, new in zip(before, after, strict=True):
+            assert torch.equal(old, new) == is_frozen
+
+
+@both_architectures
+def test_batches_of_another_size(steps, architecture) -> None:
+    trainers = steps.pair(architecture)
+    for n_samples in (BATCH, 7, BATCH):
+        steps.check(trainers, 2 * N_FIRST, n_samples=n_samples)
+    assert set(steps.kinds[3:]) == {"whole"}
+
+
+SETTINGS: dict[str, Callable[[Trainer], None]] = {
+    "k": lambda t: setattr(t.sae.cfg, "k", 5) or setattr(t.sae.activation_fn, "k", 5),
+    "aux_loss_coefficient": lambda t: setattr(t.sae.cfg, "aux_loss_coefficient", 0.25),
+    "no aux_loss_coefficient": lambda t: setattr(t.sae.cfg, "aux_loss_coefficient", 0),
+    "rescaling": lambda t: setattr(t.sae.cfg, "rescale_acts_by_decoder_norm", False),
+    "betas": lambda t: t.optimizer.param_groups[0].update(betas=(0.5, 0.9)),
+    "eps": lambda t: t.optimizer.param_groups[0].update(eps=1e-2),
+    "weight_decay": lambda t: t.optimizer.param_groups[0].update(weight_decay=0.1),
+    "decoupled": lambda t: t.optimizer.param_groups[0].update(
+        weight_decay=0.1, decoupled_weight_decay=True
+    ),
+    "maximize": lambda t: t.optimizer.param_groups[0].update(maximize=True),
+    "learning rate": lambda t: t.optimizer.param_groups[0].update(lr=0.5),
+    "window": lambda t: setattr(t.cfg, "dead_feature_window", 10),
+}
+
+
+@both_architectures
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_settings_edited_between_steps_act_at_once(steps, architecture, setting) -> None:
+    trainers = steps.pair(architecture, dead_feature_window=3)
+    steps.check(trainers, N_FIRST)
+    for trainer in trainers:
+        SETTINGS[setting](trainer)
+    assert set(steps.check(trainers, 6)[-4:]) == {"whole"}
+
+
+def test_amsgrad_makes_ordinary_steps(steps) -> None:
+    trainers = steps.pair("flex_topk")
+    steps.check(trainers, N_FIRST)
+    for trainer in trainers:
+        trainer.optimizer.param_groups[0]["amsgrad"] = True
+        for state in trainer.optimizer.state.values():
+            state["max_exp_avg_sq"] = torch.zeros_like(state["exp_avg_sq"])
+    assert set(steps.check(trainers, 2)) == {"ordinary"}
+
+
+def test_budgets_edited_between_steps_act_at_once(steps) -> None:
+    trainers = steps.pair("hierarchical_topk", sae_fields={"budgets": [1, 4, 8]})
+    steps.check(trainers, N_FIRST)
+    recording = recording_of(trainers[0].sae)
+    for budgets in ([8], [2, 8], None, [3, 8]):
+        for trainer in trainers:
+            trainer.sae.cfg.budgets = budgets
+        assert set(steps.check(trainers, 2)) == {"whole"}
+        assert (recording_of(trainers[0].sae) is recording) == (budgets in ([8], [2, 8]))
+
+
+# --- a run
+
+
+@both_architectures
+def test_schedules_windows_and_logging(steps, architecture) -> None:
+    trainers = steps.pair(architecture, lr_warm_up_steps=10, feature_sampling_window=3)
+    for trainer in trainers:
+        trainer.cfg.logger.log_to_wandb = True
+        trainer.cfg.logger.wandb_log_frequency = 2
+    scores = trainers[0].act_freq_scores
+    assert set(steps.check(trainers, 16)[3:]) == {"whole"}
+    assert trainers[0].act_freq_scores is not scores
+    assert bool(steps.last.metrics) == (architecture == "hierarchical_topk")
+
+
+def test_outputs_outlast_the_next_steps(steps) -> None:
+    trainers = steps.pair("hierarchical_topk", dead_feature_window=2)
+    steps.check(trainers, N_FIRST)
+    outputs = []
+    for seed in range(4):
+        outputs.append([steps.step(trainer, seed) for trainer in trainers])
+        follow(*trainers)
+    for output, expected in outputs:
+        assert_same_outputs(output, expected)
+        assert not output.loss.requires_grad
+
+
+def test_resumed_trainer(steps, tmp_path: Path) -> None:
+    trainers = steps.pair("hierarchical_topk", dead_feature_window=2)
+    steps.check(trainers, N_FIRST)
+    trainers[1].save_checkpoint("halfway", base_path=tmp_path)
+    steps.check(trainers, 4)
+    others = steps.pair("hierarchical_topk", dead_feature_window=2)
+    for trainer in (*trainers, *others):  # the trainers themselves, and new ones
+        trainer.load_trainer_state(tmp_path / "halfway")
+        trainer.sae.load_weights_from_checkpoint(tmp_path / "halfway")
+        assert trainer.n_training_steps == N_FIRST
+    for pair in (trainers, others):
+        assert set(steps.check(pair, N_FIRST)[-4:]) == {"whole"}
+
+
+def test_steps_with_and_without_the_block_take_turns(steps) -> None:
+    trainers = steps.pair("flex_topk")
+    for _ in range(2):
+        steps.check(trainers, N_FIRST)
+        for trainer in trainers:  # SAELens's own step
+            trainer.step(torch.ones(BATCH, D_IN, device=steps.device))
+            trainer.n_training_steps += 1
+        assert_same_state(*trainers)
+
+
+def test_evaluation_gives_the_memory_back(steps) -> None:
+    trainers = steps.pair("flex_topk")
+    for _ in range(2):
+        steps.check(trainers, N_FIRST)
+        sae = trainers[0].sae
+        assert recording_of(sae) is not None
+        sae.eval()
+        assert sae._recorder is None
+
+
+def test_sae_keeps_no_recording_beside_that_of_whole_steps(steps) -> None:
+    trainers = steps.pair("flex_topk", dead_feature_window=36)
+    steps.check(trainers, 45)
+    assert len(trainers[0].sae._recorder.recordings) == 2  # with and without dead latents
+
+
+def test_trainers_record_for_themselves(steps) -> None:
+    pairs = [steps.pair(architecture) for architecture in FUSED_ARCHITECTURES]
+    for _ in range(N_FIRST + 2):
+        for pair in pairs:
+            steps.check(pair, 1)
+    assert steps.kinds[-2:] == ["whole", "whole"]
+    recordings = [recording_of(pair[0].sae) for pair in pairs]
+    assert recordings[0] is not recordings[1]
+    twins = [copy.deepcopy(trainer) for trainer in pairs[0]]
+    for _ in range(N_FIRST):
+        steps.check(pairs[0], 1)
+        steps.check(tuple(twins), 1)
+    assert steps.kinds[-2:] == ["whole", "whole"]
+
+
+def test_backward_through_what_a_whole_step_wrote_raises(steps) -> None:
+    trainers = steps.pair("flex_topk")
+    steps.check(trainers, N_FIRST)
+    sae = trainers[0].sae
+    loss = sae(torch.ones(2, D_IN, device=steps.device)).square().sum()
+    assert set(steps.check(trainers, 1)) == {"whole"}
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
