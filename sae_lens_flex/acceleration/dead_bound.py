@@ -9,7 +9,7 @@ Their number is counted every few steps, and has long arrived when it is read.
 """
 
 from collections import deque
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,11 +18,17 @@ PERIOD = 8  # steps from one count to the next
 
 
 class _Count(NamedTuple):
-    """A count that is on its way: at which step, where it arrives, and what says that it has."""
+    """A count that is on its way.
+
+    Attributes:
+        step: at which it was taken.
+        n: where it arrives.
+        copied: the event after which it has arrived, or None where it has already.
+    """
 
     step: int
-    count: torch.Tensor
-    copied: torch.cuda.Event | None
+    n: torch.Tensor
+    copied: Any
 
     def has_arrived(self) -> bool:
         return self.copied is None or self.copied.query()
@@ -84,4 +90,4 @@ class DeadBound:
 
     def _take(self) -> None:
         arrived = self._posted.popleft()
-        self._known = arrived.step, int(arrived.count)
+        self._known = arrived.step, int(arrived.n)

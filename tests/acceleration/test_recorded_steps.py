@@ -1,6 +1,8 @@
 """Whole steps of a trainer, recorded and replayed, against ordinary ones within accelerate()."""
 
 import copy
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -69,6 +71,8 @@ class WholeSteps(Replays):
         )
         trainers[1].sae.use_cuda_graph = False
         for trainer in trainers:
+            # Else rounding decides about the update by a gradient that is nearly zero.
+            trainer.optimizer.param_groups[0]["eps"] = 1e-4
             with torch.no_grad():
                 trainer.sae.b_enc[30:].sub_(20)  # so they never fire
         return trainers  # type: ignore[return-value]
@@ -569,3 +573,78 @@ def test_backward_through_what_a_whole_step_wrote_raises(steps) -> None:
     assert set(steps.check(trainers, 1)) == {"whole"}
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+# --- on a GPU
+
+
+@pytest.fixture
+def on_gpu(monkeypatch) -> WholeSteps:
+    return WholeSteps("cuda", monkeypatch)
+
+
+@pytest.mark.gpu
+@both_architectures
+@pytest.mark.parametrize("n_dead", [0, 18])
+def test_replays_wait_for_nothing(on_gpu, architecture, n_dead) -> None:
+    (trainer, _) = on_gpu.pair(architecture)
+    trainer.n_forward_passes_since_fired[D_SAE - n_dead :] = 2000
+    for seed in range(2 * N_FIRST):
+        on_gpu.step(trainer, seed)
+    assert recording_of(trainer.sae) is not None
+    batch = torch.randn(BATCH, D_IN, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with sae_lens_flex.accelerate():
+            outputs = [trainer.step(batch) for _ in range(2 * PERIOD)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert (outputs[-1].losses["auxiliary_reconstruction_loss"] > 0) == (n_dead > 0)
+
+
+@pytest.mark.gpu
+def test_memory_stays_flat(on_gpu) -> None:
+    (trainer, _) = on_gpu.pair("hierarchical_topk", dead_feature_window=40)
+    used = []
+    for seed in range(300):
+        output = on_gpu.step(trainer, seed)
+        if seed in (100, 200, 299):
+            del output
+            used.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
+    assert set(on_gpu.kinds[-250:]) == {"whole"}
+    assert max(on_gpu.forms) > 0
+    assert used[0] == used[1] == used[2]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("own_stream", [True, False], ids=["its own stream", "the same stream"])
+def test_steps_are_recorded_while_another_thread_launches_products(on_gpu, own_stream) -> None:
+    is_over, n_products, errors = threading.Event(), [0], []
+
+    def produce() -> None:
+        try:
+            stream = torch.cuda.Stream() if own_stream else torch.cuda.current_stream()
+            with torch.cuda.stream(stream):
+                factor = torch.randn(256, 256, device="cuda")
+                product, expected = factor, (factor.double() @ factor.double()).float()
+                while not is_over.is_set():
+                    product = factor @ factor
+                    n_products[0] += 1
+                    time.sleep(1e-4)
+                torch.testing.assert_close(product, expected, rtol=1e-2, atol=1e-1)
+        except Exception as error:
+            errors.append(error)
+
+    trainers = on_gpu.pair("hierarchical_topk", dead_feature_window=36)
+    producer = threading.Thread(target=produce)
+    producer.start()
+    try:
+        for n_samples in (BATCH, 9):
+            on_gpu.check(trainers, 45, n_samples=n_samples)
+            assert len(trainers[0].sae._recorder.recordings) > 0
+    finally:
+        is_over.set()
+        producer.join()
+    assert errors == []
+    assert n_products[0] > 100
+    assert on_gpu.kinds.count("whole") >= 80
