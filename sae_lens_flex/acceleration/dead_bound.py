@@ -49,7 +49,6 @@ class DeadBound:
         self._posted: deque[_Count] = deque()
         self._known: tuple[int, int] | None = None  # the step of a count, and the count
 
-    @torch.no_grad()
     def at_step(self, since_fired: torch.Tensor, window: float) -> int | None:
         """Return at least the number of dead latents at a step that begins, or None if unknown.
 

@@ -93,10 +93,11 @@ class RecordedSteps:
                 (whole_step, *map(place, tensors), spec, wanted, settings),
                 form=most_dead,
             )
-            main, losses = result.main, result.losses
+            main, losses, at = result.main, result.losses, result.at
             if is_replay:
-                main, losses = main._replace(hidden_pre=main.hidden_pre.clone()), losses.clone()
-            reported = sae._reported(request, main)
+                main = main._replace(hidden_pre=main.hidden_pre.clone())
+                losses, at = losses.clone(), at.clone()
+            reported = sae._reported(request, main, at)
         written = [w for w, each in zip(request.weights, moments, strict=True) if each is not None]
         torch.autograd.graph.increment_version([*written, since_fired])
         self._bound.after_step()

@@ -18,7 +18,7 @@ from torch.optim.adam import adam
 
 from ..ops.policy import no_autocast
 from ..training.dead import auxiliary_loss, padded
-from ..training.firing import fired
+from ..training.firing import coordinates, fired
 from ..training.requests import Gradients, Inputs, Spec, WantedGradients, Weights
 from ..training.step import Reconstruction, reconstruct
 from .adam import clipping_scale
@@ -79,11 +79,13 @@ class WholeStep(NamedTuple):
         main: the reconstruction, without its gradients.
         losses: `loss`, `mse_loss` and the auxiliary loss, [3].
         counts: how many samples each latent fired on, [F].
+        at: the `coordinates` of the code, [2, B k].
     """
 
     main: Reconstruction
     losses: torch.Tensor
     counts: torch.Tensor
+    at: torch.Tensor
 
 
 @torch.no_grad()
@@ -132,7 +134,8 @@ def whole_step(
         counts = fired(main.code.with_values(main.hidden_pre), len(since_fired))
         since_fired.add_(1).masked_fill_(counts.bool(), 0)
         losses = torch.stack((total, main.mse_loss, auxiliary))
-    return WholeStep(main._replace(gradients=Gradients()), losses, counts)
+        at = coordinates(main.code.latents)
+    return WholeStep(main._replace(gradients=Gradients()), losses, counts, at)
 
 
 def _update(trained: Trained, gradients: Gradients, settings: Settings) -> None:

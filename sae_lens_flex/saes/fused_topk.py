@@ -219,10 +219,13 @@ class FusedTopKTrainingSAE(OwnNormalization, TopKTrainingSAE):
         losses = attach_step(result, *arguments, wanted=wanted, dead=dead, shards=shards)
         return self._output(reported, losses)
 
-    def _reported(self, request: StepRequest, main: Reconstruction) -> dict[str, Any]:
+    def _reported(
+        self, request: StepRequest, main: Reconstruction, at: torch.Tensor | None = None
+    ) -> dict[str, Any]:
         """Return what a step reports beside its losses: fields of `TrainStepOutput`.
 
-        All but `hidden_pre` lies in memory of its own.
+        They lie in memory of their own, except `main.hidden_pre`, and `at`, the `coordinates` of
+        the code where these are at hand.
         """
         x, shards, is_logging_step = request.x, request.shards, request.is_logging_step
         metrics = {}
@@ -235,6 +238,7 @@ class FusedTopKTrainingSAE(OwnNormalization, TopKTrainingSAE):
                 main.code.with_values(main.hidden_pre.relu()),
                 len(self.W_dec),
                 is_sparse=self.cfg.use_sparse_activations,
+                at=at,
             ),
             "hidden_pre": main.hidden_pre,
             "metrics": metrics,

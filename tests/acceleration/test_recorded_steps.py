@@ -163,17 +163,17 @@ def follow(trainer: Trainer, expected: Trainer) -> None:
 
 
 @both_architectures
-@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
 @pytest.mark.parametrize(
-    "fields",
+    ("autocast", "fields"),
     [
-        {},
-        {"rescale_acts_by_decoder_norm": False},
-        {"apply_b_dec_to_input": False},
-        {"use_sparse_activations": False},
-        {"normalize_activations": "layer_norm", "aux_loss_coefficient": 0.0},
+        (False, {}),
+        (True, {}),
+        (True, {"rescale_acts_by_decoder_norm": False}),
+        (True, {"apply_b_dec_to_input": False}),
+        (False, {"use_sparse_activations": False}),
+        (False, {"normalize_activations": "layer_norm", "aux_loss_coefficient": 0.0}),
     ],
-    ids=lambda fields: next(iter(fields), "defaults"),
+    ids=lambda value: next(iter(value), "defaults") if isinstance(value, dict) else str(value),
 )
 def test_every_step_is_the_ordinary_one(steps, architecture, autocast, fields) -> None:
     trainers = steps.pair(architecture, autocast=autocast, sae_fields=fields)
@@ -355,6 +355,38 @@ def replace_decode(trainer: Trainer) -> Callable[[], None]:
     return lambda: delattr(trainer.sae, "decode")
 
 
+def add_parameter(trainer: Trainer) -> Callable[[], None]:
+    trainer.sae.scale = torch.nn.Parameter(torch.ones(3, device=trainer.sae.device))
+    return lambda: delattr(trainer.sae, "scale")
+
+
+def watch_for_anomalies(trainer: Trainer) -> Callable[[], None]:
+    torch.autograd.set_detect_anomaly(True)
+    return lambda: torch.autograd.set_detect_anomaly(False)  # type: ignore[return-value]
+
+
+class OtherDead(SAETrainer[Any, Any]):
+    @property
+    def dead_neurons(self) -> torch.Tensor:
+        return self.n_forward_passes_since_fired >= 0
+
+
+def count_others_as_dead(trainer: Trainer) -> Callable[[], None]:
+    trainer.__class__ = OtherDead
+    return lambda: setattr(trainer, "__class__", SAETrainer)
+
+
+def subclass_sae(trainer: Trainer) -> Callable[[], None]:
+    base = type(trainer.sae)
+
+    def halved(self: Any, step_input: Any) -> Any:
+        output = base.training_forward_pass(self, step_input)
+        return replace(output, loss=0.5 * output.loss)
+
+    trainer.sae.__class__ = type("Halved", (base,), {"training_forward_pass": halved})
+    return lambda: setattr(trainer.sae, "__class__", base)
+
+
 def add_gradient(trainer: Trainer) -> Callable[[], None]:
     trainer.sae.b_dec.grad = torch.full_like(trainer.sae.b_dec, 0.1)
     return lambda: None
@@ -370,17 +402,18 @@ CHANGES = {
     "optimizer's step": (replace_step, "ordinary"),
     "forward pass": (replace_forward_pass, "ordinary"),
     "decode": (replace_decode, "ordinary"),
+    "another parameter": (add_parameter, "ordinary"),
+    "anomaly detection": (watch_for_anomalies, "ordinary"),
+    "trainer's dead latents": (count_others_as_dead, "ordinary"),
+    "subclass of the SAE": (subclass_sae, "ordinary"),
     "a gradient of someone": (add_gradient, "ordinary"),
 }
 
 
 @pytest.mark.filterwarnings("ignore:training steps take the unfused path")
-@both_architectures
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_is_hooked_or_replaced_works_and_can_be_taken_back(
-    steps, architecture, change
-) -> None:
-    trainers = steps.pair(architecture)
+def test_what_is_hooked_or_replaced_works_and_can_be_taken_back(steps, change) -> None:
+    trainers = steps.pair("hierarchical_topk")
     steps.check(trainers, N_FIRST)
     add, kind = CHANGES[change]
     for _ in range(2):
@@ -411,10 +444,9 @@ def test_input_that_needs_a_gradient_makes_an_ordinary_step(steps) -> None:
     assert set(steps.check(trainers, 3)) == {"ordinary"}
 
 
-@both_architectures
 @pytest.mark.parametrize("frozen", [("W_dec",), ("W_enc", "b_enc"), ("b_dec",)], ids="-".join)
-def test_frozen_weights_stay_and_the_others_train(steps, architecture, frozen) -> None:
-    trainers = steps.pair(architecture, dead_feature_window=2)
+def test_frozen_weights_stay_and_the_others_train(steps, frozen) -> None:
+    trainers = steps.pair("hierarchical_topk", dead_feature_window=2)
     steps.check(trainers, N_FIRST)
     for is_frozen in (True, False):
         for trainer in trainers:
@@ -427,9 +459,8 @@ def test_frozen_weights_stay_and_the_others_train(steps, architecture, frozen) -
             assert torch.equal(old, new) == is_frozen
 
 
-@both_architectures
-def test_batches_of_another_size(steps, architecture) -> None:
-    trainers = steps.pair(architecture)
+def test_batches_of_another_size(steps) -> None:
+    trainers = steps.pair("flex_topk")
     for n_samples in (BATCH, 7, BATCH):
         steps.check(trainers, 2 * N_FIRST, n_samples=n_samples)
     assert set(steps.kinds[3:]) == {"whole"}
@@ -452,10 +483,9 @@ SETTINGS: dict[str, Callable[[Trainer], None]] = {
 }
 
 
-@both_architectures
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_settings_edited_between_steps_act_at_once(steps, architecture, setting) -> None:
-    trainers = steps.pair(architecture, dead_feature_window=3)
+def test_settings_edited_between_steps_act_at_once(steps, setting) -> None:
+    trainers = steps.pair("flex_topk", dead_feature_window=3)
     steps.check(trainers, N_FIRST)
     for trainer in trainers:
         SETTINGS[setting](trainer)
