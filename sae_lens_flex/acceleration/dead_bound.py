@@ -43,9 +43,10 @@ class DeadBound:
 
     def __init__(self) -> None:
         self._since_fired: torch.Tensor | None = None
-        self._version = self._step = 0
-        self._window = 0.0
-        self._is_in_step = False
+        # Of the counters, as the last step left them; None from when a step begins.
+        self._version: int | None = None
+        self._window = float("nan")
+        self._step = 0
         self._posted: deque[_Count] = deque()
         self._known: tuple[int, int] | None = None  # the step of a count, and the count
 
@@ -62,9 +63,9 @@ class DeadBound:
         is_as_left = since_fired is self._since_fired and since_fired._version == self._version
         if not is_as_left or window != self._window:
             self.__init__()
-            self._since_fired, self._version = since_fired, since_fired._version
-            self._window = window
-        step, self._is_in_step = self._step, True
+            self._since_fired, self._window = since_fired, window
+        self._version = None
+        step = self._step
         self._step += 1
         if step % PERIOD == 0:
             count, copied = (since_fired > window - HORIZON).sum(), None
@@ -84,8 +85,8 @@ class DeadBound:
 
     def after_step(self) -> None:
         """Take note that the step that began has changed the counters, each by 1 or to 0."""
-        if self._is_in_step and self._since_fired is not None:
-            self._version, self._is_in_step = self._since_fired._version, False
+        if self._version is None and self._since_fired is not None:
+            self._version = self._since_fired._version
 
     def _take(self) -> None:
         arrived = self._posted.popleft()

@@ -175,8 +175,8 @@ def _is_plain(optimizer: FusedAdam, weights: Weights) -> bool:
             and not weight._post_accumulate_grad_hooks  # type: ignore[attr-defined]
             for weight in weights
         )
-        and weights.W_enc.T.is_contiguous()  # as its gradient
-        and weights.W_dec.is_contiguous()
+        # as the gradients are
+        and all(each.is_contiguous() for each in weights._replace(W_enc=weights.W_enc.T))
     )
 
 

@@ -43,12 +43,13 @@ def _on_device(trainer: SAETrainer[Any, Any], sae: Any, sae_in: torch.Tensor) ->
             if output is not None:
                 return output
             output = sae._differentiable_step(request, trainer.dead_neurons)
+            count_firing(trainer, output.feature_acts)
+            steps.after_step()
         else:
             output = trainer.sae.training_forward_pass(
                 step_input=replace(step_input, dead_neuron_mask=trainer.dead_neurons)
             )
-        count_firing(trainer, output.feature_acts)
-    steps.after_step()
+            count_firing(trainer, output.feature_acts)
     output.loss.backward()
     clip_and_step(trainer.optimizer, sae.parameters())
     trainer.optimizer.zero_grad()

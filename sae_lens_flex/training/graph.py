@@ -1,7 +1,7 @@
-"""What a function of tensors launches as one CUDA graph, for steps so small that they wait for the
-host.
+"""What a function of tensors launches, as one CUDA graph.
 
-A recording is replayed only under the conditions in which it was made: equal sizes, dtypes and
+A step of a small SAE waits for the host, which launches it piece by piece. A recording is launched
+at once. It is replayed only under the conditions in which it was made: equal sizes, dtypes and
 settings, and the same weights at the same addresses. It copies the inputs into its own memory
 first, so these may change from step to step.
 """

@@ -234,6 +234,16 @@ def test_steps_are_ordinary_until_the_number_of_dead_latents_is_bounded(steps) -
     assert steps.last.losses["auxiliary_reconstruction_loss"] > 0
 
 
+def test_number_of_dead_latents_is_bounded_anew_after_steps_without_a_loss_on_them(steps) -> None:
+    trainers = steps.pair("flex_topk", dead_feature_window=36)
+    steps.check(trainers, 4)
+    for coefficient, n_steps in ((0, 40), (1, 4)):
+        for trainer in trainers:
+            trainer.sae.cfg.aux_loss_coefficient = coefficient
+        steps.check(trainers, n_steps)
+    assert steps.last.losses["auxiliary_reconstruction_loss"] > 0
+
+
 def test_bound_holds_for_the_steps_that_it_is_read_in() -> None:
     generator, bound = torch.Generator().manual_seed(0), DeadBound()
     since_fired, window, n_exact = torch.zeros(300), 50, 0
