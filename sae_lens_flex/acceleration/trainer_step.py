@@ -18,7 +18,6 @@ def train_step(self: SAETrainer[Any, Any], sae: Any, sae_in: torch.Tensor) -> Tr
         sae: the trainer's.
         sae_in: activations, [batch, d_in].
     """
-    sae.train()
     output = _on_device(self, sae, sae_in)
     self.lr_scheduler.step()
     for scheduler in self.coefficient_schedulers.values():
@@ -28,7 +27,6 @@ def train_step(self: SAETrainer[Any, Any], sae: Any, sae_in: torch.Tensor) -> Tr
 
 def _on_device(trainer: SAETrainer[Any, Any], sae: Any, sae_in: torch.Tensor) -> TrainStepOutput:
     """Do what the device does in a step. The host goes on without waiting for it."""
-    steps = RecordedSteps.of(trainer)
     step_input = TrainStepInput(
         sae_in=sae_in,
         dead_neuron_mask=None,
@@ -36,8 +34,12 @@ def _on_device(trainer: SAETrainer[Any, Any], sae: Any, sae_in: torch.Tensor) ->
         n_training_steps=trainer.n_training_steps,
         is_logging_step=trainer._is_logging_step(),
     )
+    is_plain = may_take_whole_steps(trainer, sae) and sae._takes_fused_path(step_input)
+    if not (is_plain and sae.training):  # Telling all its parts takes the host a while.
+        sae.train()
     with trainer.autocast_if_enabled:
-        if may_take_whole_steps(trainer, sae) and sae._takes_fused_path(step_input):
+        if is_plain:
+            steps = RecordedSteps.of(trainer)
             request = sae._request(step_input)
             output = steps.take(trainer, request)
             if output is not None:
