@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch.optim import Adam, Optimizer
-from torch.optim.optimizer import _global_optimizer_pre_hooks
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
@@ -22,7 +22,7 @@ class FusedAdam(Adam):
 
     grad_scale: torch.Tensor | None = None  # Adam's kernel divides the gradients by it.
 
-    _version_hook: RemovableHandle | None = None
+    version_hook: RemovableHandle | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs, fused=True)
@@ -37,8 +37,8 @@ class FusedAdam(Adam):
     def _tell_autograd_after_steps(self) -> None:
         # A hook, because torch runs the hooks of an optimizer around every class's `step`: an
         # overridden one, which calls Adam's, would run each of them twice.
-        if self._version_hook is None:
-            self._version_hook = self.register_step_post_hook(_raise_versions)
+        if self.version_hook is None:
+            self.version_hook = self.register_step_post_hook(_raise_versions)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -92,12 +92,16 @@ def clip_and_step(optimizer: Optimizer, parameters: Iterable[torch.Tensor]) -> N
         optimizer.step()
         return
     assert isinstance(optimizer, FusedAdam)
-    norm = torch.nn.utils.get_total_norm([p.grad for p in _with_gradients(parameters)])
-    optimizer.grad_scale = (norm + 1e-6).clamp(min=MAX_NORM)
+    optimizer.grad_scale = clipping_scale([p.grad for p in _with_gradients(parameters)])
     try:
         optimizer.step()
     finally:
         del optimizer.grad_scale
+
+
+def clipping_scale(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return what the gradients are divided by so that their norm is 1 at most, a scalar."""
+    return (torch.nn.utils.get_total_norm(gradients) + 1e-6).clamp(min=MAX_NORM)
 
 
 def _can_clip_in_step(optimizer: Any, parameters: Sequence[torch.Tensor]) -> bool:
@@ -109,24 +113,38 @@ def _can_clip_in_step(optimizer: Any, parameters: Sequence[torch.Tensor]) -> boo
         # The kernel takes a scale in float32 only, on the device of all gradients.
         and all(p.grad.dtype == torch.float32 for p in clipped)
         and len({p.grad.device for p in clipped}) == 1
-        and all(group["fused"] for group in optimizer.param_groups)
-        and _same(
+        and are_same(
             clipped,
             _with_gradients(p for group in optimizer.param_groups for p in group["params"]),
         )
-        # Who looks at the gradients before the step expects clipped ones.
-        and torch.nn.utils.clip_grad_norm_ is _OWN_CLIPPING
-        and not optimizer._optimizer_step_pre_hooks
-        and not _global_optimizer_pre_hooks
-        and _is_own_step(optimizer)
+        and is_unseen_before(optimizer)
     )
 
 
-def _same(some: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> bool:
+def are_same(some: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> bool:
+    """Return whether two sequences hold the same tensors, in any order."""
     return len(some) == len(others) and {id(p) for p in some} == {id(p) for p in others}
 
 
-def _is_own_step(optimizer: FusedAdam) -> bool:
-    """Return whether nobody replaced `step` on the object, but torch's schedules, which count."""
+def is_unseen_before(optimizer: FusedAdam) -> bool:
+    """Return whether nobody looks at the gradients before the step, expecting clipped ones."""
     step = vars(optimizer).get("step")
-    return step is None or hasattr(step, "_wrapped_by_lr_sched")
+    return (
+        all(group["fused"] for group in optimizer.param_groups)
+        and torch.nn.utils.clip_grad_norm_ is _OWN_CLIPPING
+        and not optimizer._optimizer_step_pre_hooks
+        and not _global_optimizer_pre_hooks
+        # torch's schedules replace the step on the object by one that counts.
+        and (step is None or hasattr(step, "_wrapped_by_lr_sched"))
+    )
+
+
+def is_unseen_after(optimizer: FusedAdam) -> bool:
+    """Return whether nobody looks at the gradients after the step."""
+    own = optimizer.version_hook
+    return (
+        own is not None
+        and list(optimizer._optimizer_step_post_hooks) == [own.id]
+        and not _global_optimizer_post_hooks
+        and "zero_grad" not in vars(optimizer)
+    )

@@ -265,8 +265,8 @@ class ShardedTrainingSAE(FusedTopKTrainingSAE):
         return Weights(*(_local(getattr(self, name)) for name in PLACEMENTS))
 
     @override
-    def _dead(self, mask: torch.Tensor | None, n_latents: int) -> Dead | None:
-        dead = super()._dead(mask, n_latents)
+    def _dead(self, mask: torch.Tensor | None) -> Dead | None:
+        dead = super()._dead(mask)
         if dead is None or mask is None:
             return dead
         counts = dead_counts_later(mask, self._shards.latents)

@@ -7,7 +7,9 @@ import torch
 from ..ops.codes import Code
 
 
-def feature_acts(code: Code, n_latents: int, *, is_sparse: bool) -> torch.Tensor:
+def feature_acts(
+    code: Code, n_latents: int, *, is_sparse: bool, at: torch.Tensor | None = None
+) -> torch.Tensor:
     """Return a code as a [B, F] tensor.
 
     Args:
@@ -15,17 +17,31 @@ def feature_acts(code: Code, n_latents: int, *, is_sparse: bool) -> torch.Tensor
         n_latents: F.
         is_sparse: whether to return a sparse COO tensor where the device has them; elsewhere, as on
             MPS, a dense one.
+        at: the `coordinates` of the code where they are at hand. The sparse tensor keeps them.
     """
     shape = (len(code.latents), n_latents)
     if is_sparse and code.latents.device.type in ("cpu", "cuda"):
-        return _sparse(code, shape)
+        at = coordinates(code.latents) if at is None else at
+        return SparseActs.of(at, code.values.flatten(), shape)
     return code.values.new_zeros(shape).scatter_(-1, code.latents, code.values)
 
 
-def _sparse(code: Code, shape: tuple[int, int]) -> torch.Tensor:
-    rows = torch.arange(shape[0], device=code.latents.device).unsqueeze(-1)
-    coordinates = torch.stack((rows.expand_as(code.latents), code.latents)).flatten(1)
-    return SparseActs.of(coordinates, code.values.flatten(), shape)
+def fired(code: Code, n_latents: int) -> torch.Tensor:
+    """Return on how many samples each latent has a positive activation, [F], float32.
+
+    Args:
+        code: latents and pre-activations, [B, K] each.
+        n_latents: F.
+    """
+    # As in SAELens a pre-activation that is not a number counts.
+    has_fired = (code.values.relu() != 0).flatten().float()
+    return has_fired.new_zeros(n_latents).index_add_(0, code.latents.flatten(), has_fired)
+
+
+def coordinates(latents: torch.Tensor) -> torch.Tensor:
+    """Return sample and latent of each pair, [2, B K], for latents [B, K]."""
+    samples = torch.arange(len(latents), device=latents.device).unsqueeze(-1)
+    return torch.stack((samples.expand_as(latents), latents)).flatten(1)
 
 
 class SparseActs(torch.Tensor):
