@@ -22,23 +22,26 @@ class FusedAdam(Adam):
 
     grad_scale: torch.Tensor | None = None  # Adam's kernel divides the gradients by it.
 
-    version_hook: RemovableHandle | None = None
+    own_hooks: tuple[RemovableHandle, RemovableHandle] | None = None  # before and after a step
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs, fused=True)
-        self._tell_autograd_after_steps()
+        self._hook_steps()
 
     @override
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         # A copy comes through here. It has the state of the original, but none of its hooks.
-        self._tell_autograd_after_steps()
+        self._hook_steps()
 
-    def _tell_autograd_after_steps(self) -> None:
-        # A hook, because torch runs the hooks of an optimizer around every class's `step`: an
+    def _hook_steps(self) -> None:
+        # Hooks, because torch runs the hooks of an optimizer around every class's `step`: an
         # overridden one, which calls Adam's, would run each of them twice.
-        if self.version_hook is None:
-            self.version_hook = self.register_step_post_hook(_raise_versions)
+        if self.own_hooks is None:
+            self.own_hooks = (
+                self.register_step_pre_hook(_match_layouts),
+                self.register_step_post_hook(_raise_versions),
+            )
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -47,12 +50,25 @@ class FusedAdam(Adam):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(_with_fused(state_dict, True))
-        # The kernel reads a parameter and its moments in the order of memory. SAELens stores W_enc
-        # in another order than our SAEs, and the kernel would mix up such moments silently.
-        for parameter, state in self.state.items():
-            for name in ("exp_avg", "exp_avg_sq"):
-                if state[name].stride() != parameter.stride():
-                    state[name] = torch.empty_like(parameter).copy_(state[name])
+
+
+def _match_layouts(optimizer: Any, args: Any, kwargs: Any) -> None:
+    """Store gradients and moments in the order of memory in which their parameter is.
+
+    The kernel reads all of them in the order of memory. It would mix up others: silently on a CPU.
+    SAELens stores W_enc in another order than our SAEs, so the moments of a checkpoint may be
+    others. A user may also give a parameter other data.
+    """
+    for parameter in _with_gradients(
+        p for group in optimizer.param_groups for p in group["params"]
+    ):
+        stride = parameter.stride()
+        if parameter.grad.stride() != stride:
+            parameter.grad = torch.empty_like(parameter).copy_(parameter.grad)
+        state = optimizer.state.get(parameter, {})
+        for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+            if name in state and state[name].stride() != stride:
+                state[name] = torch.empty_like(parameter).copy_(state[name])
 
 
 def _raise_versions(optimizer: Any, args: Any, kwargs: Any) -> None:
@@ -92,16 +108,17 @@ def clip_and_step(optimizer: Optimizer, parameters: Iterable[torch.Tensor]) -> N
         optimizer.step()
         return
     assert isinstance(optimizer, FusedAdam)
-    optimizer.grad_scale = clipping_scale([p.grad for p in _with_gradients(parameters)])
+    norm = torch.nn.utils.get_total_norm([p.grad for p in _with_gradients(parameters)])
+    optimizer.grad_scale = clipping_scale(norm)
     try:
         optimizer.step()
     finally:
         del optimizer.grad_scale
 
 
-def clipping_scale(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return what the gradients are divided by so that their norm is 1 at most, a scalar."""
-    return (torch.nn.utils.get_total_norm(gradients) + 1e-6).clamp(min=MAX_NORM)
+def clipping_scale(norm: torch.Tensor) -> torch.Tensor:
+    """Return what gradients of a norm are divided by so that it is 1 at most, scalars."""
+    return (norm + 1e-6).clamp(min=MAX_NORM)
 
 
 def _can_clip_in_step(optimizer: Any, parameters: Sequence[torch.Tensor]) -> bool:
@@ -129,10 +146,11 @@ def are_same(some: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> bo
 def is_unseen_before(optimizer: FusedAdam) -> bool:
     """Return whether nobody looks at the gradients before the step, expecting clipped ones."""
     step = vars(optimizer).get("step")
+    own_hooks = [hook.id for hook in optimizer.own_hooks or ()]
     return (
         all(group["fused"] for group in optimizer.param_groups)
         and torch.nn.utils.clip_grad_norm_ is _OWN_CLIPPING
-        and not optimizer._optimizer_step_pre_hooks
+        and list(optimizer._optimizer_step_pre_hooks) == own_hooks[:1]
         and not _global_optimizer_pre_hooks
         # torch's schedules replace the step on the object by one that counts.
         and (step is None or hasattr(step, "_wrapped_by_lr_sched"))
@@ -141,10 +159,9 @@ def is_unseen_before(optimizer: FusedAdam) -> bool:
 
 def is_unseen_after(optimizer: FusedAdam) -> bool:
     """Return whether nobody looks at the gradients after the step."""
-    own = optimizer.version_hook
+    own_hooks = [hook.id for hook in optimizer.own_hooks or ()]
     return (
-        own is not None
-        and list(optimizer._optimizer_step_post_hooks) == [own.id]
+        list(optimizer._optimizer_step_post_hooks) == own_hooks[1:]
         and not _global_optimizer_post_hooks
         and "zero_grad" not in vars(optimizer)
     )

@@ -5,7 +5,7 @@ since it fired grows by m at most, so the latents dead at step t are among those
 
     since_fired(t - m) > window - m.
 
-Their number is counted every few steps, and has long arrived when it is read.
+Their number is counted every few steps, and read some steps later, when it has long arrived.
 """
 
 from collections import deque
@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-HORIZON = 32  # m, for how many steps a count holds
-PERIOD = 8  # steps from one count to the next
+PERIOD = 8  # steps from one count to the next, and from a count to its first use
+HORIZON = 2 * PERIOD  # m, for how many steps a count holds
 
 
 class _Count(NamedTuple):
@@ -30,16 +30,13 @@ class _Count(NamedTuple):
     n: torch.Tensor
     copied: Any
 
-    def has_arrived(self) -> bool:
-        return self.copied is None or self.copied.query()
-
-    def wait(self) -> None:
-        if self.copied is not None:
-            self.copied.synchronize()
-
 
 class DeadBound:
-    """Bounds the number of dead latents at every step of one trainer."""
+    """Bounds the number of dead latents at every step of one trainer.
+
+    The bound depends on the counters alone, not on when a count arrives. So several processes with
+    equal counters have equal bounds.
+    """
 
     def __init__(self) -> None:
         self._since_fired: torch.Tensor | None = None
@@ -48,13 +45,13 @@ class DeadBound:
         self._window = float("nan")
         self._step = 0
         self._posted: deque[_Count] = deque()
-        self._known: tuple[int, int] | None = None  # the step of a count, and the count
+        self._known: int | None = None
 
-    def at_step(self, since_fired: torch.Tensor, window: float) -> int | None:
-        """Return at least the number of dead latents at a step that begins, or None if unknown.
+    def at_step(self, since_fired: torch.Tensor, window: float) -> int:
+        """Return at least the number of dead latents at a step that begins.
 
-        It is unknown until the first count has arrived, and again after anyone but the steps has
-        changed the counters.
+        The host waits for the device at the first step, and at one before which anyone but the
+        steps has changed the counters.
 
         Args:
             since_fired: how many steps ago each latent fired, [F].
@@ -73,21 +70,14 @@ class DeadBound:
                 count = count.to("cpu", non_blocking=True)
                 copied = torch.cuda.current_stream(since_fired.device).record_event()
             self._posted.append(_Count(step, count, copied))
-        while self._posted and self._posted[0].has_arrived():
-            self._take()
-        if self._known is None:
-            return None
-        while step - self._known[0] > HORIZON:
-            # The device is that many steps behind. It has others to take while the host waits.
-            self._posted[0].wait()
-            self._take()
-        return self._known[1]
+        if self._known is None or (self._posted and self._posted[0].step + PERIOD <= step):
+            oldest = self._posted.popleft()
+            if oldest.copied is not None:
+                oldest.copied.synchronize()
+            self._known = int(oldest.n)
+        return self._known
 
     def after_step(self) -> None:
         """Take note that the step that began has changed the counters, each by 1 or to 0."""
         if self._version is None and self._since_fired is not None:
             self._version = self._since_fired._version
-
-    def _take(self) -> None:
-        arrived = self._posted.popleft()
-        self._known = arrived.step, int(arrived.n)

@@ -9,8 +9,10 @@ from weakref import WeakKeyDictionary
 import torch
 from sae_lens.saes.sae import TrainStepOutput
 from sae_lens.training.sae_trainer import SAETrainer
+from torch.distributed.tensor import DTensor
 
 from ..saes.fused_topk import FusedTopKTrainingSAE, StepRequest
+from ..saes.sharded import ShardedTrainingSAE
 from ..training.graph import place
 from ..training.node import Losses
 from ..training.requests import Weights
@@ -18,6 +20,10 @@ from .adam import FusedAdam, are_same, is_unseen_after, is_unseen_before
 from .dead_bound import DeadBound
 from .whole_step import Moments, Settings, Trained, whole_step
 
+OWN_STEPS = (
+    FusedTopKTrainingSAE.training_forward_pass,
+    ShardedTrainingSAE.training_forward_pass,
+)
 LEAST_CAPACITY = 256  # of recordings with an auxiliary loss, in dead latents
 
 _steps: WeakKeyDictionary[SAETrainer[Any, Any], "RecordedSteps"] = WeakKeyDictionary()
@@ -47,17 +53,17 @@ class RecordedSteps:
             trainer: one that `may_take_whole_steps`.
             request: what its SAE made of the activations.
         """
-        sae, optimizer = trainer.sae, trainer.optimizer
+        sae, optimizer, shards = trainer.sae, trainer.optimizer, request.shards
         # The SAE's recorder, so that it does not keep a recording of its own beside this one.
         recorder = sae._recorder_of(request)
-        if recorder is None or any(request.wanted[4:]):
+        if (recorder is None and not shards.is_sharded) or any(request.wanted[4:]):
             return None
         since_fired, window = trainer.n_forward_passes_since_fired, trainer.cfg.dead_feature_window
         coefficient = sae._auxiliary_coefficient()
         bound = 0 if coefficient == 0 else self._bound.at_step(since_fired, window)
         (group,) = optimizer.param_groups
-        moments = _moments(optimizer, request)
-        if bound is None or moments is None:
+        moments = _moments(optimizer, request, sae)
+        if moments is None or (bound > 0 and shards.is_sharded):
             return None
         settings = Settings(
             betas=group["betas"],
@@ -76,21 +82,22 @@ class RecordedSteps:
         for each in moments:
             tensors += each or ()
         arguments = spec, wanted, settings, most_dead
-        if request.is_logging_step:
+        if request.is_logging_step or recorder is None:
             # Metrics are of the weights before the step, so it is launched piece by piece.
             reports = []
             result = whole_step(
                 trained,
                 request.inputs,
                 *arguments,
+                shards=shards,
                 before_update=lambda main: reports.append(sae._reported(request, main)),
             )
             (reported,), losses = reports, result.losses
         else:
             result, is_replay = recorder(
-                lambda inputs: whole_step(trained, inputs, *arguments),
+                lambda inputs: whole_step(trained, inputs, *arguments, shards=shards),
                 request.inputs,
-                (whole_step, *map(place, tensors), spec, wanted, settings),
+                (whole_step, *map(place, tensors), spec, wanted, settings, shards),
                 form=most_dead,
             )
             main, losses, at = result.main, result.losses, result.at
@@ -98,7 +105,7 @@ class RecordedSteps:
                 main = main._replace(hidden_pre=main.hidden_pre.clone())
                 losses, at = losses.clone(), at.clone()
             reported = sae._reported(request, main, at)
-        written = [w for w, each in zip(request.weights, moments, strict=True) if each is not None]
+        written = [w for w, each in zip(parameters(sae), moments, strict=True) if each is not None]
         torch.autograd.graph.increment_version([*written, since_fired])
         self._bound.after_step()
         trainer.act_freq_scores += result.counts
@@ -132,6 +139,11 @@ class RecordedSteps:
         return min(self._capacity, n_latents)
 
 
+def parameters(sae: Any) -> Weights:
+    """Return an SAE's weights as its optimizer has them, in several processes as DTensors."""
+    return Weights(sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec)
+
+
 def may_take_whole_steps(trainer: SAETrainer[Any, Any], sae: Any) -> bool:
     """Return whether nobody sees what a whole step does not do."""
     optimizer = trainer.optimizer
@@ -139,7 +151,7 @@ def may_take_whole_steps(trainer: SAETrainer[Any, Any], sae: Any) -> bool:
         isinstance(sae, FusedTopKTrainingSAE)
         and sae is trainer.sae
         and sae.use_cuda_graph
-        and type(sae).training_forward_pass is FusedTopKTrainingSAE.training_forward_pass
+        and type(sae).training_forward_pass in OWN_STEPS
         and "training_forward_pass" not in vars(sae)
         and type(trainer).dead_neurons is SAETrainer.dead_neurons
         and _has_no_more_parameters(sae)
@@ -149,7 +161,7 @@ def may_take_whole_steps(trainer: SAETrainer[Any, Any], sae: Any) -> bool:
         and type(optimizer) is FusedAdam
         and is_unseen_before(optimizer)
         and is_unseen_after(optimizer)
-        and _is_plain(optimizer, sae._weights())
+        and _is_plain(optimizer, parameters(sae), sae._weights())
     )
 
 
@@ -159,8 +171,13 @@ def _has_no_more_parameters(sae: FusedTopKTrainingSAE) -> bool:
     )
 
 
-def _is_plain(optimizer: FusedAdam, weights: Weights) -> bool:
-    """Return whether an optimizer is Adam of an SAE's weights, each without hooks or gradient."""
+def _is_plain(optimizer: FusedAdam, weights: Weights, local: Weights) -> bool:
+    """Return whether an optimizer is Adam of an SAE's weights, each without hooks or gradient.
+
+    Args:
+        weights: as the optimizer has them.
+        local: what of them lies in this process.
+    """
     if len(optimizer.param_groups) != 1:
         return False
     (group,) = optimizer.param_groups
@@ -176,21 +193,25 @@ def _is_plain(optimizer: FusedAdam, weights: Weights) -> bool:
             for weight in weights
         )
         # as the gradients are
-        and all(each.is_contiguous() for each in weights._replace(W_enc=weights.W_enc.T))
+        and all(each.is_contiguous() for each in local._replace(W_enc=local.W_enc.T))
     )
 
 
-def _moments(optimizer: Any, request: StepRequest) -> tuple[Moments | None, ...] | None:
+def _moments(
+    optimizer: Any, request: StepRequest, sae: FusedTopKTrainingSAE
+) -> tuple[Moments | None, ...] | None:
     """Return Adam's state of each weight, None for one without gradient; None if there is none."""
     moments = []
-    for weight, is_wanted in zip(request.weights, request.wanted, strict=False):
+    each_weight = zip(parameters(sae), request.weights, request.wanted, strict=False)
+    for parameter, weight, is_wanted in each_weight:
         if not is_wanted:
             moments.append(None)
             continue
-        state = optimizer.state.get(weight)
+        state = optimizer.state.get(parameter)
         if not state or "max_exp_avg_sq" in state:
             return None
-        moments.append(Moments(state["exp_avg"], state["exp_avg_sq"], state["step"]))
+        tensors = (state["exp_avg"], state["exp_avg_sq"], state["step"])
+        moments.append(Moments(*(t.to_local() if isinstance(t, DTensor) else t for t in tensors)))
         if any(each.stride() != weight.stride() for each in moments[-1][:2]):
             return None
     return tuple(moments)

@@ -40,7 +40,7 @@ def _on_device(trainer: SAETrainer[Any, Any], sae: Any, sae_in: torch.Tensor) ->
     with trainer.autocast_if_enabled:
         if is_plain:
             steps = RecordedSteps.of(trainer)
-            request = sae._request(step_input)
+            request = sae._request(step_input, sae._shards_of(step_input, is_whole_step=True))
             output = steps.take(trainer, request)
             if output is not None:
                 return output

@@ -14,12 +14,14 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch.nn.utils import get_total_norm
 from torch.optim.adam import adam
 
 from ..ops.policy import no_autocast
 from ..training.dead import auxiliary_loss, padded
 from ..training.firing import coordinates, fired
 from ..training.requests import Gradients, Inputs, Spec, WantedGradients, Weights
+from ..training.shards import WHOLE, Whole
 from ..training.step import Reconstruction, reconstruct
 from .adam import clipping_scale
 
@@ -97,21 +99,24 @@ def whole_step(
     settings: Settings,
     most_dead: int,
     *,
+    shards: Whole = WHOLE,
     before_update: Callable[[Reconstruction], None] = lambda main: None,
 ) -> WholeStep:
-    """Take a step, in one process.
+    """Take a step.
 
     Args:
         trained: what is changed.
         inputs: a batch; their gradient is not wanted.
         spec, wanted: as in `training.step.step`.
         settings: Adam's, and of the auxiliary loss.
-        most_dead: at least the number of dead latents; 0 leaves out the loss on them.
+        most_dead: at least the number of dead latents; 0 leaves out the loss on them. It is 0 with
+            several processes.
+        shards: of which process the tensors are.
         before_update: is called with the reconstruction while the weights are those that it is of.
     """
     weights, since_fired = trained.weights, trained.since_fired
     with no_autocast(since_fired.device):
-        main = reconstruct(weights, inputs, spec, wanted)
+        main = reconstruct(weights, inputs, spec, wanted, shards)
         before_update(main)
         gradients, total = main.gradients, main.mse_loss
         auxiliary = torch.zeros_like(total)
@@ -130,7 +135,7 @@ def whole_step(
             )
             gradients = of_dead.added_to(gradients, weights, inputs.encoder_input)
             total = main.mse_loss + auxiliary
-        _update(trained, gradients, settings)
+        _update(trained, gradients, settings, shards)
         counts = fired(main.code.with_values(main.hidden_pre), len(since_fired))
         since_fired.add_(1).masked_fill_(counts.bool(), 0)
         losses = torch.stack((total, main.mse_loss, auxiliary))
@@ -138,7 +143,7 @@ def whole_step(
     return WholeStep(main._replace(gradients=Gradients()), losses, counts, at)
 
 
-def _update(trained: Trained, gradients: Gradients, settings: Settings) -> None:
+def _update(trained: Trained, gradients: Gradients, settings: Settings, shards: Whole) -> None:
     """Clip the gradients, all together, and apply Adam."""
     changed = [
         (weight, gradient, *moments)
@@ -158,7 +163,7 @@ def _update(trained: Trained, gradients: Gradients, settings: Settings) -> None:
         [],
         steps,
         fused=True,
-        grad_scale=clipping_scale(grads),
+        grad_scale=clipping_scale(_total_norm(gradients, shards)),
         amsgrad=False,
         beta1=settings.betas[0],
         beta2=settings.betas[1],
@@ -168,3 +173,15 @@ def _update(trained: Trained, gradients: Gradients, settings: Settings) -> None:
         maximize=settings.maximize,
         decoupled_weight_decay=settings.decoupled_weight_decay,
     )
+
+
+def _total_norm(gradients: Gradients, shards: Whole) -> torch.Tensor:
+    """Return the norm of the weights' gradients, all together, a scalar."""
+    *parts, of_b_dec = gradients[:4]
+    parts = [part for part in parts if part is not None]
+    whole = [] if of_b_dec is None else [of_b_dec]
+    if not shards.is_sharded:
+        return get_total_norm(parts + whole)
+    # Every process has all of b_dec's gradient, and a part of the others.
+    norms = [shards.sum(get_total_norm(parts).square()).sqrt()] if parts else []
+    return get_total_norm(norms + whole)

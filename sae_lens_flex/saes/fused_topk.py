@@ -168,6 +168,15 @@ class FusedTopKTrainingSAE(OwnNormalization, TopKTrainingSAE):
         request = self._request(step_input, shards)
         return self._differentiable_step(request, step_input.dead_neuron_mask)
 
+    def _shards_of(self, step_input: TrainStepInput, *, is_whole_step: bool = False) -> Whole:
+        """Return which of several processes this one is, with how many samples each brings.
+
+        Args:
+            step_input: of a step that begins.
+            is_whole_step: whether the trainer takes the step as a whole.
+        """
+        return WHOLE
+
     def _request(self, step_input: TrainStepInput, shards: Whole = WHOLE) -> StepRequest:
         """Return what a fused step is to compute. It normalizes the activations."""
         x, weights = step_input.sae_in, self._weights()
@@ -210,7 +219,7 @@ class FusedTopKTrainingSAE(OwnNormalization, TopKTrainingSAE):
         """Take a step whose losses autograd differentiates."""
         arguments = request.weights, request.inputs, request.spec
         dead, wanted, shards = self._dead(dead_mask), request.wanted, request.shards
-        recorder = self._recorder_of(request)
+        recorder = None if shards.is_sharded else self._recorder_of(request)
         by = None if recorder is None else reconstruct_by(recorder)
         main = begin_step(*arguments, wanted=wanted, by=by, shards=shards)
         # What is reported is launched before the host waits for the number of dead latents.
@@ -328,8 +337,7 @@ class FusedTopKTrainingSAE(OwnNormalization, TopKTrainingSAE):
             self.use_cuda_graph
             and request.spec.use_triton
             and any(request.wanted)
-            and not request.shards.is_sharded
-            and is_worth_recording(request.weights, request.inputs)
+            and is_worth_recording(request.weights, request.inputs, request.shards)
             and not CHECKS_INDICES
             and not torch.cuda.is_current_stream_capturing()
         ):

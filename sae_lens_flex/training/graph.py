@@ -6,6 +6,7 @@ settings, and the same weights at the same addresses. It copies the inputs into 
 first, so these may change from step to step.
 """
 
+import gc
 import warnings
 from collections.abc import Callable, Hashable
 from functools import cache
@@ -15,6 +16,7 @@ import torch
 
 from ..ops.codes import Code
 from .requests import Gradients, Inputs, Spec, WantedGradients, Weights
+from .shards import Whole
 from .step import Reconstruct, Reconstruction, reconstruct
 
 ORDINARY_CALLS = (
@@ -26,17 +28,20 @@ MOST_FORMS = 2  # that a recorder holds; each keeps memory
 # takes the host longer than computing it takes an H200; benchmarks/README.md has the times.
 MOST_RECORDED_WEIGHTS = 2**25
 MOST_RECORDED_PRODUCTS = 2**38
+# Of several processes each has a part of the work, and all of the launches and some more.
+SHARED_FACTOR = 8
 
 Result = TypeVar("Result")
 
 
-def is_worth_recording(weights: Weights, inputs: Inputs) -> bool:
+def is_worth_recording(weights: Weights, inputs: Inputs, shards: Whole) -> bool:
     """Return whether a step is so small that it waits for the host."""
-    n_weights, n_samples = weights.W_dec.numel(), len(inputs.target)
+    n_weights, n_samples = weights.W_dec.numel(), shards.n_samples(len(inputs.target))
+    factor = SHARED_FACTOR if shards.is_sharded else 1
     return (
         weights.W_dec.is_cuda
-        and n_weights <= MOST_RECORDED_WEIGHTS
-        and n_weights * n_samples <= MOST_RECORDED_PRODUCTS
+        and n_weights <= factor * MOST_RECORDED_WEIGHTS
+        and n_weights * n_samples <= factor * MOST_RECORDED_PRODUCTS
     )
 
 
@@ -169,7 +174,7 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def _record(function: Callable[[Inputs], Any], inputs: Inputs, pool: Any) -> _Recording | None:
-    """Record a function; None where memory does not suffice.
+    """Record a function; None where that fails, as where memory does not suffice.
 
     Args:
         function: of the inputs.
@@ -183,6 +188,10 @@ def _record(function: Callable[[Inputs], Any], inputs: Inputs, pool: Any) -> _Re
     # replay of this one would write into freed memory. Cleared, it takes a workspace in the memory
     # of this recording.
     torch._C._cuda_clearCublasWorkspaces()
+    # What the garbage collector frees meanwhile, an earlier recording for instance, may call the
+    # driver in a way that ends this one.
+    is_collecting = gc.isenabled()
+    gc.disable()
     try:
         with (
             torch.cuda.stream(torch.cuda.current_stream(device)),  # so that it is current again
@@ -192,10 +201,15 @@ def _record(function: Callable[[Inputs], Any], inputs: Inputs, pool: Any) -> _Re
         ):
             result = function(static)
         return _Recording(graph, static, result)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:  # The step itself has worked without being recorded.
+        is_full = isinstance(error, torch.OutOfMemoryError)
+        reason = "too little memory" if is_full else str(error).splitlines()[0]
         warnings.warn(
-            "too little memory to record training steps as CUDA graphs: they go on without, which "
+            f"training steps are not recorded as CUDA graphs: {reason}. They go on without, which "
             "takes the host longer",
             stacklevel=2,
         )
         return None
+    finally:
+        if is_collecting:
+            gc.enable()

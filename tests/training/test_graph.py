@@ -236,6 +236,29 @@ def test_without_memory_steps_go_on_as_they_were(monkeypatch) -> None:
     assert_same_losses(run_step(sae, batch), expected)
 
 
+@pytest.mark.gpu
+def test_steps_that_cannot_be_recorded_go_on_as_they_were(monkeypatch) -> None:
+    reconstruct = graph.reconstruct
+
+    def waiting(*arguments: Any) -> Any:
+        result = reconstruct(*arguments)
+        if torch.cuda.is_current_stream_capturing():
+            torch.cuda.synchronize()  # which CUDA forbids meanwhile
+        return result
+
+    monkeypatch.setattr(graph, "reconstruct", waiting)
+    sae, ordinary = trained_sae("flex_topk", device="cuda"), trained_sae("flex_topk", device="cuda")
+    ordinary.use_cuda_graph = False
+    batch = random_activations(seed=9).cuda()
+    expected = run_step(ordinary, batch)
+    for _ in range(ORDINARY_CALLS):
+        run_step(sae, batch)
+    with pytest.warns(UserWarning, match="not recorded as CUDA graphs: .*captur"):
+        assert_same_losses(run_step(sae, batch), expected)
+    for _ in range(N_STEPS):
+        assert_same_losses(run_step(sae, batch), expected)
+
+
 def test_recording_waits_longer_every_time_that_conditions_change(monkeypatch) -> None:
     recorded, called = [], []
 
