@@ -1,6 +1,6 @@
 """SAELens's optimizer, with a step that is one kernel and clips the gradients on its way."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -77,10 +77,14 @@ def _raise_versions(optimizer: Any, args: Any, kwargs: Any) -> None:
     Autograd raises an error if a backward pass needs a saved tensor that has changed since. It
     knows so from the tensor's version, which the fused kernel does not raise.
     """
-    parameters = _with_gradients(p for group in optimizer.param_groups for p in group["params"])
+    parameters = _with_gradients(_parameters(optimizer))
     torch.autograd.graph.increment_version(parameters)
     if optimizer.grad_scale is not None:
         torch.autograd.graph.increment_version([p.grad for p in parameters])
+
+
+def _parameters(optimizer: Optimizer) -> Iterator[Any]:
+    return (p for group in optimizer.param_groups for p in group["params"])
 
 
 def _with_gradients(parameters: Iterable[Any]) -> list[Any]:
@@ -132,7 +136,7 @@ def _can_clip_in_step(optimizer: Any, parameters: Sequence[torch.Tensor]) -> boo
         and len({p.grad.device for p in clipped}) == 1
         and are_same(
             clipped,
-            _with_gradients(p for group in optimizer.param_groups for p in group["params"]),
+            _with_gradients(_parameters(optimizer)),
         )
         and is_unseen_before(optimizer)
     )

@@ -194,13 +194,13 @@ def test_a_weight_that_gets_another_layout_keeps_its_moments(device, has_gradien
     batch = torch.randn(BATCH, D_IN, device=device)
     for trainer in (fused, plain):
         trainer.step(batch)
-        W_enc = trainer.sae.W_enc
+        weight = trainer.sae.W_enc
         if has_gradient:
-            W_enc.grad = 0.1 * W_enc.detach()
-        W_enc.data = W_enc.data.contiguous()
-        assert W_enc.stride() != trainer.optimizer.state[W_enc]["exp_avg"].stride()
+            weight.grad = 0.1 * weight.detach()
+        weight.data = weight.data.contiguous()
+        assert weight.stride() != trainer.optimizer.state[weight]["exp_avg"].stride()
         if not has_gradient:
-            W_enc.grad = 0.1 * W_enc.detach()
+            weight.grad = 0.1 * weight.detach()
         trainer.optimizer.step()
     torch.testing.assert_close(fused.sae.W_enc, plain.sae.W_enc)
 
