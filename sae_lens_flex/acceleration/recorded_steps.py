@@ -95,9 +95,9 @@ class RecordedSteps:
             (reported,), losses = reports, result.losses
         else:
             result, is_replay = recorder(
-                lambda inputs: whole_step(trained, inputs, *arguments, shards=shards),
+                lambda inputs: whole_step(trained, inputs, *arguments),
                 request.inputs,
-                (whole_step, *map(place, tensors), spec, wanted, settings, shards),
+                (whole_step, *map(place, tensors), spec, wanted, settings),
                 form=most_dead,
             )
             main, losses, at = result.main, result.losses, result.at

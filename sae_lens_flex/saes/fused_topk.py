@@ -219,7 +219,7 @@ class FusedTopKTrainingSAE(OwnNormalization, TopKTrainingSAE):
         """Take a step whose losses autograd differentiates."""
         arguments = request.weights, request.inputs, request.spec
         dead, wanted, shards = self._dead(dead_mask), request.wanted, request.shards
-        recorder = None if shards.is_sharded else self._recorder_of(request)
+        recorder = self._recorder_of(request)
         by = None if recorder is None else reconstruct_by(recorder)
         main = begin_step(*arguments, wanted=wanted, by=by, shards=shards)
         # What is reported is launched before the host waits for the number of dead latents.
@@ -337,7 +337,8 @@ class FusedTopKTrainingSAE(OwnNormalization, TopKTrainingSAE):
             self.use_cuda_graph
             and request.spec.use_triton
             and any(request.wanted)
-            and is_worth_recording(request.weights, request.inputs, request.shards)
+            and not request.shards.is_sharded
+            and is_worth_recording(request.weights, request.inputs)
             and not CHECKS_INDICES
             and not torch.cuda.is_current_stream_capturing()
         ):
