@@ -8,7 +8,8 @@ first, so these may change from step to step.
 
 import gc
 import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
@@ -169,6 +170,19 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
+@contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    # An SAE that nobody holds any more is garbage with cycles. To free its recordings while this
+    # thread records is an error.
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
 def _record(function: Callable[[Inputs], Any], inputs: Inputs, pool: Any) -> _Recording | None:
     """Record a function; None where that fails, as where memory does not suffice.
 
@@ -190,6 +204,7 @@ def _record(function: Callable[[Inputs], Any], inputs: Inputs, pool: Any) -> _Re
     gc.disable()
     try:
         with (
+            _without_garbage_collection(),
             torch.cuda.stream(torch.cuda.current_stream(device)),  # so that it is current again
             torch.cuda.graph(
                 graph, pool=pool, stream=_stream(device), capture_error_mode="thread_local"

@@ -1,6 +1,7 @@
 """Whole steps of a trainer, recorded and replayed, against ordinary ones within accelerate()."""
 
 import copy
+import gc
 import threading
 import time
 from collections.abc import Callable
@@ -646,6 +647,7 @@ def test_memory_stays_flat(on_gpu) -> None:
         output = on_gpu.step(trainer, seed)
         if seed in (100, 200, 299):
             del output
+            gc.collect()  # of other tests
             used.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
     assert set(on_gpu.kinds[-250:]) == {"whole"}
     assert max(on_gpu.forms) > 0

@@ -1,6 +1,7 @@
 """Small steps, differentiated at once and replayed as CUDA graphs, against ordinary ones."""
 
 import copy
+import gc
 import pickle
 from types import SimpleNamespace
 from typing import Any
@@ -217,6 +218,41 @@ def test_only_small_steps_are_recorded(architecture, monkeypatch) -> None:
     for seed in range(N_STEPS):
         run_step(sae, random_activations(seed=seed).cuda())
     assert sae._recorder is None
+
+
+@pytest.mark.gpu
+def test_garbage_with_recordings_is_not_collected_while_another_is_made() -> None:
+    class Notes:
+        """Garbage that notes whether something was recorded when it was collected."""
+
+        def __init__(self, sae: Any) -> None:
+            self.sae, self.itself = sae, self
+
+        def __del__(self) -> None:
+            collected.append(torch.cuda.is_current_stream_capturing())
+
+    collected: list[bool] = []
+    thresholds = gc.get_threshold()
+    old = None
+    for n_collected in range(3):
+        sae = trained_sae("flex_topk", device="cuda")
+        for seed in range(ORDINARY_CALLS):
+            run_step(sae, random_activations(seed=seed).cuda())
+        batch = random_activations().cuda()
+        gc.collect()
+        assert collected == n_collected * [False] or n_collected == 2
+        gc.set_threshold(1)
+        try:
+            if old is not None:
+                Notes(old)
+            old = None
+            run_step(sae, batch)
+        finally:
+            gc.set_threshold(*thresholds)
+        assert has_recorded(sae)
+        old = sae
+    gc.collect()
+    assert collected == [False, False]
 
 
 @pytest.mark.gpu
