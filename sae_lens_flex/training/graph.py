@@ -198,10 +198,6 @@ def _record(function: Callable[[Inputs], Any], inputs: Inputs, pool: Any) -> _Re
     # replay of this one would write into freed memory. Cleared, it takes a workspace in the memory
     # of this recording.
     torch._C._cuda_clearCublasWorkspaces()
-    # What the garbage collector frees meanwhile, an earlier recording for instance, may call the
-    # driver in a way that ends this one.
-    is_collecting = gc.isenabled()
-    gc.disable()
     try:
         with (
             _without_garbage_collection(),
@@ -221,6 +217,3 @@ def _record(function: Callable[[Inputs], Any], inputs: Inputs, pool: Any) -> _Re
             stacklevel=2,
         )
         return None
-    finally:
-        if is_collecting:
-            gc.enable()
