@@ -41,8 +41,9 @@ from sae_lens.saes.sae import TrainingSAE, TrainStepInput
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import sae_lens_flex
+from sae_lens_flex.training.graph import ORDINARY_CALLS
 
-from .train_step import ORDINARY_CALLS, device_ms, machine, median_ms, peak_memory
+from .measuring import device_ms, machine, median_ms, peak_memory
 
 HERE = Path(__file__).parent
 RESULT = "result of benchmarks.scale: "
