@@ -133,7 +133,8 @@ class Case:
     Args:
         model: a name in `MODELS`.
         n_saes: with more than one, `MultiSAETrainingRunner` trains them.
-        n_refills: of the buffer that are timed; a fourth as many come before.
+        n_refills: of the buffer that are timed, of which TransformerLens's slow model gets half;
+            two come before.
     """
 
     name: str
@@ -152,6 +153,11 @@ class Case:
     @property
     def steps_in_refill(self) -> int:
         return self.prompts_at_once * self.context_size // self.batch
+
+    def n_timed(self, competitor: Competitor) -> int:
+        """Return how many refills are timed."""
+        is_quick = SETTINGS[competitor.setting].model_class_name == HUGGING_FACE
+        return self.n_refills if is_quick else -(-self.n_refills // 2)
 
 
 ALL_STOCK = ("default", "autocast", "hf", "compiled", "compiled both", "prefetch")
@@ -210,7 +216,16 @@ QUICK_CASES = [
     Case("quick", competitors=QUICK_STOCK + QUICK_OURS, **QUICK),
     Case("quick_two", competitors=QUICK_STOCK[1:] + QUICK_OURS[:1], n_saes=2, **QUICK),
 ]
-MEMORY = Case("memory", "gpt2", d_sae=4096, k=32, competitors=(), context_size=128, n_refills=1)
+MEMORY = Case(
+    "memory",
+    "tiny",
+    d_sae=4096,
+    k=32,
+    competitors=(Competitor(HIERARCHICAL, "hf", accelerate=True),),
+    context_size=128,
+    batch=1024,
+    prompts_at_once=8,
+)
 MEMORY_STEPS, MEMORY_INTERVAL = 10_000, 500
 
 
@@ -317,9 +332,9 @@ def measure(
 ) -> dict[str, Any]:
     """Return what a run takes, whole and in parts, for the tokens of a step."""
     n_in_refill = case.steps_in_refill
-    n_before = n_in_refill * max(2, case.n_refills // 4)
-    n_timed = n_before + n_in_refill * case.n_refills
-    n_profiled = n_timed + 2 * n_in_refill
+    n_before = 2 * n_in_refill
+    n_timed = n_before + n_in_refill * case.n_timed(competitor)
+    n_profiled = n_timed + n_in_refill
     marks = Marks(case.device)
     found: dict[str, Any] = {}
 
@@ -362,7 +377,7 @@ def measure_activations(case: Case, activations: Iterator[Any]) -> dict[str, Any
         for _ in range(case.steps_in_refill):
             next(activations)
 
-    ms = median_ms(refill, case.device, n_warm_up=2, n=max(2, case.n_refills // 2))
+    ms = median_ms(refill, case.device, n_warm_up=1, n=-(-case.n_refills // 2))
     device = device_ms(refill, n=1) if case.device == "cuda" else None
     return {
         "ms": ms / case.steps_in_refill,
@@ -383,7 +398,7 @@ def measure_steps(case: Case, trainer: Any, batches: list[Any]) -> dict[str, Any
         if trainer not in trainers.values():
             trainer.n_training_steps += 1
 
-    ms = median_ms(step, case.device, n_warm_up=4, n=4 * case.steps_in_refill)
+    ms = median_ms(step, case.device, n_warm_up=4, n=2 * case.steps_in_refill)
     return {"ms": ms, "device_ms": device_ms(step) if case.device == "cuda" else None}
 
 
@@ -418,9 +433,13 @@ def measure_case(case: Case, directory: Path) -> dict[str, Any]:
         print_result(case, results[-1])
     add_speedups(results)
     print_speedups(case, results)
+    return described(case, model) | {"results": results}
+
+
+def described(case: Case, model: LanguageModel) -> dict[str, Any]:
     fields = asdict(case) | {"language_model": model.description()}
     del fields["competitors"]
-    return fields | {"results": results}
+    return fields
 
 
 def add_speedups(results: list[dict[str, Any]]) -> None:
@@ -440,12 +459,12 @@ def add_speedups(results: list[dict[str, Any]]) -> None:
 def measure_memory(case: Case, directory: Path, n_steps: int, interval: int) -> dict[str, Any]:
     """Return the GPU memory of runs within `accelerate()`, with and without CUDA graphs."""
     model = LanguageModel(MODELS[case.model](), case.device, getattr(torch, case.dtype))
-    n_prompts = 64 * case.prompts_at_once
+    n_prompts = 512 * case.prompts_at_once
     dataset = directory / f"{case.model}_{case.context_size}"
     write_prompts(dataset, model.vocabulary, n_prompts, case.context_size)
     rows = []
+    (competitor,) = case.competitors
     for use_cuda_graph in (True, False):
-        competitor = Competitor(HIERARCHICAL, "compiled", accelerate=True)
         samples: list[dict[str, float]] = []
 
         def at(n_taken: int, samples: list[dict[str, float]] = samples) -> None:
@@ -483,7 +502,7 @@ def measure_memory(case: Case, directory: Path, n_steps: int, interval: int) -> 
         )
         del runner
         gc.collect()
-    return asdict(case) | {"results": rows}
+    return described(case, model) | asdict(competitor) | {"results": rows}
 
 
 def print_result(case: Case, result: dict[str, Any]) -> None:
@@ -518,7 +537,7 @@ def run(cases: list[Case], path: Path | None, with_memory: bool) -> None:
     print(f"{now['machine']}, {describe_host(now['host_ms'])}", flush=True)
     print("ms for the tokens of a step; the device's share in brackets", flush=True)
     record = json.loads(path.read_text()) if path is not None and path.exists() else {"cases": {}}
-    record |= now
+    record |= now | {"settings": {name: asdict(setting) for name, setting in SETTINGS.items()}}
     when = {"date": now["date"], "commit": now["commit"], "host_ms": now["host_ms"]}
     with tempfile.TemporaryDirectory() as directory:
         for case in cases:
