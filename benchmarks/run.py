@@ -557,29 +557,45 @@ def write(record: dict[str, Any], path: Path | None) -> None:
 
 def plot(path: Path, figure_path: Path) -> None:
     """Draw how long 100 million tokens take: stock by default and at its best, and ours."""
-    import plotly.graph_objects as go
+    from plotly.subplots import make_subplots
 
     record = json.loads(path.read_text())
-    places: list[list[str]] = [[], []]
-    parts: dict[str, list[float]] = {"language model and buffer": [], "the SAE's training": []}
-    for case in record["cases"].values():
-        for label, result in shown(case["results"]):
-            minutes = 1e8 / case["batch"] / 6e4
-            activations = min(result["activations"]["ms"], result["ms"])
-            places[0].append(case["name"])
-            places[1].append(label)
-            for name, ms in zip(parts, (activations, result["ms"] - activations), strict=True):
-                parts[name].append(ms * minutes)
-    figure = go.Figure([go.Bar(name=name, x=places, y=y) for name, y in parts.items()])
+    cases = list(record["cases"].values())
+    parts = {"language model and buffer, alone": "#636efa", "what training adds": "#ef553b"}
+    figure = make_subplots(1, len(cases), subplot_titles=[title(case) for case in cases])
+    for column, case in enumerate(cases, 1):
+        minutes = 1e8 / case["batch"] / 6e4  # of a millisecond for every batch
+        labels, results = zip(*shown(case["results"]), strict=True)
+        totals = [result["ms"] * minutes for result in results]
+        alone = [min(result["activations"]["ms"], result["ms"]) * minutes for result in results]
+        added = [total - part for total, part in zip(totals, alone, strict=True)]
+        for (part, color), y in zip(parts.items(), (alone, added), strict=True):
+            figure.add_bar(
+                x=labels,
+                y=y,
+                name=part,
+                marker_color=color,
+                showlegend=column == 1,
+                text=[f"{total:.1f}" for total in totals] if y is added else None,
+                textposition="outside",
+                row=1,
+                col=column,
+            )
+        figure.update_yaxes(range=[0, 1.1 * max(totals)], row=1, col=column)
+    figure.update_yaxes(title_text="minutes", row=1, col=1)
     figure.update_layout(
-        title=f"100 million tokens, {record['machine']}",
-        yaxis_title="minutes",
-        yaxis_type="linear",
+        title=f"A run over 100 million tokens, {record['machine']}",
         barmode="stack",
         template="plotly_white",
+        legend={"orientation": "h", "y": 1.25, "x": 1, "xanchor": "right"},
     )
     figure_path.parent.mkdir(parents=True, exist_ok=True)
     figure.write_image(figure_path, width=1100, height=450, scale=2)
+
+
+def title(case: dict[str, Any]) -> str:
+    n_saes = "" if case["n_saes"] == 1 else f"{case['n_saes']} of "
+    return f"{case['model']}, {n_saes}{case['d_sae']:,} latents"
 
 
 def shown(results: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
