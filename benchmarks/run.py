@@ -28,8 +28,11 @@ disk; everything else is as SAELens leaves it, but for what a setting changes:
 - lens compiled: autocast, with `compile_llm`.
 - prefetch: compiled, with `prefetch_llm_batches`.
 - sparse: default, with `use_sparse_activations`, SAELens's advice for float32.
+- shown: compiled, with `use_cache=False` for Hugging Face's model, README's way. A model that keeps
+  keys and values is compiled layer by layer, and its ninth and later layers not at all.
+- shown, prefetch: both.
 
-Stock `topk` runs in all of them. What is called its best documented setting is the fastest.
+SAELens documents all but the last two. The fastest of these is stock's best documented setting.
 """
 
 import argparse
@@ -90,10 +93,12 @@ class Setting:
 
     model_class_name: str
     run: dict[str, Any] = field(default_factory=dict)
+    use_cache: bool = True
     sae: dict[str, Any] = field(default_factory=dict)
 
 
 COMPILED = {"autocast": True, "compile_llm": True}
+PREFETCH = {"prefetch_llm_batches": True}
 SETTINGS = {
     "default": Setting(TRANSFORMER_LENS),
     "autocast": Setting(TRANSFORMER_LENS, {"autocast": True, "autocast_lm": True}),
@@ -101,9 +106,12 @@ SETTINGS = {
     "hf": Setting(HUGGING_FACE, {"autocast": True}),
     "compiled": Setting(HUGGING_FACE, COMPILED),
     "compiled both": Setting(HUGGING_FACE, COMPILED | {"compile_sae": True}),
-    "prefetch": Setting(HUGGING_FACE, COMPILED | {"prefetch_llm_batches": True}),
+    "prefetch": Setting(HUGGING_FACE, COMPILED | PREFETCH),
     "sparse": Setting(TRANSFORMER_LENS, sae={"use_sparse_activations": True}),
+    "shown": Setting(HUGGING_FACE, COMPILED, use_cache=False),
+    "shown, prefetch": Setting(HUGGING_FACE, COMPILED | PREFETCH, use_cache=False),
 }
+NOT_DOCUMENTED = ("shown", "shown, prefetch")  # by SAELens
 
 
 @dataclass(frozen=True)
@@ -115,15 +123,6 @@ class Competitor:
     def __str__(self) -> str:
         within = " within accelerate()" if self.accelerate else ""
         return f"{self.architecture}, {self.setting}{within}"
-
-
-def competitors(stock: tuple[str, ...], ours: tuple[str, ...]) -> tuple[Competitor, ...]:
-    """Return stock in its settings, ours in SAELens's default ones, and ours in the shown ones."""
-    return (
-        *(Competitor(STOCK, setting) for setting in stock),
-        *(Competitor(HIERARCHICAL, setting) for setting in ours),
-        *(Competitor(each, "compiled", accelerate=True) for each in (HIERARCHICAL, FLEX)),
-    )
 
 
 @dataclass(frozen=True)
@@ -160,7 +159,12 @@ class Case:
         return self.n_refills if is_quick else -(-self.n_refills // 2)
 
 
-ALL_STOCK = ("default", "autocast", "hf", "compiled", "compiled both", "prefetch")
+def of(architecture: str, *settings: str) -> tuple[Competitor, ...]:
+    return tuple(Competitor(architecture, setting) for setting in settings)
+
+
+# One after the other where the language model is compiled alike: it is compiled once for all.
+SHOWN = tuple(Competitor(each, "shown", accelerate=True) for each in (HIERARCHICAL, FLEX))
 GPU_CASES = [
     Case(
         "gpt2",
@@ -168,11 +172,14 @@ GPU_CASES = [
         d_sae=24576,
         k=64,
         competitors=(
-            *(Competitor(STOCK, setting) for setting in ("sparse", "lens compiled")),
-            *competitors(ALL_STOCK, ("default", "autocast", "hf", "compiled")),
-            Competitor(FLEX, "default"),
-            Competitor(HIERARCHICAL, "hf", accelerate=True),
-            Competitor(HIERARCHICAL, "prefetch", accelerate=True),
+            *of(STOCK, "default", "sparse", "autocast", "lens compiled"),
+            *of(STOCK, "hf", "compiled", "compiled both", "prefetch"),
+            *of(HIERARCHICAL, "default", "autocast", "hf", "compiled"),
+            *of(FLEX, "default"),
+            *of(STOCK, "shown"),
+            *of(HIERARCHICAL, "shown"),
+            *SHOWN,
+            Competitor(HIERARCHICAL, "shown, prefetch", accelerate=True),
         ),
     ),
     Case(
@@ -180,7 +187,12 @@ GPU_CASES = [
         "gemma2",
         d_sae=65536,
         k=128,
-        competitors=competitors(ALL_STOCK, ("default", "autocast", "compiled")),
+        competitors=(
+            *of(STOCK, "default", "autocast", "hf", "compiled", "compiled both", "prefetch"),
+            *of(HIERARCHICAL, "default", "compiled"),
+            *of(STOCK, "shown"),
+            *SHOWN,
+        ),
         n_refills=3,
     ),
     Case(
@@ -188,7 +200,12 @@ GPU_CASES = [
         "smollm2",
         d_sae=16384,
         k=64,
-        competitors=competitors(("default", "autocast", "hf", "compiled"), ("autocast",)),
+        competitors=(
+            *of(STOCK, "default", "autocast", "hf", "compiled"),
+            *of(HIERARCHICAL, "autocast"),
+            *of(STOCK, "shown"),
+            *SHOWN,
+        ),
     ),
     Case(
         "four",
@@ -196,7 +213,7 @@ GPU_CASES = [
         d_sae=16384,
         k=64,
         n_saes=4,
-        competitors=competitors(("autocast", "compiled"), ()),
+        competitors=(*of(STOCK, "autocast", "hf", "compiled", "shown"), *SHOWN),
     ),
 ]
 QUICK: dict[str, Any] = {
@@ -210,7 +227,7 @@ QUICK: dict[str, Any] = {
     "dtype": "float32",
     "device": "cpu",
 }
-QUICK_STOCK = tuple(Competitor(STOCK, setting) for setting in ("default", "hf"))
+QUICK_STOCK = of(STOCK, "default", "hf")
 QUICK_OURS = tuple(Competitor(each, "hf", accelerate=True) for each in (HIERARCHICAL, FLEX))
 QUICK_CASES = [
     Case("quick", competitors=QUICK_STOCK + QUICK_OURS, **QUICK),
@@ -317,7 +334,7 @@ def new_runner(
     if case.device == "cpu":
         options["autocast"] = False  # README: bfloat16 can be many times slower there
     hook = model.architecture.hook_name(setting.model_class_name)
-    loaded = model.not_compiled(setting.model_class_name)
+    loaded = model.not_compiled(setting.model_class_name, setting.use_cache)
     torch.manual_seed(0)
     if case.n_saes == 1:
         cfg = LanguageModelSAERunnerConfig(sae=sae, hook_name=hook, verbose=False, **options)
@@ -443,15 +460,19 @@ def described(case: Case, model: LanguageModel) -> dict[str, Any]:
 
 
 def add_speedups(results: list[dict[str, Any]]) -> None:
-    """Add to ours how many times faster than stock they are, in its settings that worked."""
+    """Add to ours how many times faster than stock they are, in its settings that worked.
+
+    "best" is the best documented one.
+    """
     stock = {
         each["setting"]: each["ms"]
         for each in results
         if each["architecture"] == STOCK and "ms" in each
     }
+    best = min(ms for setting, ms in stock.items() if setting not in NOT_DOCUMENTED)
     for each in results:
-        if each["architecture"] != STOCK and stock:
-            each["speedup"] = {"best": min(stock.values()) / each["ms"]} | {
+        if each["architecture"] != STOCK:
+            each["speedup"] = {"best": best / each["ms"]} | {
                 setting: ms / each["ms"] for setting, ms in stock.items()
             }
 
@@ -603,9 +624,10 @@ def shown(results: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]
     stock = [each for each in results if each["architecture"] == STOCK and "ms" in each]
     for setting in ("default", "autocast"):
         yield from ((f"topk, {setting}", each) for each in stock if each["setting"] == setting)
-    yield "topk at its best", min(stock, key=lambda each: each["ms"])
+    documented = [each for each in stock if each["setting"] not in NOT_DOCUMENTED]
+    yield "topk at its best", min(documented, key=lambda each: each["ms"])
     for each in results:
-        if each["accelerate"] and each["setting"] == "compiled":
+        if each["accelerate"] and each["setting"] == "shown":
             yield each["architecture"], each
 
 
