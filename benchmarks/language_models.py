@@ -156,18 +156,11 @@ class LanguageModel:
             "attention": self._model.config._attn_implementation,
         }
 
-    def not_compiled(self, model_class_name: str, use_cache: bool = True) -> Any:
+    def not_compiled(self, model_class_name: str) -> Any:
         """Return the model as a runner loads it. What was compiled of it before is known already.
 
         `compile_llm` compiles `run_with_cache`, and puts the result in its place.
-
-        Args:
-            model_class_name: the form.
-            use_cache: whether Hugging Face's form keeps keys and values, as it does by default.
         """
-        if self._model.config.use_cache != use_cache:
-            self._model.config.use_cache = use_cache
-            torch._dynamo.reset()  # which compiles a function a few times, and then no more
         model = self._forms[model_class_name]
         vars(model).pop("run_with_cache", None)
         return model
