@@ -48,12 +48,14 @@ class Architecture:
         layer: the hooked one; SAEs read the residual stream after it.
         layers: the name of the list of layers in Hugging Face's model.
         weights: a directory of the weights, or None for random ones.
+        attention: how Hugging Face's model computes it, or None for transformers' choice.
     """
 
     config: PretrainedConfig
     layer: int
     layers: str
     weights: Path | None = None
+    attention: str | None = None
 
     def hook_name(self, model_class_name: str) -> str:
         if model_class_name == HUGGING_FACE:
@@ -67,7 +69,8 @@ def gpt2() -> Architecture:
 
 def gemma2() -> Architecture:
     """Return Gemma 2 of 2 billion parameters."""
-    return Architecture(Gemma2Config(), layer=12, layers="model.layers")
+    # PyTorch's SDPA has no soft-capping. transformers 5.17 chooses it all the same.
+    return Architecture(Gemma2Config(), layer=12, layers="model.layers", attention="eager")
 
 
 def smollm2() -> Architecture:
@@ -125,13 +128,16 @@ class LanguageModel:
         self.device = device
         torch.manual_seed(0)
         config, n_layers = architecture.config, architecture.layer + 1
+        options: dict[str, Any] = {"dtype": torch.float32}
+        if architecture.attention is not None:
+            options["attn_implementation"] = architecture.attention
         if architecture.weights is None:
             config.num_hidden_layers = n_layers
             with torch.device(device):
-                model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+                model = AutoModelForCausalLM.from_config(config, **options)
         else:
             model = AutoModelForCausalLM.from_pretrained(
-                architecture.weights, num_hidden_layers=n_layers, dtype=torch.float32
+                architecture.weights, num_hidden_layers=n_layers, **options
             ).to(device)
         self._model: PreTrainedModel = model.eval().requires_grad_(False)
         tokenizer: Any = None  # the text is tokenized
@@ -199,10 +205,11 @@ class LanguageModel:
             )
             activations.append(cache[name].double())
         difference = float((activations[1] - activations[0]).norm() / activations[0].norm())
-        if not difference < 1e-3:
+        # Rounding makes 1e-6 of difference, and with random weights no soft-capping 9e-5.
+        if not difference < 2e-5:
             raise RuntimeError(
                 f"TransformerLens's activations differ from Hugging Face's by {difference:.1e}, "
-                "relative to their norm; expected less than 1e-3"
+                "relative to their norm; expected less than 2e-5"
             )
 
 

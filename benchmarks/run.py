@@ -62,6 +62,7 @@ from sae_lens import (
     MultiSAETrainingRunnerConfig,
     TrainingSAEConfig,
 )
+from sae_lens.training._interruption import InterruptedException
 
 import sae_lens_flex
 
@@ -129,8 +130,8 @@ class Case:
     Args:
         model: a name in `MODELS`.
         n_saes: with more than one, `MultiSAETrainingRunner` trains them.
-        n_refills: of the buffer that are timed, of which TransformerLens's slow model gets half;
-            two come before.
+        n_refills: of the buffer that are timed, with two before, in which models are compiled and
+            steps recorded. TransformerLens's model is slow, and gets half as many.
     """
 
     name: str
@@ -150,10 +151,10 @@ class Case:
     def steps_in_refill(self) -> int:
         return self.prompts_at_once * self.context_size // self.batch
 
-    def n_timed(self, competitor: Competitor) -> int:
-        """Return how many refills are timed."""
-        is_quick = SETTINGS[competitor.setting].model_class_name == HUGGING_FACE
-        return self.n_refills if is_quick else -(-self.n_refills // 2)
+    def refills(self, competitor: Competitor) -> tuple[int, int]:
+        """Return how many refills come before those that are timed, and how many these are."""
+        is_slow = SETTINGS[competitor.setting].model_class_name == TRANSFORMER_LENS
+        return (1, -(-self.n_refills // 2)) if is_slow else (2, self.n_refills)
 
 
 def of(architecture: str, *settings: str) -> tuple[Competitor, ...]:
@@ -185,9 +186,8 @@ GPU_CASES = [
             *of(STOCK, "default", "autocast", "hf", "compiled", "compiled both", "all"),
             *of(HIERARCHICAL, "default", "compiled"),
             *README,
-            Competitor(HIERARCHICAL, "prefetch", accelerate=True),
         ),
-        n_refills=3,
+        n_refills=2,
     ),
     Case(
         "smollm2",
@@ -342,8 +342,9 @@ def measure(
 ) -> dict[str, Any]:
     """Return what a run takes, whole and in parts, for the tokens of a step."""
     n_in_refill = case.steps_in_refill
-    n_before = 2 * n_in_refill
-    n_timed = n_before + n_in_refill * case.n_timed(competitor)
+    n_warm_up, n_refills = case.refills(competitor)
+    n_before = n_in_refill * n_warm_up
+    n_timed = n_before + n_in_refill * n_refills
     n_profiled = n_timed + n_in_refill
     marks = Marks(case.device)
     found: dict[str, Any] = {}
@@ -375,19 +376,19 @@ def measure(
         "refills_ms": [min(refills), max(refills)],
         "device_ms": total and total / (n_profiled - n_timed),
         "tokens_per_s": round(1e3 * case.batch / ms),
-        "activations": measure_activations(case, runner.activations()),
+        "activations": measure_activations(case, runner.activations(), -(-n_refills // 2)),
         "steps": measure_steps(case, found["trainer"], batches),
     }
 
 
-def measure_activations(case: Case, activations: Iterator[Any]) -> dict[str, Any]:
+def measure_activations(case: Case, activations: Iterator[Any], n_refills: int) -> dict[str, Any]:
     """Return what the store's iterator takes for a step's batch, without training."""
 
     def refill() -> None:
         for _ in range(case.steps_in_refill):
             next(activations)
 
-    ms = median_ms(refill, case.device, n_warm_up=1, n=-(-case.n_refills // 2))
+    ms = median_ms(refill, case.device, n_warm_up=1, n=n_refills)
     device = device_ms(refill, n=1) if case.device == "cuda" else None
     return {
         "ms": ms / case.steps_in_refill,
@@ -421,6 +422,8 @@ def measure_competitor(
         with peak_memory(case.device) as peaks, block():
             result |= measure(case, competitor, model, dataset)
             result |= peaks()
+    except InterruptedException:
+        raise
     except Exception as error:
         # Some of SAELens's settings fail with stock, here or there, in several ways.
         if competitor.architecture != STOCK:
