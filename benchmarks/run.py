@@ -31,8 +31,8 @@ disk; everything else is as SAELens leaves it, but for what a setting changes:
 
 SAELens documents all of them, and stock `topk` runs in all: the fastest is its best. The modes of
 `torch.compile` that try kernels out are left out, because they compile for minutes, and
-`compile_llm` with TransformerLens's model, because it fails: the activations of the hook are
-missing (torch 2.11). Ours runs in SAELens's default way, and in README's, "compiled" within
+`compile_llm` with TransformerLens's model, because it fails with torch 2.11: the hook's activations
+are missing. Ours runs in SAELens's default way, and in README's, "compiled" within
 `accelerate()`.
 """
 
