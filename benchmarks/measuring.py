@@ -114,6 +114,11 @@ def machine(device: str) -> str:
     return f"{torch.get_num_threads()} threads of a {platform.machine().replace('_', '-')} CPU"
 
 
+def kind(device: str) -> str:
+    """Return the device's name as results files have it, such as "h200" or "cpu"."""
+    return machine(device).split()[1 if device == "cuda" else -1].lower()
+
+
 def description(device: str, *packages: str) -> dict[str, Any]:
     """Return what a results file says of where and when its figures were measured.
 

@@ -79,7 +79,7 @@ from .measuring import (
     describe_host,
     description,
     device_ms,
-    machine,
+    kind,
     median_ms,
     peak_memory,
     synchronize,
@@ -658,8 +658,8 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     is_gpu = torch.cuda.is_available()
-    kind = machine("cuda" if is_gpu else "cpu").split()[1 if is_gpu else -1].lower()
-    path = arguments.results or HERE / "results" / f"run_{kind}.json"
+    name = f"run_{kind('cuda' if is_gpu else 'cpu')}.json"
+    path = arguments.results or HERE / "results" / name
     be_quiet()
     if arguments.quick:
         run(QUICK_CASES, arguments.results, with_memory=False)

@@ -47,7 +47,7 @@ from .measuring import (
     describe_host,
     description,
     device_ms,
-    machine,
+    kind,
     median_ms,
     peak_memory,
 )
@@ -489,8 +489,8 @@ def main() -> None:
             if name not in names:
                 parser.error(f"--cases has {name!r}, expected some of {', '.join(names)}")
         cases = [case for case in cases if case.name in arguments.cases]
-    kind = machine("cuda" if is_gpu else "cpu").split()[-1].lower()
-    path = arguments.results or HERE / "results" / f"train_step_{kind}.json"
+    name = f"train_step_{kind('cuda' if is_gpu else 'cpu')}.json"
+    path = arguments.results or HERE / "results" / name
     if arguments.quick:
         run(cases, arguments.results)
     elif arguments.plot:
