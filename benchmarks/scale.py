@@ -41,8 +41,9 @@ from sae_lens.saes.sae import TrainingSAE, TrainStepInput
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import sae_lens_flex
+from sae_lens_flex.training.graph import ORDINARY_CALLS
 
-from .train_step import ORDINARY_CALLS, device_ms, machine, median_ms, peak_memory
+from .measuring import device_ms, kind, machine, median_ms, peak_memory
 
 HERE = Path(__file__).parent
 RESULT = "result of benchmarks.scale: "
@@ -419,7 +420,7 @@ def main() -> None:
     path = arguments.results
     if path is None and not arguments.quick:
         name = f"largest_{arguments.largest}" if arguments.largest else "scale"
-        path = HERE / "results" / f"{name}_{machine('cuda').split()[-1].lower()}.json"
+        path = HERE / "results" / f"{name}_{kind('cuda')}.json"
     if arguments.largest:
         find_largest(arguments.largest, ranks, path)
     elif not run(cases, ranks, path, arguments.quick):
