@@ -55,7 +55,7 @@ from sae_lens_flex.training.step import step  # noqa: E402
 
 launch.why_unavailable = lambda device: None
 launch.is_available = lambda device: True
-launch.MOST_COMPILED = 0  # every launch goes by JITFunction.run
+launch.MOST_KEPT = 0  # every launch goes by JITFunction.run
 copies.FEWEST_PAIRS = by_triton.FEWEST_ELEMENTS = 0
 
 B, K, F, D = 64, 16, 256, 128
