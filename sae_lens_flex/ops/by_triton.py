@@ -88,14 +88,14 @@ class _WalkPlan(NamedTuple):
     """What a walk takes that depends on sizes and dtypes alone.
 
     Attributes:
-        parts: sizes of the parts of the one tensor that is zeroed, float32: the gradient of weight,
-            what is behind it (copies, and a row for what belongs to no latent), the gradient of the
-            values, nothing, sums of the loss, the table of copies, sums of the gradient of bias.
+        names: of the parts of the one tensor that is zeroed, float32.
+        parts: their sizes.
         choose: the launch that gives copies to latents, or None.
         walk: the launch of the walk.
         finish: the launch that makes results of the sums. None where the sums are the results.
     """
 
+    names: list[str]
     parts: list[int]
     choose: Launch | None
     walk: Launch
@@ -108,24 +108,21 @@ def _plan_walk(
 ) -> _WalkPlan:
     """Make a plan, another one for each device and for each set of dtypes, the last arguments."""
     n_samples, k, n_latents, d_in = sizes[:4]
-    n_rows = 0
-    if wanted.weight:
-        n_rows = n_latents + (SLOTS * COPIES if has_copies else 0) + 1
+    n_rows = n_latents + (SLOTS * COPIES if has_copies else 0) + 1 if wanted.weight else 0
     bias_rows = 1 if is_small else BIAS_ROWS
-    dtypes = {wanted.weight, wanted.values, wanted.bias}
-    is_finished = is_small and not has_copies and dtypes <= {None, torch.float32}
     n_of_weight = n_latents * d_in if wanted.weight else 0
     n_values = n_samples * k if wanted.values else 0
     # The address of each part that a kernel is given is a multiple of 16 bytes.
-    parts = [
-        n_of_weight,
-        _to_16_bytes(n_rows * d_in) - n_of_weight,
-        n_values,
-        -n_values % 4,
-        _to_16_bytes(hierarchical.LOSS_SUMS + 1),
-        _to_16_bytes(table_size(n_latents)) if has_copies else 0,
-        bias_rows * d_in if wanted.bias else 0,
-    ]
+    parts = {
+        "weight": n_of_weight,
+        "behind weight": _to_16_bytes(n_rows * d_in) - n_of_weight,
+        "values": n_values,
+        "behind values": -n_values % 4,
+        "loss": _to_16_bytes(hierarchical.LOSS_SUMS + 1),
+        "table": _to_16_bytes(table_size(n_latents)) if has_copies else 0,
+        "bias": bias_rows * d_in if wanted.bias else 0,
+    }
+    choose = copies.choose(n_samples * k, n_latents) if has_copies else None
     walk = hierarchical.walk(
         sizes,
         last_level_alone=is_last_level,
@@ -133,21 +130,19 @@ def _plan_walk(
         n_rows=n_rows,
         bias_rows=bias_rows,
     )
-    return _WalkPlan(
-        parts,
-        copies.choose(n_samples * k, n_latents) if has_copies else None,
-        walk,
-        None
-        if is_finished
-        else finish(
+    dtypes = {wanted.weight, wanted.values, wanted.bias}
+    finish_walk = None
+    if not is_small or has_copies or not dtypes <= {None, torch.float32}:
+        finish_walk = finish(
             sizes,
+            n_sums=hierarchical.LOSS_SUMS,
             has_copies=has_copies,
             casts_weight=wanted.weight not in (None, torch.float32),
             has_values=wanted.values is not None,
             bias_rows=bias_rows if wanted.bias else 0,
-            n_sums=hierarchical.LOSS_SUMS,
-        ),
-    )
+        )
+    present = {name: size for name, size in parts.items() if size > 0}
+    return _WalkPlan(list(present), list(present.values()), choose, walk, finish_walk)
 
 
 def _to_16_bytes(n_floats: int) -> int:
@@ -169,41 +164,41 @@ def _by_walk(request: DecoderLoss) -> LossAndGradients:
     )
     new = request.target.new_empty
     zeros = request.target.new_zeros(sum(plan.parts), dtype=torch.float32)
-    weight, _, values, _, loss_sums, table, bias = zeros.split_with_sizes(plan.parts)
+    part = dict(zip(plan.names, zeros.split_with_sizes(plan.parts), strict=True))
+    table = None
     if plan.choose is not None:
-        table = table.view(torch.int32)
+        table = part["table"].view(torch.int32)
         plan.choose((batch.latents, table))
     loss = new((), dtype=torch.float32)
     outputs = hierarchical.Outputs(
-        loss_sums=loss_sums,
+        loss_sums=part["loss"],
         loss=loss if plan.finish is None else None,
         residual=new((n_samples, d_in), dtype=torch.float32) if wanted.residual else None,
         grad_weight=zeros if wanted.weight else None,
-        grad_values=values if wanted.values else None,
-        grad_bias=bias if wanted.bias else None,
+        grad_values=part.get("values"),
+        grad_bias=part.get("bias"),
         grad_target=new((n_samples, d_in), dtype=wanted.target) if wanted.target else None,
     )
-    chosen = None if plan.choose is None else table
-    plan.walk((*batch, level_weights, chosen, *outputs), (_scale(request),))
-    grad_weight = weight.view(n_latents, d_in) if wanted.weight else None
+    plan.walk((*batch, level_weights, table, *outputs), (_scale(request),))
+    weight, values, bias = part.get("weight"), part.get("values"), part.get("bias")
+    if weight is not None:
+        weight = weight.view(n_latents, d_in)
     if plan.finish is None:
-        grad_values = values.view(n_samples, k) if wanted.values else None
-        grad_bias = outputs.grad_bias
+        values = None if values is None else values.view(n_samples, k)
     else:
-        grad_values = new((n_samples, k), dtype=wanted.values) if wanted.values else None
-        grad_bias = new((d_in,), dtype=wanted.bias) if wanted.bias else None
         cast = None
         if wanted.weight not in (None, torch.float32):
-            grad_weight = cast = new((n_latents, d_in), dtype=wanted.weight)
+            weight = cast = new((n_latents, d_in), dtype=wanted.weight)
+        values = new((n_samples, k), dtype=wanted.values) if wanted.values else None
+        bias = new((d_in,), dtype=wanted.bias) if wanted.bias else None
+        is_left = table is not None or cast is not None
         plan.finish(
             (
-                *(loss_sums, loss, outputs.grad_weight, chosen, cast),
-                *(outputs.grad_values, grad_values, outputs.grad_bias, grad_bias),
+                *(part["loss"], loss, zeros if is_left else None, table, cast),
+                *(part.get("values"), values, part.get("bias"), bias),
             )
         )
-    return LossAndGradients(
-        loss, outputs.residual, grad_weight, grad_values, grad_bias, outputs.grad_target
-    )
+    return LossAndGradients(loss, outputs.residual, weight, values, bias, outputs.grad_target)
 
 
 @lru_cache(PLANS)
@@ -302,9 +297,9 @@ def _by_latent(request: DecoderLoss) -> LossAndGradients:
         bias_rows = cdiv(n_samples, 2)
         n_sums = bias_rows * cdiv(d_in, residual.slice_width(batch.weight))
     bias_rows = bias_rows if wanted.bias else 0
-    parts = [_to_16_bytes(n_sums), bias_rows * d_in]
+    parts = [n_sums, -n_sums % 4, bias_rows * d_in]
     zeros = request.target.new_zeros(sum(parts), dtype=torch.float32)
-    loss_sums, bias = zeros.split_with_sizes(parts)
+    loss_sums, _, bias_sums = zeros.split_with_sizes(parts)
     # The second kernel gathers rows of the residual. Where the residual is not wanted, the gradient
     # of the target, -2 scale times the residual, saves a [B, D] tensor if it is as precise.
     gathers = wanted.weight is not None or wanted.values is not None
@@ -314,10 +309,8 @@ def _by_latent(request: DecoderLoss) -> LossAndGradients:
         r = new((n_samples, d_in), dtype=torch.float32)
     if wanted.target:
         grad_target = new((n_samples, d_in), dtype=wanted.target)
-    bias_sums = bias.view(bias_rows, d_in) if wanted.bias else None
-    residual.residual(
-        batch, residual.Outputs(loss_sums[:n_sums], r, bias_sums, grad_target), scale=scale
-    )
+    bias_sums = bias_sums if wanted.bias else None
+    residual.residual(batch, residual.Outputs(loss_sums, r, bias_sums, grad_target), scale=scale)
     grad_weight = grad_values = None
     if gathers:
         rows, scale_of_rows = (grad_target, -1.0) if r is None else (r, 2 * scale)
@@ -339,7 +332,7 @@ def _by_latent(request: DecoderLoss) -> LossAndGradients:
     if request.deterministic:
         loss = loss_sums.sum()
         if bias_sums is not None:
-            grad_bias = in_dtype(bias_sums.sum(0), wanted.bias)
+            grad_bias = in_dtype(bias_sums.view(bias_rows, d_in).sum(0), wanted.bias)
     else:
         loss = new((), dtype=torch.float32)
         grad_bias = new((d_in,), dtype=wanted.bias) if wanted.bias else None

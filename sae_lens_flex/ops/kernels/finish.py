@@ -41,7 +41,7 @@ def _finish_row(
 def _finish_walk_kernel(
     loss_sums,  # [SUMS]
     loss,
-    weight_sums,  # [n_rows, D], or None
+    weight_sums,  # [n_rows, D]; None where nothing is left to do to it
     table,  # which latents have copies (see `tiles`), or None
     grad_weight,  # [F, D]; None where weight_sums itself becomes the gradient
     value_sums,  # [n_pairs], or None

@@ -107,7 +107,7 @@ class Outputs(NamedTuple):
     Attributes:
         loss_sums: [n_sums], float32, zeroed: parts of the loss.
         residual: r, [B, D], float32.
-        grad_bias: [bias_rows, D], float32, zeroed: parts of the gradient.
+        grad_bias: [bias_rows * D], float32, zeroed: parts of the gradient.
         grad_target: [B, D].
     """
 
@@ -129,7 +129,7 @@ def residual(batch: Batch, outputs: Outputs, *, scale: float = 1.0) -> None:
         (scale,),
         (
             1 if outputs.loss_sums is None else len(outputs.loss_sums),
-            1 if outputs.grad_bias is None else len(outputs.grad_bias),
+            1 if outputs.grad_bias is None else outputs.grad_bias.numel() // sizes.d_in,
             *sizes,
         ),
         BLOCK_D=block,

@@ -43,7 +43,7 @@ class Sizes(NamedTuple):
         return max(self.n_latents * self.stride_wf, n_rows * self.d_in) >= 2**31
 
     def are_even(self, levels: int, columns: int) -> bool:
-        """Return whether pairs of samples, and tiles of that many levels and columns, divide all."""
+        """Return whether pairs of samples, and tiles of these levels and columns, divide all."""
         return self.n_samples % 2 == 0 and self.k % levels == 0 and self.d_in % columns == 0
 
 
