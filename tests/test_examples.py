@@ -78,7 +78,8 @@ def test_preset_trains_saves_and_measures(
     assert sae.cfg.k == settings["k"]
     assert sae.cfg.metadata.context_size == settings["context_size"]
     assert sae.cfg.metadata.hook_name == hook_name
-    assert sae.cfg.metadata.model_from_pretrained_kwargs == {"dtype": "float32"}
+    attention = {"attn_implementation": "eager"} if preset == "gemma-2-2b" else {}
+    assert sae.cfg.metadata.model_from_pretrained_kwargs == {"dtype": "float32", **attention}
 
 
 @pytest.mark.parametrize(
