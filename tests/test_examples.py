@@ -105,7 +105,7 @@ def test_middle_layer_is_found_by_name(config: Any, name: str) -> None:
 
 def test_bfloat16_is_for_a_gpu() -> None:
     options = {
-        device: NAMES["model_options"](SimpleNamespace(device=device))
+        device: NAMES["model_options"](SimpleNamespace(device=device, model=str(TINY_LM)))
         for device in ("cpu", "cuda", "cuda:1")
     }
     assert options == {
