@@ -82,7 +82,8 @@ def scatter(
     """Write out[f] = sum over the pairs (b, t) that chose f of values[b, t] * rows[b].
 
     Args:
-        index: of a code of B samples. Latents from F on are ignored, and none is below 0.
+        index: of a code of B samples and F latents or more. Those from F on are ignored, and none
+            is below 0.
         values: [B, K].
         rows: [B, D], contiguous.
         out: [F, D], contiguous, of any floating dtype.
@@ -92,7 +93,7 @@ def scatter(
         sum_by_latent(index, values.contiguous(), rows, sums=out)
         return
     dtype = accumulation_dtype(rows, values)
-    samples, pairs, ends = index.samples, index.pairs, index.starts[1:]
+    samples, pairs, ends = index.samples, index.pairs, index.starts[1 : len(out) + 2]
     # PyTorch's last bag has all pairs that are left.
     if rows.device.type == "cpu":
         last = int(ends[-1])

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from ..ops.codes import Code
+from ..ops.codes import Code, InvertedIndex
 from ..ops.policy import accumulation_dtype, in_dtype
 
 # So many elements of a matrix are squared at once.
@@ -159,12 +159,19 @@ class Whole:
         """
         return code
 
-    def own_pairs(self, code: Code) -> Code:
-        """Return a code whose latents are numbered from this rank's first one.
+    def by_own_latent(
+        self, code: Code, n_latents: int, *, use_triton: bool, deterministic: bool
+    ) -> InvertedIndex:
+        """Group a code's pairs by latent, numbered from this rank's first one.
 
-        Those of other ranks get numbers from F_r on, which products with the encoder ignore.
+        The latents of other ranks have numbers from F_r on. Products with the encoder ignore them.
+
+        Args:
+            code: of F latents.
+            n_latents: F.
+            use_triton, deterministic: as in `Code.by_latent`.
         """
-        return code
+        return code.by_latent(n_latents, use_triton=use_triton, deterministic=deterministic)
 
 
 WHOLE = Whole()
@@ -288,10 +295,19 @@ class Shards(Whole):
         values = in_dtype(values.gather(-1, order), dtype)
         return Code(latents.long(), self._all_rows(values, samples))
 
-    def own_pairs(self, code: Code) -> Code:
-        start = self.latents.part(self.rank).start
-        # The remainder puts the latents before this rank's behind all others.
-        return Code((code.latents - start).remainder_(sum(self.latents.sizes)), code.values)
+    def by_own_latent(
+        self, code: Code, n_latents: int, *, use_triton: bool, deterministic: bool
+    ) -> InvertedIndex:
+        own = self.latents.part(self.rank)
+        # The remainder puts the latents before this rank's behind all others. In bins of their own
+        # they do not wait for each other: the kernels count by atomic additions.
+        latents = (code.latents - own.start).remainder_(n_latents)
+        index = Code(latents, code.values).by_latent(
+            n_latents, use_triton=use_triton, deterministic=deterministic
+        )
+        # A product reads the rows of ignored pairs, too. If all have one, it stays in the cache.
+        samples = index.samples * (index.latents < own.stop - own.start)
+        return index._replace(samples=samples)
 
     # --- collectives
 

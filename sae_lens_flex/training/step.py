@@ -201,8 +201,8 @@ def _reconstruct(
     code = shards.merge(code, norms, spec.k, dtype=dtype)  # [B, k], of F
     index = None
     if wanted.W_enc:
-        index = shards.own_pairs(code).by_latent(
-            n_own, deterministic=spec.deterministic, use_triton=use_triton
+        index = shards.by_own_latent(
+            code, n_latents, deterministic=spec.deterministic, use_triton=use_triton
         )
     hidden_pre = code.values if norms is None else code.values * norms.take(code.latents)
 

@@ -192,10 +192,11 @@ def test_scatter_ignores_latents_beyond_the_last(on) -> None:
     code = random_code((20, 5, 2 * n_latents, 7), dtype, on[1])
     rows = random_matrix(20, 7, dtype=dtype, device=on[1])
     expected = as_matrix(code, 2 * n_latents).T[:n_latents] @ rows.cpu().double()
-    index = code.by_latent(n_latents, use_triton=on[0] == "triton", deterministic=False)
-    out = torch.full((n_latents, 7), torch.nan, dtype=dtype, device=on[1])
-    scatter(index, code.values, rows, out=out, use_triton=on[0] == "triton")
-    assert relative_error(out, expected) < (1e-14 if dtype == torch.float64 else 5e-6)
+    for n_grouped in (n_latents, n_latents + 7, 2 * n_latents):
+        index = code.by_latent(n_grouped, use_triton=on[0] == "triton", deterministic=False)
+        out = torch.full((n_latents, 7), torch.nan, dtype=dtype, device=on[1])
+        scatter(index, code.values, rows, out=out, use_triton=on[0] == "triton")
+        assert relative_error(out, expected) < (1e-14 if dtype == torch.float64 else 5e-6)
 
 
 @every_backend
