@@ -156,12 +156,14 @@ class LanguageModelSource:
         self.validation = torch.cat(acts)[norms <= self.max_norm]
         if cache is not None and cache.exists():
             saved = load_file(cache, device=str(self.store.device))
-            self.train, left_out = saved["train"], float(saved["left_out"])
+            self.train = saved["train"]
+            left_out, self.max_norm = saved["left_out_and_max_norm"].tolist()
         else:
             self.train, left_out = self._collect(sizes.train)
             if cache is not None:
                 # Under another name first: what exists is whole.
-                saved = {"train": self.train, "left_out": torch.tensor(left_out).double()}
+                numbers = torch.tensor([left_out, self.max_norm], dtype=torch.float64)
+                saved = {"train": self.train, "left_out_and_max_norm": numbers}
                 save_file(saved, cache.with_suffix(".part"))
                 cache.with_suffix(".part").rename(cache)
         self.about = {
