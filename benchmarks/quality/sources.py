@@ -344,13 +344,13 @@ def _dense(sae: SAE[Any], reconstruction: Any) -> torch.Tensor:
     return acts.new_zeros(len(acts), sae.cfg.d_sae).scatter_(-1, latents, acts)
 
 
-def settled(value: Any) -> Any:
-    """Return `value` with the results of futures in their place."""
+def settled(value: Any, waits: bool) -> Any:
+    """Return `value` with the results of futures in their place; None for what is not done."""
     if isinstance(value, Future):
-        return value.result()
+        return value.result() if waits or value.done() else None
     if isinstance(value, dict):
-        return {name: settled(each) for name, each in value.items()}
-    return [settled(each) for each in value] if isinstance(value, list) else value
+        return {name: settled(each, waits) for name, each in value.items()}
+    return [settled(each, waits) for each in value] if isinstance(value, list) else value
 
 
 def saved_config(path: Path) -> LanguageModelSAERunnerConfig[Any]:

@@ -162,26 +162,11 @@ def run_unit(
         sae = at_every_budget(best[1], kind)
         rows = source.measure(sae, budgets_of(sae, kind.budgets))
         measured.append(best[2] | {"k": kind.k, "metrics": rows})
-        write({"tried": tried, "measured": settled_where_done(measured)})
+        write({"tried": tried, "measured": settled(measured, waits=False)})
         print(summary(measured[-1]), flush=True)
-    result = {"tried": tried, "measured": settled(measured)}
+    result = {"tried": tried, "measured": settled(measured, waits=True)}
     write(result)
     return result
-
-
-def settled_where_done(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the results without values that are still computed."""
-    plain = (int, float, str, type(None))
-    return [
-        one
-        | {
-            "metrics": [
-                {name: value for name, value in row.items() if isinstance(value, plain)}
-                for row in one["metrics"]
-            ]
-        }
-        for one in measured
-    ]
 
 
 def summary(one: dict[str, Any]) -> str:
