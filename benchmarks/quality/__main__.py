@@ -30,6 +30,8 @@ from typing import Any
 
 import torch
 
+import sae_lens_flex
+
 from ..train_step import machine
 from .kinds import FAMILIES, SCHEMES, make_kinds
 from .report import report
@@ -76,7 +78,8 @@ def train(args: argparse.Namespace) -> None:
         "date": datetime.date.today().isoformat(),
         "machine": machine(args.device),
         "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "sae-lens", "sae-lens-flex")},
+        **{name: version(name) for name in ("torch", "sae-lens")},
+        "sae-lens-flex": sae_lens_flex.__version__,
         "source": source.about,
         "training": {
             "d_sae": args.d_sae,
