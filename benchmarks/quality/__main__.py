@@ -57,7 +57,6 @@ def train(args: argparse.Namespace) -> None:
     torch.set_float32_matmul_precision("high")
     sizes = Sizes(args.activations or args.samples, args.validation, args.test)
     autocast = args.device.startswith("cuda")
-    batch = args.batch
     if args.synthetic:
         cfg = SYNTHETIC if args.features is None else small_synthetic(args.features)
         source: Source = SyntheticSource(cfg, sizes, args.device)
@@ -73,7 +72,7 @@ def train(args: argparse.Namespace) -> None:
         )
         text = json.loads(about.read_text()) if about.exists() else args.tokens.name
         source = LanguageModelSource(cfg, sizes, dataset, args.cache, text)
-    training = Training(args.d_sae, args.samples, batch, args.seed, args.device, autocast)
+    training = Training(args.d_sae, args.samples, args.batch, args.seed, args.device, autocast)
     head = {
         "date": datetime.date.today().isoformat(),
         "machine": machine(args.device),
@@ -85,7 +84,7 @@ def train(args: argparse.Namespace) -> None:
             "d_sae": args.d_sae,
             "k": args.k,
             "samples": args.samples,
-            "batch": batch,
+            "batch": args.batch,
             "autocast": autocast,
             **training.schedule(),
         },
@@ -139,7 +138,7 @@ def main(argv: list[str]) -> None:
     source.add_argument("--model", type=Path, help="a language model's directory; with --tokens")
     source.add_argument("--config", type=Path, help="the runner_cfg.json of a run of SAELens")
     source.add_argument("--synthetic", action="store_true", help="known features")
-    unit.add_argument("--features", type=int, help="so many, four of them for each of a width")
+    unit.add_argument("--features", type=int, help="known ones, four times the width")
     unit.add_argument("--tokens", type=Path, help="what benchmarks.quality.text wrote")
     unit.add_argument("--hook", default="model.layers.15")
     unit.add_argument("--d-in", type=int, default=576)
@@ -163,6 +162,8 @@ def main(argv: list[str]) -> None:
     merge.add_argument("units", type=Path, nargs="+")
     merge.add_argument("--name", required=True, help="of the result")
     args = parser.parse_args(argv)
+    if args.command == "train" and (args.model is None) != (args.tokens is None):
+        parser.error("--model and --tokens go together")
     if args.command == "train":
         train(args)
     else:
