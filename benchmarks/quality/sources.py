@@ -208,6 +208,7 @@ class LanguageModelSource:
         bar.close()
         return kept[:filled], round(1 - n_kept / max(seen, 1), 5)
 
+    @torch.no_grad()
     def measure(self, sae: SAE[Any], budgets: list[int | None]) -> list[dict[str, Any]]:
         totals = {budget: Totals(sae) for budget in budgets}
         runs = ModelRuns(self.model, self.ignored, True, True, {}, max_norm=self.max_norm)
