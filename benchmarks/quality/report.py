@@ -144,7 +144,10 @@ def draw(measured: list[dict[str, Any]]) -> go.Figure:
         figure.update_xaxes(
             title="latents kept per activation (k)", type="log", tickvals=ticks, col=column, row=1
         )
-        axis = {"type": "log", "dtick": "D2"} if metric == "ce_increase" else {}
+        axis = {}
+        if metric == "ce_increase":
+            decades = [digit * 10**exponent for exponent in (-3, -2, -1, 0) for digit in (1, 2, 5)]
+            axis = {"type": "log", "tickvals": decades, "ticktext": [f"{v:g}" for v in decades]}
         figure.update_yaxes(title=label, col=column, row=1, **axis)
     figure.update_layout(
         template="plotly_white", width=1150, height=480, margin={"t": 20, "r": 20, "b": 60}
@@ -179,7 +182,8 @@ def report(units: list[Path], name: str, directory: Path) -> None:
         "tried": [one for result in results for one in result["tried"]],
         "measured": measured,
     }
-    parts = [f"# {name}: mean and standard deviation of {len(seeds)} seeds"]
+    of_seeds = "one seed" if len(seeds) == 1 else f"mean ± standard deviation of {len(seeds)} seeds"
+    parts = [f"# {name}: {of_seeds}"]
     for metric, label, digits in METRICS:
         if values_of(measured, metric):
             parts += [f"## {label}", table(measured, metric, digits)]
