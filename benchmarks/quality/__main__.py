@@ -32,7 +32,7 @@ import torch
 
 import sae_lens_flex
 
-from ..train_step import machine
+from ..measuring import machine
 from .kinds import FAMILIES, SCHEMES, make_kinds
 from .report import report
 from .sources import (
