@@ -64,6 +64,7 @@ Train an SAE with SAELens. The flags are SAELens's own. Those that matter first:
   --d_in, --d_sae   width of the activations, number of latents
   --k               the largest budget: latents kept per activation
   --budgets         levels in the loss, such as 1 8 64; left out: every one of 1..k
+  --level_weights   how much each of them counts, such as 1 1 2; left out: all alike
   --model_name, --hook_name, --dataset_path, --is_dataset_tokenized
   --from_pretrained_path
                     a saved SAE to train on. Flags of the SAE that are left out are as it was
@@ -238,10 +239,12 @@ def _pretrained(argv: list[str]) -> tuple[Any, list[str]]:
     parser = OneLineParser("sae-lens-flex train", add_help=False)
     parser.add_argument("--from_pretrained_path", nargs="?")
     parser.add_argument("--architecture", "--sae", nargs="?")
+    parser.add_argument("--budgets", nargs="*")
     for name in ("d_in", "d_sae", "k", "normalize_activations"):
         parser.add_argument(f"--{name}", *(["-k"] if name == "k" else []), nargs="?")
     given = vars(parser.parse_known_args(argv)[0])
     path, architecture = given.pop("from_pretrained_path"), given.pop("architecture")
+    budgets = given.pop("budgets")
     if path is None:
         return None, []
     if not Path(path, "cfg.json").is_file():
@@ -268,6 +271,8 @@ def _pretrained(argv: list[str]) -> tuple[Any, list[str]]:
             raise ValueError(f"it holds a {type(sae).__name__}, expected a TopKSAE")
         known = trained_with(sae, TRAINING_CLASSES[architecture][1])
     known |= {name: getattr(sae.cfg, name) for name in SETTLED}
+    if budgets is not None:
+        known.pop("level_weights", None)  # They were those of other budgets.
     # These flags come first. With a wrong one of them, the error might name another flag.
     for name, text in given.items():
         if text is not None and text != str(known[name]):
@@ -282,7 +287,7 @@ def _as_flags(sae_fields: dict[str, Any]) -> Iterator[str]:
     for name, value in sae_fields.items():
         if name == "normalize_activations" and value == "constant_norm_rescale":
             continue  # SAELens's flag does not take this value. `_start` sets it.
-        if name == "budgets" and value is None:
+        if name in ("budgets", "level_weights") and value is None:
             continue  # The flag alone would mean an empty list. Other flags alone mean None.
         # --dtype is the run's.
         yield "--sae.dtype" if name == "dtype" else f"--{name}"

@@ -117,10 +117,11 @@ def from_topk(
         training_fields: fields of HierarchicalTopKTrainingSAEConfig that do not belong to the
             weights, such as `budgets`, `backend` or `aux_loss_coefficient`. A field that is not
             given is as the SAE was trained, if that is known, and has its default otherwise. Of a
-            `hierarchical_topk` SAE all fields are known. Of a `flex_topk` SAE, and of an SAE that
-            `export_topk` wrote, all but `budgets` are. Of SAELens's `topk` in training
-            `aux_loss_coefficient` is, but it is 0 with "layer_norm" and "constant_norm_rescale",
-            which do not go with an auxiliary loss.
+            `hierarchical_topk` SAE all fields are known, but `level_weights` belong to its
+            `budgets`: with other `budgets` they are not taken over. Of a `flex_topk` SAE, and of an
+            SAE that `export_topk` wrote, all but these two are known. Of SAELens's `topk` in
+            training `aux_loss_coefficient` is, but it is 0 with "layer_norm" and
+            "constant_norm_rescale", which do not go with an auxiliary loss.
 
     Raises:
         TypeError: for an SAE of another architecture, or a field that the config does not have.
@@ -137,8 +138,10 @@ def from_topk(
     for name in training_fields:
         if name in (*own, "metadata"):
             raise ValueError(f"{name} is given, expected the SAE's own: {getattr(sae.cfg, name)!r}")
-    fields_of_training = trained_with(sae, HierarchicalTopKTrainingSAEConfig) | training_fields
-    cfg = HierarchicalTopKTrainingSAEConfig(**own, **fields_of_training)
+    known = trained_with(sae, HierarchicalTopKTrainingSAEConfig)
+    if "budgets" in training_fields:
+        known.pop("level_weights", None)  # They were those of other budgets.
+    cfg = HierarchicalTopKTrainingSAEConfig(**own, **(known | training_fields))
     return cast(HierarchicalTopKTrainingSAE, start_training(sae, cfg))
 
 
@@ -176,7 +179,7 @@ def trained_with(sae: TopKSAE | TopKTrainingSAE, config_class: type[Any]) -> dic
     if not isinstance(sae, (HierarchicalTopKSAE, HierarchicalTopKTrainingSAE)):
         # The metadata of an export has the budgets of the SAE that was exported. They end with that
         # SAE's k, not with the export's.
-        names.discard("budgets")
+        names -= {"budgets", "level_weights"}
     return {name: value for name, value in known.items() if name in names}
 
 

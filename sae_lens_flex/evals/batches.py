@@ -1,5 +1,6 @@
 """The batches that a sweep measures on: given activations, or a language model's own."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -102,6 +103,8 @@ class ModelRuns:
         with_ce (bool): Whether to measure cross-entropies.
         with_kl (bool): Whether to measure KL divergences.
         model_kwargs (dict[str, Any]): Passed to the model in every run.
+        max_norm (float): Activations of a larger norm do not count, and like those of ignored
+            tokens they stay the model's own.
     """
 
     model: HookedRootModule
@@ -109,6 +112,7 @@ class ModelRuns:
     with_ce: bool
     with_kl: bool
     model_kwargs: dict[str, Any]
+    max_norm: float = math.inf
 
 
 def tokens_to_ignore(model: HookedRootModule, exclude: Iterable[int] | bool) -> list[int]:
@@ -150,6 +154,7 @@ class ModelBatch(Batch):
             _, self.cache = runs.model.run_with_cache(
                 tokens, names_filter=hook_names, stop_at_layer=stop, **runs.model_kwargs
             )
+            self._leave_out_extreme(saes)
             return
         (self.logits, loss), self.cache = runs.model.run_with_cache(
             tokens,
@@ -158,11 +163,19 @@ class ModelBatch(Batch):
             names_filter=hook_names,
             **runs.model_kwargs,
         )
+        self._leave_out_extreme(saes)
         self.without_sae = {"ce_loss_without_sae": self._masked(loss)} if runs.with_ce else {}
         self.with_ablation = {
             (name, head): self._metrics_with("ablation", (name, head), torch.zeros_like)
             for name, head in {(_hook_name(sae), _head(sae)) for sae in saes}
         }
+
+    def _leave_out_extreme(self, saes: list[SAE[Any]]) -> None:
+        if self.runs.max_norm == math.inf:
+            return
+        for sae in saes:
+            norms = self.activations(sae).norm(dim=-1)
+            self.mask = self.mask & (norms <= self.runs.max_norm).to(self.mask.device)
 
     def activations(self, sae: SAE[Any]) -> torch.Tensor:
         """Return what the SAE reads, on its device: [prompts, context, d_in]."""

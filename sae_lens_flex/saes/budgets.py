@@ -1,5 +1,6 @@
 """Budgets: how many of its largest latents an SAE keeps, chosen at run time."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -38,6 +39,27 @@ def check_trained_budgets(budgets: Any, k: int) -> list[int]:
     checked = check_budgets("budgets", budgets, k)
     if checked[-1] != k:
         raise ValueError(f"budgets is {budgets!r}, expected its last to be k ({k})")
+    return checked
+
+
+def check_level_weights(weights: Any, n_budgets: int) -> list[float]:
+    """Return `weights` as floats, one for each budget, or raise a ValueError that names it."""
+    expected = (
+        f"expected {n_budgets} numbers of at least 0, one for each budget of the loss, and one of "
+        "them above 0"
+    )
+    numbers = weights.tolist() if hasattr(weights, "tolist") else weights  # a tensor or array
+    if not isinstance(numbers, (list, tuple)):
+        raise ValueError(f"level_weights is {weights!r}, {expected}")
+    checked = list(numbers)
+    # Every step checks them. Those of a checked config are checked in one go.
+    are_floats = set(map(type, checked)) == {float}
+    if not are_floats or not all(map(math.isfinite, checked)) or min(checked) < 0:
+        checked = [check_number("an element of level_weights", number) for number in checked]
+    if len(checked) != n_budgets:
+        raise ValueError(f"level_weights is {weights!r}, of {len(checked)}, {expected}")
+    if not any(checked):
+        raise ValueError(f"level_weights is {weights!r}, {expected}")
     return checked
 
 

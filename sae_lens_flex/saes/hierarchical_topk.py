@@ -20,7 +20,12 @@ from ..ops.losses import differentiable_loss, prefix_residuals
 from ..ops.policy import accumulation_dtype
 from ..ops.requests import Levels
 from ..training.shards import WHOLE, Whole
-from .budgets import RuntimeBudget, check_trained_budgets, doubling_budgets
+from .budgets import (
+    RuntimeBudget,
+    check_level_weights,
+    check_trained_budgets,
+    doubling_budgets,
+)
 from .checks import check_integer
 from .configs import CheckedTopKSAEConfig, FusedTopKTrainingSAEConfig
 from .fused_path import OF_DECODING, replaced
@@ -63,6 +68,9 @@ class HierarchicalTopKTrainingSAEConfig(FusedTopKTrainingSAEConfig):
     Args:
         budgets (list[int] | None): Budgets that the loss averages over: ascending, without repeats,
             within 1..k, the last one k. None takes every budget 1..k, as the paper does.
+        level_weights (list[float] | None): How much the loss of each budget counts, one number for
+            each of `budgets`, or for each of 1..k where that is None. Numbers of at least 0, one of
+            them above 0; the SAE divides them by their sum. None weighs all budgets alike.
         k (int): The largest budget: latents kept per activation in training, 1..d_sae. Inherited
             from TopKTrainingSAEConfig.
         use_sparse_activations (bool): Whether the `feature_acts` that a training step reports are
@@ -89,6 +97,7 @@ class HierarchicalTopKTrainingSAEConfig(FusedTopKTrainingSAEConfig):
     """
 
     budgets: list[int] | None = None
+    level_weights: list[float] | None = None
 
     @override
     @classmethod
@@ -98,10 +107,12 @@ class HierarchicalTopKTrainingSAEConfig(FusedTopKTrainingSAEConfig):
     @override
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.budgets is None:
-            return
-        self.budgets = check_trained_budgets(self.budgets, self.k)
-        self.add_training_info_to_metadata()  # The metadata holds the budgets as they were given.
+        if self.budgets is not None:
+            self.budgets = check_trained_budgets(self.budgets, self.k)
+        if self.level_weights is not None:
+            n_budgets = self.k if self.budgets is None else len(self.budgets)
+            self.level_weights = check_level_weights(self.level_weights, n_budgets)
+        self.add_training_info_to_metadata()  # The metadata holds both as they were given.
 
 
 class HierarchicalTopKTrainingSAE(RuntimeBudget, FusedTopKTrainingSAE):
@@ -109,11 +120,12 @@ class HierarchicalTopKTrainingSAE(RuntimeBudget, FusedTopKTrainingSAE):
     Trains one SAE for every budget 1..k.
 
     `mse_loss` is the mean, over the config's budgets j, of SAELens's MSE of the reconstruction from
-    the j latents with the largest activations. The auxiliary loss is TopK's, at budget k.
+    the j latents with the largest activations: weighted by the config's `level_weights`, where they
+    are given. The auxiliary loss is TopK's, at budget k.
 
     A training step keeps the config's k latents whatever `budget` says; outside it `budget` and
-    `at_budget` work as in HierarchicalTopKSAE. Editing `cfg.k` or `cfg.budgets` acts on the next
-    step, or raises there if they do not fit each other.
+    `at_budget` work as in HierarchicalTopKSAE. Editing `cfg.k`, `cfg.budgets` or
+    `cfg.level_weights` acts on the next step, or raises there if they do not fit each other.
 
     On the unfused path the levels are prefixes of the activations that `encode_with_hidden_pre` and
     a hook on `hook_sae_acts_post` left, and a hook on `hook_sae_recons` sees and edits level k
@@ -128,10 +140,15 @@ class HierarchicalTopKTrainingSAE(RuntimeBudget, FusedTopKTrainingSAE):
 
     @override
     def _levels(self, k: int, like: torch.Tensor) -> Levels:
-        if self.cfg.budgets is None:
+        budgets, weights = self.cfg.budgets, self.cfg.level_weights
+        if budgets is None and weights is None:
             return "every"
-        budgets = tuple(check_trained_budgets(self.cfg.budgets, k))
-        return _level_weights(budgets, like.device, like.dtype)
+        levels = range(1, k + 1) if budgets is None else check_trained_budgets(budgets, k)
+        if weights is None:
+            shares = (1 / len(levels),) * len(levels)
+        else:
+            shares = _shares(check_level_weights(weights, len(levels)))
+        return _level_weights(tuple(levels), shares, like.device, like.dtype)
 
     @override
     def _logging_metrics(
@@ -300,11 +317,21 @@ def _metrics(
     return metrics
 
 
+def _shares(weights: list[float]) -> tuple[float, ...]:
+    """Return the weights divided by their sum."""
+    largest = max(weights)  # The sum of the weights themselves may be infinite.
+    total = sum(weight / largest for weight in weights)
+    return tuple(weight / largest / total for weight in weights)
+
+
 @lru_cache(maxsize=64)
 def _level_weights(
-    budgets: tuple[int, ...], device: torch.device, dtype: torch.dtype
+    budgets: tuple[int, ...], shares: tuple[float, ...], device: torch.device, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Return equal weights of the budgets, [k]. Kept, because copying them waits for the device."""
+    """Return the budgets' shares as weights of all levels, [k].
+
+    They are kept, because copying them waits for the device.
+    """
     weights = torch.zeros(budgets[-1], dtype=dtype)
-    weights[torch.tensor(budgets) - 1] = 1 / len(budgets)
+    weights[torch.tensor(budgets) - 1] = torch.tensor(shares, dtype=dtype)
     return weights.to(device)

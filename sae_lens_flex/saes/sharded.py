@@ -248,11 +248,12 @@ class ShardedTrainingSAE(FusedTopKTrainingSAE):
             )
         weights = self._weights()
         k = self._step_k()
-        self._levels(k, weights.W_dec)  # raises where budgets do not fit k
+        self._levels(k, weights.W_dec)  # raises where budgets or weights do not fit
         return {
             "is_logging_step": step_input.is_logging_step,
             "k": k,
             "budgets": getattr(self.cfg, "budgets", None),
+            "level_weights": getattr(self.cfg, "level_weights", None),
             "aux_loss_coefficient": self.cfg.aux_loss_coefficient,
             "dead_neuron_mask": "None" if mask is None else "a tensor",
             "dtype of sae_in": x.dtype,

@@ -520,6 +520,17 @@ def test_budgets_edited_between_steps_act_at_once(steps) -> None:
         assert (recording_of(trainers[0].sae) is recording) == (budgets in ([8], [2, 8]))
 
 
+def test_level_weights_edited_between_steps_act_at_once(steps) -> None:
+    trainers = steps.pair("hierarchical_topk", sae_fields={"budgets": [1, 4, 8]})
+    steps.check(trainers, N_FIRST)
+    recording = recording_of(trainers[0].sae)
+    for weights in ([1.0, 2.0, 3.0], [0, 0, 1], None):
+        for trainer in trainers:
+            trainer.sae.cfg.level_weights = weights
+        assert set(steps.check(trainers, 2)) == {"whole"}
+        assert recording_of(trainers[0].sae) is recording  # The weights are an input.
+
+
 # --- a run
 
 

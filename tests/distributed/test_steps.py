@@ -15,6 +15,10 @@ CASES = {
     "hierarchical": Case(),
     "topk": Case("flex_topk"),
     "budgets": Case(settings={"budgets": [1, 3, 5]}),
+    "level weights": Case(settings={"level_weights": [1, 0, 2, 0, 7]}),
+    "level weights of budgets": Case(
+        settings={"budgets": [1, 3, 5], "level_weights": [0.25, 1, 2]}
+    ),
     "without norms": Case(settings={"rescale_acts_by_decoder_norm": False}),
     "b_dec kept in": Case("flex_topk", settings={"apply_b_dec_to_input": False}),
     "layer_norm": Case(settings={"normalize_activations": "layer_norm", "aux_loss_coefficient": 0}),

@@ -21,7 +21,8 @@ QUIET = ["--log_to_wandb", "false", "--verbose", "false"]
 def test_arguments_give_the_hierarchical_config():
     arguments = (
         "--architecture hierarchical_topk --d_in 16 --d_sae 64 --k 8 --budgets 1 2 8 "
-        "--backend torch --aux_loss_coefficient 0.5 --apply_b_dec_to_input false "
+        "--level_weights 1 0.5 2e0 --backend torch --aux_loss_coefficient 0.5 "
+        "--apply_b_dec_to_input false "
         "--rescale_acts_by_decoder_norm false --use_sparse_activations false "
         "--normalize_activations expected_average_only_in --decoder_init_norm 0.2 "
         "--model_name gpt2 --hook_name blocks.4.hook_resid_pre --lr 0.001 --autocast"
@@ -32,6 +33,7 @@ def test_arguments_give_the_hierarchical_config():
         d_sae=64,
         k=8,
         budgets=[1, 2, 8],
+        level_weights=[1.0, 0.5, 2.0],
         backend="torch",
         aux_loss_coefficient=0.5,
         apply_b_dec_to_input=False,
@@ -48,7 +50,7 @@ def test_arguments_left_out_give_the_defaults():
     cfg = _parse_cfg_args(["--architecture", "hierarchical_topk", "--k", "8", *QUIET])
     # SAELens's command line has the defaults 512 and 1024 for every architecture.
     assert cfg.sae == HierarchicalTopKTrainingSAEConfig(d_in=512, d_sae=1024, k=8)
-    assert cfg.sae.budgets is None
+    assert (cfg.sae.budgets, cfg.sae.level_weights) == (None, None)
 
 
 def test_arguments_give_the_flex_config():
@@ -73,6 +75,13 @@ def test_arguments_give_the_flex_config():
         ("budgets", "--k 8 --budgets 0 8"),
         ("budgets", "--k 8 --budgets one 8"),
         ("budgets", "--k 8 --budgets"),
+        ("level_weights", "--k 8 --budgets 1 8 --level_weights 1"),
+        ("level_weights", "--k 8 --budgets 1 8 --level_weights 1 2 3"),
+        ("level_weights", "--k 8 --budgets 1 8 --level_weights 1 -2"),
+        ("level_weights", "--k 8 --budgets 1 8 --level_weights 1 two"),
+        ("level_weights", "--k 8 --budgets 1 8 --level_weights 0 0"),
+        ("level_weights", "--k 8 --budgets 1 8 --level_weights"),
+        ("level_weights", "--k 8 --level_weights 1 8"),
         ("backend", "--backend cuda"),
         ("aux_loss_coefficient", "--aux_loss_coefficient nan"),
         ("aux_loss_coefficient", "--aux_loss_coefficient -1"),

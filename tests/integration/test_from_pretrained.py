@@ -169,6 +169,8 @@ def test_config_without_a_dimension_is_refused(
         ("budgets", "8"),
         ("budgets", [0, K]),
         ("budgets", [1.0, K]),
+        ("level_weights", [1]),
+        ("level_weights", "even"),
         ("backend", "cuda"),
         ("rescale_acts_by_decoder_norm", "true"),
         ("aux_loss_coefficient", float("nan")),

@@ -33,12 +33,14 @@ from .flows import BATCH_SIZE, CONTEXT_SIZE, D_IN, D_SAE, K, runner_config, trai
 # None of them the default.
 FIELDS: dict[str, Any] = {
     "budgets": [1, 3, K],
+    "level_weights": [1.0, 0.5, 2.0],
     "aux_loss_coefficient": 0.125,
     "backend": "torch",
     "use_sparse_activations": False,
     "decoder_init_norm": 0.5,
 }
-FLEX_FIELDS = {name: value for name, value in FIELDS.items() if name != "budgets"}
+OF_LEVELS: dict[str, Any] = {"budgets": None, "level_weights": None}
+FLEX_FIELDS = {name: value for name, value in FIELDS.items() if name not in OF_LEVELS}
 
 
 def make_sae(architecture: str, **sae_fields: Any) -> TrainingSAE[Any]:
@@ -125,9 +127,9 @@ def test_fields_of_another_architecture_are_not_taken() -> None:
 
 
 def test_fields_beside_the_metadata_count(hierarchical: Path) -> None:
-    saved = config_of(hierarchical) | {"budgets": [2, K], "aux_loss_coefficient": 0.0}
-    cfg = HierarchicalTopKTrainingSAEConfig.from_dict(saved)
-    assert known(cfg) == FIELDS | {"budgets": [2, K], "aux_loss_coefficient": 0.0}
+    beside = {"budgets": [2, K], "level_weights": [1.0, 3.0], "aux_loss_coefficient": 0.0}
+    cfg = HierarchicalTopKTrainingSAEConfig.from_dict(config_of(hierarchical) | beside)
+    assert known(cfg) == FIELDS | beside
 
 
 def edit_details(path: Path, details: Any) -> None:
@@ -143,6 +145,8 @@ def edit_details(path: Path, details: Any) -> None:
         ("training_architecture_details", None),
         ("budgets", {"budgets": [1, 2]}),
         ("budgets", {"budgets": "8"}),
+        ("level_weights", {"level_weights": [1, 2]}),
+        ("level_weights", {"budgets": [1, K], "level_weights": [0, 0]}),
         ("backend", {"backend": "cuda"}),
         ("aux_loss_coefficient", {"aux_loss_coefficient": -1}),
     ],
@@ -180,15 +184,23 @@ def test_from_topk_keeps_the_fields_of_a_hierarchical_sae(form: str, hierarchica
         else SAE.load_from_disk(hierarchical)
     )
     assert known(from_topk(source).cfg) == FIELDS
-    given = {"budgets": [2, K], "aux_loss_coefficient": 0.0}
+    # The level weights are those of the SAE's own budgets.
+    given = {"budgets": [2, 5, K], "aux_loss_coefficient": 0.0}
+    assert known(from_topk(source, **given).cfg) == FIELDS | given | {"level_weights": None}
+    assert known(from_topk(source, budgets=None).cfg, OF_LEVELS) == OF_LEVELS
+    given = {"level_weights": [0.0, 0.0, 3.0]}
     assert known(from_topk(source, **given).cfg) == FIELDS | given
-    assert from_topk(source, budgets=None).cfg.budgets is None
+    given = {"budgets": [2, K], "level_weights": [3.0, 1.0]}
+    assert known(from_topk(source, **given).cfg) == FIELDS | given
 
 
 def test_from_topk_sees_what_was_edited_in_training() -> None:
     source = make_sae("hierarchical_topk", **FIELDS)
-    source.cfg.budgets = [4, K]
-    assert from_topk(source).cfg.budgets == [4, K]
+    source.cfg.budgets, source.cfg.level_weights = [4, K], [2.0, 1.0]
+    assert known(from_topk(source).cfg, OF_LEVELS) == {
+        "budgets": [4, K],
+        "level_weights": [2.0, 1.0],
+    }
 
 
 def test_from_topk_keeps_the_normalization_of_a_hierarchical_sae() -> None:
@@ -211,7 +223,7 @@ def test_from_topk_keeps_all_but_the_budgets_of_others_of_this_package(
             source.save_inference_model(tmp_path / "sae")
             source = SAE.load_from_disk(tmp_path / "sae")
     cfg = from_topk(source).cfg
-    assert known(cfg) == FLEX_FIELDS | {"budgets": None}
+    assert known(cfg) == FLEX_FIELDS | OF_LEVELS
 
 
 def test_from_topk_keeps_the_coefficient_of_a_saved_topk_sae(tmp_path: Path) -> None:
@@ -292,9 +304,20 @@ def test_command_line_applies_the_flags_that_are_given(train, hierarchical: Path
     )
     assert result.code == 0, result.err
     given = {"budgets": [2, K], "aux_loss_coefficient": 0.0, "backend": "auto"}
+    given["level_weights"] = None  # Those of the saved SAE are of other budgets.
     assert known(result.sae.cfg) == FIELDS | given
     assert {name: result.recorded[name] for name in FIELDS} == FIELDS | given
     assert torch.equal(result.started_with, SAE.load_from_disk(hierarchical).W_dec)
+
+
+def test_command_line_applies_level_weights(train, hierarchical: Path) -> None:
+    result = train(hierarchical, "--level_weights 0 1 3")
+    assert result.code == 0, result.err
+    assert known(result.sae.cfg) == FIELDS | {"level_weights": [0.0, 1.0, 3.0]}
+    result = train(hierarchical, f"--budgets 2 {K} --level_weights 1 3")
+    assert result.code == 0, result.err
+    expected = FIELDS | {"budgets": [2, K], "level_weights": [1.0, 3.0]}
+    assert known(result.sae.cfg) == expected
 
 
 @pytest.mark.parametrize("decoder_init_norm", [None, 0.5])
@@ -308,7 +331,7 @@ def test_command_line_keeps_a_normalization_without_auxiliary_loss(
         "rescale_acts_by_decoder_norm": False,
         "apply_b_dec_to_input": False,
         "decoder_init_norm": decoder_init_norm,
-        "budgets": None,
+        **OF_LEVELS,
     }
     make_sae("hierarchical_topk", **sae_fields).save_inference_model(tmp_path / "sae")
     result = train(tmp_path / "sae")

@@ -27,7 +27,7 @@ TRAINING_CLASSES: dict[str, tuple[type[Any], type[Any]]] = {
     "hierarchical_topk": (HierarchicalTopKTrainingSAE, HierarchicalTopKTrainingSAEConfig),
 }
 FUSED_ARCHITECTURES = ("flex_topk", "hierarchical_topk")
-FIELDS_UNKNOWN_TO_STOCK = ("backend", "budgets", "use_sparse_activations")
+FIELDS_UNKNOWN_TO_STOCK = ("backend", "budgets", "level_weights", "use_sparse_activations")
 
 
 def training_config(architecture: str, **fields: Any) -> Any:

@@ -57,6 +57,36 @@ BAD_BUDGETS = [
     np.array(K),
 ]
 
+# For budgets 1, 4, K.
+BAD_LEVEL_WEIGHTS = [
+    [],
+    [1, 2],
+    [1, 2, 3, 4],
+    [1] * K,
+    [0, 0, 0],
+    [1, -1e-9, 1],
+    [1, NAN, 1],
+    [1, INFINITY, 1],
+    [1, True, 1],
+    [1, None, 1],
+    [1, "1", 1],
+    [1, [1], 1],
+    [1, 10**400, 1],
+    [1, 1j, 1],
+    "even",
+    "1, 1, 2",
+    b"\x01\x01\x02",
+    3,
+    0.5,
+    True,
+    {1: 1, 4: 1, K: 1},
+    {1.0, 2.0, 3.0},
+    object(),
+    torch.tensor(1.0),
+    torch.ones(3, 1),
+    np.array(1.0),
+]
+
 both_architectures = pytest.mark.parametrize("architecture", FUSED_ARCHITECTURES)
 
 
@@ -96,6 +126,19 @@ def test_impossible_values_are_refused_by_name(architecture, field, value) -> No
 def test_impossible_budgets_are_refused_by_name(field, value) -> None:
     with pytest.raises(ValueError, match="budgets"):
         training_config("hierarchical_topk", **{field: value})
+
+
+@pytest.mark.parametrize(("field", "value"), cases({"level_weights": BAD_LEVEL_WEIGHTS}))
+def test_impossible_level_weights_are_refused_by_name(field, value) -> None:
+    with pytest.raises(ValueError, match="level_weights"):
+        training_config("hierarchical_topk", budgets=[1, 4, K], **{field: value})
+
+
+def test_level_weights_without_budgets_are_those_of_every_level() -> None:
+    weights = [1.0] * (K - 1) + [float(K)]
+    assert training_config("hierarchical_topk", level_weights=weights).level_weights == weights
+    with pytest.raises(ValueError, match=rf"^level_weights is \[1, 2\], of 2, expected {K} "):
+        training_config("hierarchical_topk", level_weights=[1, 2])
 
 
 @pytest.mark.parametrize(
@@ -155,7 +198,7 @@ def test_defaults_are_those_of_stock_topk(architecture) -> None:
     assert ours["use_sparse_activations"] is True
     assert ours["backend"] == "auto"
     assert set(ours) - set(stock) == {"backend"} | (
-        {"budgets"} if architecture == "hierarchical_topk" else set()
+        {"budgets", "level_weights"} if architecture == "hierarchical_topk" else set()
     )
 
 
@@ -199,11 +242,26 @@ def test_budgets_become_a_list_of_ints(budgets) -> None:
     assert json.loads(json.dumps(cfg.to_dict()))["budgets"] == [1, 4, K]
 
 
-def test_config_keeps_its_own_list_of_budgets() -> None:
-    budgets = [1, 4, K]
-    cfg = training_config("hierarchical_topk", budgets=budgets)
+@pytest.mark.parametrize(
+    "weights",
+    [[1, 0, 2], (1.0, 0, 2), np.array([1, 0, 2]), torch.tensor([1.0, 0, 2]), [np.float32(1), 0, 2]],
+    ids=["list", "tuple", "numpy", "torch", "numpy_float"],
+)
+def test_level_weights_become_a_list_of_floats(weights) -> None:
+    cfg = training_config("hierarchical_topk", budgets=[1, 4, K], level_weights=weights)
+    assert type(cfg.level_weights) is list
+    assert {type(weight) for weight in cfg.level_weights} == {float}
+    assert cfg.level_weights == [1, 0, 2]  # as given; the SAE normalizes them
+    assert cfg.metadata.training_architecture_details["level_weights"] == [1, 0, 2]
+    assert json.loads(json.dumps(cfg.to_dict()))["level_weights"] == [1, 0, 2]
+
+
+def test_config_keeps_its_own_lists() -> None:
+    budgets, weights = [1, 4, K], [1, 1, 2]
+    cfg = training_config("hierarchical_topk", budgets=budgets, level_weights=weights)
     budgets.append(0)
-    assert cfg.budgets == [1, 4, K]
+    weights.append(0)
+    assert (cfg.budgets, cfg.level_weights) == ([1, 4, K], [1, 1, 2])
 
 
 @pytest.mark.parametrize(
@@ -215,6 +273,8 @@ def test_config_keeps_its_own_list_of_budgets() -> None:
         ("hierarchical_topk", {}),
         ("hierarchical_topk", {"budgets": [1, 4, K], "rescale_acts_by_decoder_norm": False}),
         ("hierarchical_topk", {"budgets": (K,), "use_sparse_activations": False}),
+        ("hierarchical_topk", {"budgets": [1, 4, K], "level_weights": (0.1, 0.2, 7)}),
+        ("hierarchical_topk", {"level_weights": [1 / 3] * K}),
     ],
 )
 def test_config_survives_json(architecture, fields) -> None:
@@ -249,10 +309,19 @@ def test_inference_config_of_a_training_config_keeps_what_inference_needs(archit
     details = inference.metadata.training_architecture_details
     assert inference.metadata.training_architecture == architecture
     assert details["backend"] == "auto"
-    assert ("budgets" in details) == (architecture == "hierarchical_topk")
+    for name in ("budgets", "level_weights"):
+        assert (name in details) == (architecture == "hierarchical_topk")
 
 
 def test_changing_k_alone_is_refused_where_budgets_are_given() -> None:
     cfg = training_config("hierarchical_topk", budgets=[1, K])
     with pytest.raises(ValueError, match="budgets"):
         replace(cfg, k=K - 1)
+
+
+def test_changing_k_or_budgets_alone_is_refused_where_level_weights_are_given() -> None:
+    cfg = training_config("hierarchical_topk", level_weights=[1.0] * K)
+    with pytest.raises(ValueError, match="level_weights"):
+        replace(cfg, k=K - 1)
+    with pytest.raises(ValueError, match="level_weights"):
+        replace(cfg, budgets=[1, K])

@@ -27,10 +27,12 @@ from sae_lens.saes.topk_sae import TopKTrainingSAE
 
 from sae_lens_flex import HierarchicalTopKSAE, HierarchicalTopKTrainingSAE
 
-ALL_BUDGETS = [
-    pytest.param(None, id="every_level"),
-    pytest.param([1, 4, K], id="some_levels"),
-    pytest.param([K], id="last_level"),
+ALL_LEVELS: list[Any] = [
+    pytest.param({}, id="every_level"),
+    pytest.param({"budgets": [1, 4, K]}, id="some_levels"),
+    pytest.param({"budgets": [K]}, id="last_level"),
+    pytest.param({"level_weights": [*range(1, K), 40]}, id="every_level_weighted"),
+    pytest.param({"budgets": [1, 4, K], "level_weights": [0.3, 0, 2]}, id="some_levels_weighted"),
 ]
 NORMALIZATIONS = [
     "none",
@@ -67,22 +69,24 @@ def backward_by_definition(
     stock: TopKTrainingSAE,
     sae_in: torch.Tensor,
     budgets: list[int] | None = None,
+    level_weights: list[float] | None = None,
     dead: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """Leave the gradients of the defined loss on `stock` and return its terms.
 
-    The mean over the budgets j of the MSE of a stock topk that keeps j latents, and the auxiliary
-    loss of the one that keeps k.
+    The weighted mean over the budgets j of the MSE of a stock topk that keeps j latents, and the
+    auxiliary loss of the one that keeps k.
     """
     k = stock.cfg.k
     budgets = budgets or list(range(1, k + 1))
+    weights = torch.tensor(level_weights or [1.0] * len(budgets), dtype=torch.float64)
     mse_losses = []
     for budget in budgets:
         stock.activation_fn = type(stock.activation_fn)(budget)
         output = stock.training_forward_pass(step_input(sae_in.double(), dead))
         mse_losses.append(output.losses["mse_loss"])
     assert budgets[-1] == k
-    losses = {**output.losses, "mse_loss": torch.stack(mse_losses).mean()}
+    losses = {**output.losses, "mse_loss": torch.stack(mse_losses) @ (weights / weights.sum())}
     stock.zero_grad()
     torch.stack(list(losses.values())).sum().backward()
     return losses
@@ -95,7 +99,7 @@ def assert_matches_definition(
     tolerance: float = 1e-5,
 ) -> None:
     stock = stock_in_float64(sae)
-    losses = backward_by_definition(stock, sae_in, sae.cfg.budgets, dead)
+    losses = backward_by_definition(stock, sae_in, sae.cfg.budgets, sae.cfg.level_weights, dead)
     device = sae.W_dec.device
     output = run_step(sae, sae_in.to(device), None if dead is None else dead.to(device))
     assert list(output.losses) == list(losses)
@@ -105,16 +109,16 @@ def assert_matches_definition(
     assert_same_gradients(sae, stock, tolerance)
 
 
-@pytest.mark.parametrize("budgets", ALL_BUDGETS)
+@pytest.mark.parametrize("levels", ALL_LEVELS)
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 @pytest.mark.parametrize("rescale", [True, False], ids=["rescaled", "not_rescaled"])
 @pytest.mark.parametrize("apply_b_dec", [True, False], ids=["b_dec_applied", "b_dec_not_applied"])
 def test_mse_loss_is_the_mean_of_stock_mse_over_the_budgets(
-    budgets, normalization, rescale, apply_b_dec
+    levels, normalization, rescale, apply_b_dec
 ) -> None:
     sae = trained_sae(
         "hierarchical_topk",
-        budgets=budgets,
+        **levels,
         normalize_activations=normalization,
         rescale_acts_by_decoder_norm=rescale,
         apply_b_dec_to_input=apply_b_dec,
@@ -126,10 +130,10 @@ def test_mse_loss_is_the_mean_of_stock_mse_over_the_budgets(
     assert not {"ln_mu", "ln_std", "x_norm_coeff"} & set(vars(sae))
 
 
-@pytest.mark.parametrize("budgets", ALL_BUDGETS)
+@pytest.mark.parametrize("levels", ALL_LEVELS)
 @pytest.mark.parametrize(("backend", "device"), BACKENDS)
-def test_every_backend_matches_the_definition(budgets, backend, device) -> None:
-    sae = trained_sae("hierarchical_topk", budgets=budgets, backend=backend, device=device)
+def test_every_backend_matches_the_definition(levels, backend, device) -> None:
+    sae = trained_sae("hierarchical_topk", **levels, backend=backend, device=device)
     assert_matches_definition(sae, random_activations(), dead_mask(FEW_DEAD))
 
 
@@ -144,12 +148,18 @@ def test_auxiliary_loss_is_that_of_stock_topk_at_k(n_dead, rescale) -> None:
     assert (auxiliary_loss > 0) == (n_dead > 0)
 
 
+@pytest.mark.parametrize("use_fused_path", [True, False], ids=["fused", "unfused"])
+@pytest.mark.parametrize("weights", [None, [0.1, 0.7, 3]], ids=["alike", "weighted"])
 @pytest.mark.parametrize("budgets", [None, [2, K], [1, 3, K]])
 @pytest.mark.parametrize("k", [K, 7])
 @pytest.mark.parametrize("device", DEVICES)
-def test_in_float64_it_is_exact_to_float64(budgets, k, device) -> None:
+def test_in_float64_it_is_exact_to_float64(budgets, weights, k, device, use_fused_path) -> None:
     budgets = budgets and [*budgets[:-1], k]
-    sae = trained_sae("hierarchical_topk", k=k, budgets=budgets, dtype="float64", device=device)
+    fields = {"k": k, "budgets": budgets, "dtype": "float64", "device": device}
+    n_budgets = len(budgets or range(k))
+    fields["level_weights"] = weights and (weights * k)[:n_budgets]
+    sae = trained_sae("hierarchical_topk", **fields)
+    sae.use_fused_path = use_fused_path
     sae_in = random_activations(dtype=torch.float64)
     assert_matches_definition(sae, sae_in, dead_mask(FEW_DEAD), tolerance=1e-12)
 
@@ -192,6 +202,34 @@ def test_step_reports_level_k_whatever_the_budgets() -> None:
     output, expected = (run_step(each, random_activations()) for each in (sae, topk))
     assert_close(output.sae_out, expected.sae_out, name="sae_out")
     assert_close(output.feature_acts.to_dense(), expected.feature_acts, name="feature_acts")
+
+
+@pytest.mark.parametrize("use_fused_path", [True, False], ids=["fused", "unfused"])
+@pytest.mark.parametrize(
+    "weights", [[1e308] * K, [5e-324] * K, [7] * K], ids=["large", "tiny", "7"]
+)
+def test_only_the_ratio_of_the_level_weights_counts(weights, use_fused_path) -> None:
+    sae = trained_sae("hierarchical_topk", level_weights=weights)
+    sae.use_fused_path = use_fused_path
+    alike = trained_sae("hierarchical_topk")
+    assert_same_losses(run_step(sae, random_activations()), run_step(alike, random_activations()))
+    assert_same_gradients(sae, alike)
+
+
+@pytest.mark.parametrize("use_fused_path", [True, False], ids=["fused", "unfused"])
+def test_level_weights_edited_between_steps_act_at_once(use_fused_path) -> None:
+    sae = trained_sae("hierarchical_topk", budgets=[1, 4, K])
+    sae.use_fused_path = use_fused_path
+    run_step(sae, random_activations())
+    for weights in ([1, 2, 3], [0, 1, 0], None):
+        sae.cfg.level_weights = weights
+        assert_matches_definition(sae, random_activations())
+    sae.cfg.level_weights = [1.0, 1.0, 1.0]
+    sae.cfg.level_weights[0] = 5.0
+    assert_matches_definition(sae, random_activations())
+    sae.cfg.budgets = [2, K]
+    with pytest.raises(ValueError, match=r"level_weights is \[5.0, 1.0, 1.0\], of 3, expected 2 "):
+        run_step(sae, random_activations())
 
 
 @pytest.mark.parametrize("use_fused_path", [True, False], ids=["fused", "unfused"])

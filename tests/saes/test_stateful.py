@@ -1111,24 +1111,33 @@ class HierarchicalMachine(TwinMachine):
         self.budget = sae.activation_fn.k if self.budget is None else self.budget
         sae.activation_fn.k = self.budget
 
-    @rule(k=st.integers(1, 12), below=st.none() | st.sets(st.integers(1, 11)), seed=seeds)
-    def set_levels(self, k, below, seed) -> None:
+    @rule(
+        k=st.integers(1, 12),
+        below=st.none() | st.sets(st.integers(1, 11)),
+        weights=st.none() | st.lists(st.integers(0, 3), min_size=11, max_size=11),
+        seed=seeds,
+    )
+    def set_levels(self, k, below, weights, seed) -> None:
         budgets = None if below is None else [*sorted(n for n in below if n < k), k]
         self.set_cfg_k(k)
         for sae in self.saes:
             sae.cfg.budgets = budgets
+            n_below = len(budgets or range(k)) - 1
+            sae.cfg.level_weights = None if weights is None else [*weights[:n_below], 0.5]
         self.compare_with_new_sae(seed)
 
     @rule(k=st.integers(1, 12), seed=seeds)
     def set_k(self, k, seed) -> None:
         previous, budgets = self.saes[0].cfg.k, self.saes[0].cfg.budgets
-        if budgets is None or budgets[-1] == k:
+        of_levels = ("budgets", budgets), ("level_weights", self.saes[0].cfg.level_weights)
+        given = [name for name, value in of_levels if value is not None]
+        if k == previous or not given:
             self.set_cfg_k(k)
             self.compare_with_new_sae(seed)
             return
         for sae in self.saes:
             sae.cfg.k = k
-        self.expect_error("budgets")
+        self.expect_error(given[0])
         for sae in self.saes:
             sae.cfg.k = previous
 
@@ -1149,6 +1158,9 @@ class HierarchicalMachine(TwinMachine):
                 ("budgets", [0, 1]),
                 ("budgets", [1, D_SAE]),
                 ("budgets", "1"),
+                ("level_weights", []),
+                ("level_weights", [-1.0]),
+                ("level_weights", 1.0),
             )
         )
     )

@@ -385,6 +385,20 @@ def test_budgets_edited_between_replays_act_at_once(replays, budgets) -> None:
     assert recording_of(sae) is recording  # The level weights are inputs.
 
 
+@pytest.mark.parametrize("budgets", [None, [1, 4, K]], ids=["every_level", "some_levels"])
+def test_level_weights_edited_between_replays_act_at_once(replays, budgets) -> None:
+    n_budgets = len(budgets or range(K))
+    sae, ordinary = recorded_pair(
+        replays, "hierarchical_topk", budgets=budgets, level_weights=[1.0] * n_budgets
+    )
+    recording = recording_of(sae)
+    for weights in ([*range(n_budgets)], [0.0] * (n_budgets - 1) + [2.0]):
+        for model in (sae, ordinary):
+            model.cfg.level_weights = weights
+        assert_next_steps_are_ordinary(replays, sae, ordinary)
+        assert recording_of(sae) is recording
+
+
 def test_budgets_edited_to_none_and_back_act_at_once(replays) -> None:
     sae, ordinary = recorded_pair(replays, "hierarchical_topk", budgets=[1, 4, K])
     for budgets in (None, [3, K], None):

@@ -1,0 +1,207 @@
+"""Tables and the figure of the units' results."""
+
+import json
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from .kinds import FAMILIES, SCHEMES
+
+NAMES = {
+    "topk": "TopK for each k",
+    "even": "even",
+    "half_on_k": "half on K",
+    "rising": "rising",
+    "doubling": "doubling budgets",
+    "doubling_half_on_k": "doubling, half on K",
+    "every_eighth": "every eighth",
+    "topk_cut": "TopK(K) cut to k",
+    "batchtopk": "BatchTopK for each k",
+    "matryoshka": "Matryoshka for each k",
+}
+# A metric, what tables call it, and its number of digits.
+METRICS = [
+    ("explained_variance", "explained variance", 4),
+    ("ce_increase", "increase of the cross-entropy, nats", 4),
+    ("kl_div_with_sae", "KL divergence, nats", 4),
+    ("l0", "latents active", 2),
+    ("f1_score", "F1 of latents as detectors", 4),
+    ("mcc", "MCC", 4),
+    ("features_found", "true features found", 0),
+    ("uniqueness", "uniqueness", 4),
+    ("dead_in_training", "latents that died in training", 0),
+    ("seconds", "seconds of training", 1),
+]
+OF_AN_SAE = ("dead_in_training", "seconds")
+
+# Values by series, budget and seed.
+Values = dict[str, dict[int, list[float]]]
+
+
+def rows_of(measured: list[dict[str, Any]]) -> list[tuple[str, int, dict[str, Any]]]:
+    """Return series, budget and metrics of everything that was measured."""
+    rows = []
+    for one in measured:
+        family = one["kind"].partition("_")[0]
+        for row in one["metrics"]:
+            row = row | {name: one[name] for name in OF_AN_SAE}
+            if family not in FAMILIES:
+                rows.append((one["kind"], row["budget"], row))
+                continue
+            budget = row["budget"] or one["k"]
+            is_cut = budget != one["k"] and family == "topk"
+            rows.append(("topk_cut" if is_cut else family, budget if is_cut else one["k"], row))
+    return rows
+
+
+def values_of(measured: list[dict[str, Any]], metric: str) -> Values:
+    values: Values = {}
+    for series, budget, row in rows_of(measured):
+        if row.get(metric) is not None:
+            values.setdefault(series, {}).setdefault(budget, []).append(row[metric])
+    return {name: values[name] for name in NAMES if name in values}
+
+
+def cell(values: list[float] | None, digits: int) -> str:
+    if not values:
+        return ""
+    text = f"{mean(values):.{digits}f}"
+    return text if len(values) == 1 else f"{text} ± {stdev(values):.{digits}f}"
+
+
+def table(measured: list[dict[str, Any]], metric: str, digits: int) -> str:
+    """Return a metric's table in Markdown, a row for each k."""
+    values = values_of(measured, metric)
+    if metric in OF_AN_SAE:
+        values.pop("topk_cut", None)
+    budgets = sorted({budget for series in values.values() for budget in series})
+    lines = [
+        "| k | " + " | ".join(NAMES[name] for name in values) + " |",
+        "|---" * (len(values) + 1) + "|",
+    ]
+    for budget in budgets:
+        cells = [cell(series.get(budget), digits) for series in values.values()]
+        lines.append(f"| {budget} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def beside_topk(measured: list[dict[str, Any]]) -> str:
+    """Say at which k each scheme is worse than TopK trained for that k, and by how much."""
+    lines = []
+    variance = values_of(measured, "explained_variance")
+    others = [
+        (metric, values_of(measured, metric)) for metric in ("ce_increase", "kl_div_with_sae")
+    ]
+    for scheme in (name for name in SCHEMES if name in variance):
+        shared = sorted(variance[scheme].keys() & variance.get("topk", {}).keys())
+        if not shared:
+            continue
+        parts = [
+            "explained variance "
+            + ", ".join(
+                f"{k}: {mean(variance[scheme][k]) - mean(variance['topk'][k]):+.4f}" for k in shared
+            )
+        ]
+        for metric, values in others:
+            if scheme in values:
+                ratios = (mean(values[scheme][k]) / mean(values["topk"][k]) for k in shared)
+                ratio = ", ".join(f"{k}: {r:.2f}" for k, r in zip(shared, ratios, strict=True))
+                parts.append(f"{metric} times TopK's {ratio}")
+        lines.append(f"- {NAMES[scheme]}: " + "; ".join(parts))
+    return "\n".join(lines)
+
+
+def draw(measured: list[dict[str, Any]]) -> go.Figure:
+    """Draw explained variance and what the language model loses, or the F1, against k."""
+    panels = [("explained_variance", "explained variance")]
+    if values_of(measured, "ce_increase"):
+        panels.append(("ce_increase", "increase of the cross-entropy (nats)"))
+    else:
+        panels.append(("f1_score", "F1 of latents as detectors of true features"))
+    figure = make_subplots(cols=2, rows=1, horizontal_spacing=0.1)
+    colors = dict(zip(NAMES, _COLORS, strict=True))
+    for column, (metric, label) in enumerate(panels, start=1):
+        for name, series in values_of(measured, metric).items():
+            budgets = sorted(series)
+            spread = [stdev(series[k]) if len(series[k]) > 1 else 0 for k in budgets]
+            figure.add_scatter(
+                x=budgets,
+                y=[mean(series[k]) for k in budgets],
+                error_y={"array": spread, "visible": any(spread)},
+                name=NAMES[name],
+                legendgroup=name,
+                showlegend=column == 1,
+                mode="lines+markers",
+                line={"color": colors[name], "dash": "solid" if name in SCHEMES else "dot"},
+                marker={"symbol": "circle" if name in SCHEMES else "square", "size": 6},
+                col=column,
+                row=1,
+            )
+        ticks = sorted({budget for _, budget, _ in rows_of(measured)})
+        figure.update_xaxes(
+            title="latents kept per activation (k)", type="log", tickvals=ticks, col=column, row=1
+        )
+        axis = {}
+        if metric == "ce_increase":
+            decades = [digit * 10**exponent for exponent in (-3, -2, -1, 0) for digit in (1, 2, 5)]
+            axis = {"type": "log", "tickvals": decades, "ticktext": [f"{v:g}" for v in decades]}
+        figure.update_yaxes(title=label, col=column, row=1, **axis)
+    figure.update_layout(
+        template="plotly_white", width=1150, height=480, margin={"t": 20, "r": 20, "b": 60}
+    )
+    return figure
+
+
+_COLORS = (
+    *("black", "#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#17becf"),
+    *("gray", "#8c564b", "#e377c2"),
+)
+
+
+def report(units: list[Path], name: str, directory: Path) -> None:
+    """Merge units; print tables, and write them, the data and the figure into `directory`.
+
+    Raises:
+        ValueError: for units of other activations or another training.
+    """
+    results = [json.loads(path.read_text()) for path in units]
+    for path, result in zip(units, results, strict=True):
+        for part in ("source", "training"):
+            if result[part] != results[0][part]:
+                raise ValueError(
+                    f"{path} has another {part} than {units[0]}: {result[part]}, expected "
+                    f"{results[0][part]}"
+                )
+    measured = [one for result in results for one in result["measured"]]
+    seeds = sorted({one["seed"] for one in measured})
+    merged = results[0] | {
+        "seeds": seeds,
+        "tried": [one for result in results for one in result["tried"]],
+        "measured": measured,
+    }
+    of_seeds = "one seed" if len(seeds) == 1 else f"mean ± standard deviation of {len(seeds)} seeds"
+    parts = [f"# {name}: {of_seeds}"]
+    for metric, label, digits in METRICS:
+        if values_of(measured, metric):
+            parts += [f"## {label}", table(measured, metric, digits)]
+    parts += ["## Beside TopK trained for each k", beside_topk(measured)]
+    rates = {}
+    for one in measured:
+        rates.setdefault(one["kind"], set()).add(f"{one['lr']:g}")
+    chosen = ", ".join(f"{kind} {' '.join(sorted(lrs))}" for kind, lrs in rates.items())
+    parts += ["## Learning rates", chosen]
+    text = "\n\n".join(part for part in parts if part)
+    print(text)
+    (directory / "results").mkdir(exist_ok=True)
+    (directory / "figures").mkdir(exist_ok=True)
+    stem = directory / "results" / f"quality_{name}"
+    stem.with_suffix(".json").write_text(json.dumps(merged, indent=1) + "\n")
+    stem.with_suffix(".md").write_text(text + "\n")
+    figure = draw(measured)
+    try:
+        figure.write_image(directory / "figures" / f"quality_{name}.png", scale=2)
+    except (ValueError, RuntimeError, ImportError) as error:
+        print(f"no figure, which needs kaleido and a Chrome: {error}")
