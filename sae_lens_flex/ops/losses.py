@@ -139,9 +139,9 @@ def differentiable_loss(
         if factor is None:  # Nothing depends on the loss.
             return (None,) * len(inputs)
         if held:
-            gradients = held.pop()[2:]
+            gradients = held.pop().gradients
         elif repeats:
-            gradients = compute(*saved())[2:]
+            gradients = compute(*saved()).gradients
         else:
             raise RuntimeError(
                 f"{name} has been differentiated already, and its gradients were given away: "
@@ -256,7 +256,7 @@ def _operate(
     )
     result = decoder_loss(request, use_triton=use_triton)
     outputs = [result.loss]
-    for gradient in result[2:]:
+    for gradient in result.gradients:
         if gradient is None:  # An operator returns tensors.
             gradient = target.new_empty(0, dtype=result.loss.dtype)
         elif gradient.storage_offset():  # Outputs of an operator share no memory.

@@ -1,0 +1,147 @@
+"""Products and decoder losses of rows of different length, against their definition in float64."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from sae_lens_flex.ops import products
+from sae_lens_flex.ops.codes import Code
+from sae_lens_flex.ops.losses import decoder_loss
+from sae_lens_flex.ops.products import gather, scatter
+
+from .comparison import BACKENDS, TOLERANCE, every_backend, relative_error
+from .ragged import (
+    LENGTHS,
+    exact,
+    lengths_of,
+    ragged_code,
+    ragged_request,
+    random_level_weights,
+)
+
+F, D = 29, 37
+
+TORCH_BACKENDS = [backend for backend in BACKENDS if backend.values[0][0] == "torch"]
+every_torch_backend = pytest.mark.parametrize("on", TORCH_BACKENDS)
+every_length = pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+with_and_without_spare = pytest.mark.parametrize("n_spare", [0, 3])
+
+
+def assert_is_the_definition(request, on, tolerance: float | None = None) -> None:
+    result = decoder_loss(request, use_triton=on[0] == "triton")
+    expected, magnitude = exact(request), exact(request, magnitude=True)
+    for name, value in expected.items():
+        mine = getattr(result, name)
+        if value is None or (name == "values" and request.wanted.values is None):
+            assert mine is None
+            continue
+        if name in ("level_errors", "values"):  # of the spare pairs there is nothing
+            assert not mine[len(value) :].any()
+            mine = mine[: len(value)]
+        assert mine.shape == value.shape, name
+        if value.numel() > 0:
+            error = relative_error(mine, value, magnitude[name])
+            assert error < (tolerance or TOLERANCE[mine.dtype]), f"{name}: {error}"
+
+
+@with_and_without_spare
+@every_length
+@every_torch_backend
+def test_last_level_is_the_definition(on, lengths, n_spare) -> None:
+    code = ragged_code(lengths, F, device=on[1], n_spare=n_spare)
+    request = ragged_request(code, n_latents=F, d_in=D)
+    assert_is_the_definition(request, on)
+
+
+@with_and_without_spare
+@every_length
+@every_torch_backend
+def test_level_weights_of_each_sample_are_the_definition(on, lengths, n_spare) -> None:
+    code = ragged_code(lengths, F, device=on[1], n_spare=n_spare)
+    request = ragged_request(code, n_latents=F, d_in=D, levels=random_level_weights(code))
+    assert_is_the_definition(request, on)
+    assert_is_the_definition(dataclasses.replace(request, bias=None), on)
+
+
+@pytest.mark.parametrize("levels", ["last", "of_samples"])
+def test_float64_is_exact(levels, monkeypatch) -> None:
+    monkeypatch.setattr(products, "CPU_CHUNK_ELEMENTS", 30 * D)  # so that there are chunks
+    code = ragged_code(LENGTHS["mixed"], F, dtype=torch.float64)
+    weights = random_level_weights(code) if levels == "of_samples" else "last"
+    request = ragged_request(code, n_latents=F, d_in=D, levels=weights, dtype=torch.float64)
+    assert_is_the_definition(request, ("torch", "cpu"), tolerance=1e-13)
+
+
+@every_torch_backend
+def test_level_weights_of_each_sample_for_as_many_latents_of_each(on) -> None:
+    code = ragged_code((5, 5, 5), F, device=on[1])
+    weights = random_level_weights(code)
+    ragged = ragged_request(code, n_latents=F, d_in=D, levels=weights)
+    even = dataclasses.replace(
+        ragged,
+        code=Code(code.latents.view(3, 5), code.values.view(3, 5)),
+        levels=weights.view(3, 6),
+    )
+    use_triton = on[0] == "triton"
+    results = (decoder_loss(request, use_triton=use_triton) for request in (even, ragged))
+    for name, mine, expected in zip(ragged.wanted._fields, *results, strict=False):
+        torch.testing.assert_close(mine.flatten(), expected.flatten(), msg=name)
+
+
+@with_and_without_spare
+@every_length
+@every_torch_backend
+def test_gather(on, lengths, n_spare) -> None:
+    code = ragged_code(lengths, F, device=on[1], n_spare=n_spare)
+    request = ragged_request(code, n_latents=F, d_in=D)
+    out = gather(code, request.weight, use_triton=on[0] == "triton", target=request.target)
+    expected = exact(dataclasses.replace(request, bias=None))["residual"]
+    assert relative_error(out, expected) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@with_and_without_spare
+@every_length
+@every_backend
+def test_scatter(on, lengths, n_spare, deterministic) -> None:
+    code = ragged_code(lengths, F, device=on[1], n_spare=n_spare)
+    use_triton = on[0] == "triton"
+    index = code.by_latent(F, use_triton=use_triton, deterministic=deterministic)
+    rows = torch.randn(code.n_samples, D, generator=torch.Generator().manual_seed(3))
+    out = torch.full((F, D), torch.nan, device=on[1])
+    scatter(index, code.values, rows.to(on[1]), out=out, use_triton=use_triton)
+    expected = torch.zeros(F, D, dtype=torch.float64)
+    first = 0
+    for b, length in enumerate(lengths):
+        for pair in range(first, first + length):
+            expected[code.latents[pair]] += code.values[pair].double().cpu() * rows[b].double()
+        first += length
+    assert relative_error(out, expected) < TOLERANCE[torch.float32]
+
+
+@every_length
+def test_sums_and_numbers_of_samples(lengths) -> None:
+    code = ragged_code(lengths, F, n_spare=2)
+    assert lengths_of(code) == list(lengths)
+    n_pairs = sum(lengths)
+    expected = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    assert torch.equal(code.samples()[:n_pairs], expected)
+    assert code.samples()[n_pairs:].tolist() == [len(lengths) - 1] * 2
+    of_samples = torch.arange(1.0, 1 + len(lengths)).unsqueeze(-1)
+    assert torch.equal(code.of_pairs(of_samples)[:n_pairs], expected + 1.0)
+    sums = code.sum_by_sample(torch.ones(n_pairs + 2) * (torch.arange(n_pairs + 2) < n_pairs))
+    assert sums.flatten().tolist() == list(lengths)
+
+
+def test_chunks_hold_what_they_may() -> None:
+    code = ragged_code((3, 0, 9, 1, 0, 5, 17), F)
+    chunks = code.chunks(most_pairs=12)
+    assert chunks == [slice(0, 2), slice(2, 3), slice(3, 5), slice(5, 6), slice(6, 7)]
+
+
+def test_a_latent_outside_is_an_error_that_says_so() -> None:
+    code = ragged_code((3, 2), F)
+    code.latents[1] = F
+    with pytest.raises(IndexError, match=rf"indices reaches from .* in \[0, {F}\)"):
+        decoder_loss(ragged_request(code, n_latents=F, d_in=D), use_triton=False)
