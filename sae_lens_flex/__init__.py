@@ -13,6 +13,8 @@ from .ops import (
     triton_topk_sae_loss,
 )
 from .saes import (
+    FlexBatchTopKTrainingSAE,
+    FlexBatchTopKTrainingSAEConfig,
     FlexTopKTrainingSAE,
     FlexTopKTrainingSAEConfig,
     HierarchicalTopKSAE,
@@ -29,6 +31,8 @@ __version__ = "0.2.0"
 __all__ = [
     "BudgetMetrics",
     "BudgetSweep",
+    "FlexBatchTopKTrainingSAE",
+    "FlexBatchTopKTrainingSAEConfig",
     "FlexTopKTrainingSAE",
     "FlexTopKTrainingSAEConfig",
     "HierarchicalTopKSAE",

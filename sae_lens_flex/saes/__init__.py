@@ -1,5 +1,6 @@
 """The architectures as SAELens classes."""
 
+from .flex_batchtopk import FlexBatchTopKTrainingSAE, FlexBatchTopKTrainingSAEConfig
 from .flex_topk import FlexTopKTrainingSAE, FlexTopKTrainingSAEConfig
 from .hierarchical_topk import (
     HierarchicalTopKSAE,
@@ -9,6 +10,8 @@ from .hierarchical_topk import (
 )
 
 __all__ = [
+    "FlexBatchTopKTrainingSAE",
+    "FlexBatchTopKTrainingSAEConfig",
     "FlexTopKTrainingSAE",
     "FlexTopKTrainingSAEConfig",
     "HierarchicalTopKSAE",

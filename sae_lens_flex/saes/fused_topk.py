@@ -1,4 +1,4 @@
-"""What the two fused architectures share: the training step, seen from SAELens."""
+"""What the fused architectures share: the training step, seen from SAELens."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ from ..training.requests import Inputs, Spec, WantedGradients, Weights
 from ..training.shards import WHOLE, Whole
 from ..training.step import begin_step, finish_step
 from .configs import FusedTopKTrainingSAEConfig, check_auxiliary_loss
-from .fused_path import METHODS, hooked, replaced
+from .fused_path import METHODS, OF_SAMPLES, hooked, replaced
 from .normalization import OutputMap, OwnNormalization, take_output_map
 
 
@@ -152,18 +152,20 @@ class FusedTopKTrainingSAE(OwnNormalization, TopKTrainingSAE):
             )
         dead = self._dead(step_input.dead_neuron_mask, n_latents)
         inputs, output_map = self._inputs(x)
-        k = self._step_k()
+        k = self._step_k(len(x))
         levels = self._levels(k, inputs.target)
         if isinstance(levels, torch.Tensor):
             inputs, levels = inputs._replace(level_weights=levels), "every"
         spec = Spec(
             k=k,
+            over_batch=self._over_batch,
             levels=levels,
             n_samples=shards.n_samples(len(x)),
             rescale_acts_by_decoder_norm=self.cfg.rescale_acts_by_decoder_norm,
             apply_b_dec_to_input=self.cfg.apply_b_dec_to_input,
             product_dtype=product_dtype(weights.W_dec),
-            use_triton=computes_by_triton(self.cfg.backend, weights.W_dec, x),
+            use_triton=not self._over_batch
+            and computes_by_triton(self.cfg.backend, weights.W_dec, x),
             deterministic=is_deterministic(),
             matmul_precision=torch.get_float32_matmul_precision(),
         )
@@ -180,7 +182,7 @@ class FusedTopKTrainingSAE(OwnNormalization, TopKTrainingSAE):
         is_logging_step = step_input.is_logging_step
         sae_out = self._reported_output(x, main.residual, shards, is_logging_step)
         acts = feature_acts(
-            Code(main.code.latents, main.hidden_pre.relu()),
+            main.code.with_values(main.hidden_pre.relu()),
             n_latents,
             is_sparse=self.cfg.use_sparse_activations,
         )
@@ -208,8 +210,13 @@ class FusedTopKTrainingSAE(OwnNormalization, TopKTrainingSAE):
 
     # --- what the architectures settle
 
-    def _step_k(self) -> int:
-        """Return the number of latents that a training step keeps."""
+    _over_batch = False
+
+    def _step_k(self, n_samples: int) -> int:
+        """Return the number of latents that a training step keeps of each sample.
+
+        With `_over_batch` it is that of all samples together.
+        """
         raise NotImplementedError
 
     def _levels(self, k: int, like: torch.Tensor) -> Levels:
@@ -237,6 +244,10 @@ class FusedTopKTrainingSAE(OwnNormalization, TopKTrainingSAE):
         return (x.detach() + shards.by_sample(residual)).to(self.dtype)
 
     # --- what a step is made of
+
+    def _replaced(self) -> list[str]:
+        """Return the names of what a fused step computes and a user replaced."""
+        return replaced(self, OWN, OF_SAMPLES)
 
     def _weights(self) -> Weights:
         return Weights(self.W_enc, self.b_enc, self.W_dec, self.b_dec)
@@ -293,7 +304,7 @@ class FusedTopKTrainingSAE(OwnNormalization, TopKTrainingSAE):
         if step_input.sae_in.ndim != 2:
             reasons.append(f"sae_in has {step_input.sae_in.ndim} dimensions, not 2")
         if self.use_fused_path is None:
-            reasons += [f"{name} is not SAELens's own" for name in replaced(self, OWN)]
+            reasons += [f"{name} is not SAELens's own" for name in self._replaced()]
         self._warn_of_unfused(reasons)
         return not reasons
 

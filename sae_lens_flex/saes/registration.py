@@ -6,6 +6,7 @@ from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.topk_sae import TopKSAE
 
 from .configs import CheckedTopKSAEConfig
+from .flex_batchtopk import FlexBatchTopKTrainingSAE, FlexBatchTopKTrainingSAEConfig
 from .flex_topk import FlexTopKTrainingSAE, FlexTopKTrainingSAEConfig
 from .hierarchical_topk import (
     HierarchicalTopKSAE,
@@ -24,6 +25,7 @@ INFERENCE_CLASSES: dict[str, tuple[type, type]] = {
 TRAINING_CLASSES: dict[str, tuple[type, type]] = {
     "hierarchical_topk": (HierarchicalTopKTrainingSAE, HierarchicalTopKTrainingSAEConfig),
     "flex_topk": (FlexTopKTrainingSAE, FlexTopKTrainingSAEConfig),
+    "flex_batchtopk": (FlexBatchTopKTrainingSAE, FlexBatchTopKTrainingSAEConfig),
 }
 
 

@@ -11,20 +11,23 @@ def feature_acts(code: Code, n_latents: int, *, is_sparse: bool) -> torch.Tensor
     """Return a code as a [B, F] tensor.
 
     Args:
-        code: latents and activations, [B, K] each.
+        code: latents and activations.
         n_latents: F.
         is_sparse: whether to return a sparse COO tensor where the device has them; elsewhere, as on
             MPS, a dense one.
     """
-    shape = (len(code.latents), n_latents)
+    shape = (code.n_samples, n_latents)
     if is_sparse and code.latents.device.type in ("cpu", "cuda"):
         return _sparse(code, shape)
-    return code.values.new_zeros(shape).scatter_(-1, code.latents, code.values)
+    acts = code.values.new_zeros(shape)
+    if code.starts is None:
+        return acts.scatter_(-1, code.latents, code.values)
+    # Pairs of no sample, of value 0, share a place with another one.
+    return acts.index_put_((code.samples(), code.latents.long()), code.values, accumulate=True)
 
 
 def _sparse(code: Code, shape: tuple[int, int]) -> torch.Tensor:
-    rows = torch.arange(shape[0], device=code.latents.device).unsqueeze(-1)
-    coordinates = torch.stack((rows.expand_as(code.latents), code.latents)).flatten(1)
+    coordinates = torch.stack((code.samples(), code.latents.flatten()))
     return SparseActs.of(coordinates, code.values.flatten(), shape)
 
 

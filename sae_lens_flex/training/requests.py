@@ -47,7 +47,7 @@ class Spec:
     """All else that a step reads: settings, which are compared to know whether a step is the same.
 
     Attributes:
-        k: latents to keep of each sample.
+        k: latents to keep of each sample; of all samples together with `over_batch`.
         levels: "every" weighs each level 1 / k, "last" level k alone. Level weights among the
             inputs take their place.
         n_samples: B of the batch that the losses average over.
@@ -57,6 +57,8 @@ class Spec:
         use_triton: whether the kernels compute.
         deterministic: whether results must be the same from run to run.
         matmul_precision: `torch.get_float32_matmul_precision()`.
+        over_batch: whether the largest positive pre-activations of the whole batch are kept. The
+            rows of the code then have different lengths.
     """
 
     k: int
@@ -68,6 +70,7 @@ class Spec:
     use_triton: bool
     deterministic: bool
     matmul_precision: str
+    over_batch: bool = False
 
 
 class WantedGradients(NamedTuple):

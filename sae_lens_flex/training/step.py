@@ -3,7 +3,8 @@
     rows = x - b_dec                                        what is encoded (x alone without
                                                             `apply_b_dec_to_input`)
     h = rows @ W_enc + b_enc
-    latents[b] = the k largest of h[b] * norms              norms = |W_dec[f]|, or 1
+    latents[b] = the k largest of h[b] * norms              norms = |W_dec[f]|, or 1; or those of
+                                                            the largest of the whole batch
     v = relu(h[b, latents[b]])                              decode coefficients
     mse_loss = 1 / B sum_b sum_j c_j |x_hat_j[b] - target[b]|^2
     x_hat_j = output_scale (sum_{i <= j} v_i W_dec[latents_i] + b_dec)
@@ -33,6 +34,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..ops.batch_selection import select_over_batch
 from ..ops.codes import Code
 from ..ops.kernels.norms import norms_and_copy
 from ..ops.losses import decoder_loss
@@ -54,8 +56,9 @@ class Reconstruction(NamedTuple):
         gradients: of `mse_loss`.
         residual: output minus input at level k, [B, D_r].
         rows: what was multiplied with W_enc, [B, D].
-        code: the kept latents and their pre-activations h, [B, k] each, in the order of the levels.
-        hidden_pre: h * norms of the kept latents, [B, k].
+        code: the kept latents and their pre-activations h, [B, k] each, in the order of the levels;
+            in rows of different length with `over_batch`.
+        hidden_pre: h * norms of the kept latents, in the shape of the code.
         norms: [F], or None for 1.
     """
 
@@ -196,9 +199,12 @@ def _reconstruct(
     rows = shards.all_samples(encoder_rows(x, b_dec, spec))  # [B, D]
     bias = shards.bias_to_compare(b_enc, use_triton=use_triton)
     encoder = Encoder(W_enc, bias, None if norms is None else norms[own_latents])
-    code = select(rows, encoder, min(spec.k, n_own), use_triton=use_triton)  # of F_r
-    dtype = torch.promote_types(rows.dtype, b_enc.dtype)
-    code = shards.merge(code, norms, spec.k, dtype=dtype)  # [B, k], of F
+    if spec.over_batch:
+        code = select_over_batch(rows, encoder, spec.k)  # rows of different length
+    else:
+        code = select(rows, encoder, min(spec.k, n_own), use_triton=use_triton)  # of F_r
+        dtype = torch.promote_types(rows.dtype, b_enc.dtype)
+        code = shards.merge(code, norms, spec.k, dtype=dtype)  # [B, k], of F
     index = None
     if wanted.W_enc:
         index = shards.own_pairs(code).by_latent(
@@ -213,7 +219,7 @@ def _reconstruct(
     if scale is not None:
         scale = shards.all_samples(scale)  # [B, 1]
         target = target - scale * bias.to(target.dtype)
-        vals, bias = acts * scale, None
+        vals, bias = acts * code.of_pairs(scale), None
     wants_encoder = wanted.any_of_encoder(spec)
     wants_scaled = scale is not None and (wanted.b_dec or wanted.output_scale)
     decoded = decoder_loss(
@@ -245,9 +251,9 @@ def _reconstruct(
         if wanted.b_dec and decoded.target is not None:
             grad_b_dec = -(scale * decoded.target).sum(0)  # [D_r]
         if wanted.output_scale and grad_vals is not None and decoded.target is not None:
-            grad_scale = (grad_vals * acts).sum(-1, keepdim=True)  # [B, 1]
+            grad_scale = code.sum_by_sample(grad_vals * acts)  # [B, 1]
             grad_scale -= (decoded.target * b_dec).sum(-1, keepdim=True)
-        grad_vals = None if grad_vals is None else grad_vals * scale
+        grad_vals = None if grad_vals is None else grad_vals * code.of_pairs(scale)
 
     if grad_b_dec is not None:
         grad_b_dec = shards.all_width(grad_b_dec)  # [D]

@@ -1,0 +1,146 @@
+"""`flex_batchtopk`: SAELens's BatchTopK, with the same losses, trained through the fused kernels."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from sae_lens.saes.batchtopk_sae import (
+    BatchTopK,
+    BatchTopKTrainingSAE,
+    BatchTopKTrainingSAEConfig,
+)
+from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
+from typing_extensions import override
+
+from ..training.shards import WHOLE, Whole
+from .checks import check_number
+from .configs import FusedTopKTrainingSAEConfig
+from .fused_path import METHODS, OF_BATCHES, replaced
+from .fused_topk import FusedTopKTrainingSAE
+
+
+@dataclass
+class FlexBatchTopKTrainingSAEConfig(FusedTopKTrainingSAEConfig, BatchTopKTrainingSAEConfig):
+    __doc__ = (
+        (FusedTopKTrainingSAEConfig.__doc__ or "")
+        .replace(
+            "Configuration shared by the architectures that train through fused kernels.",
+            "Configuration class for training a FlexBatchTopKTrainingSAE.",
+        )
+        .replace(
+            """        k (int): Number of latents to keep active, 1..d_sae. Inherited from TopKTrainingSAEConfig.
+""",
+            """        k (float): Average number of latents to keep active, above 0 and up to d_sae: a step keeps
+            the int(k * batch) largest of the batch, and fewer where fewer are positive. Inherited
+            from BatchTopKTrainingSAEConfig.
+        topk_threshold_lr (float): Learning rate of the threshold that the inference model takes, a
+            moving average of the smallest activation kept. Inherited from
+            BatchTopKTrainingSAEConfig.
+""",
+        )
+    )
+
+    k: float = 100  # type: ignore[assignment]
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        return "flex_batchtopk"
+
+    @override
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.topk_threshold_lr = check_number("topk_threshold_lr", self.topk_threshold_lr)
+
+    @override
+    def _check_k(self) -> None:
+        check_mean_k("k", self.k, self.d_sae)
+        if self.backend == "triton":
+            raise ValueError("backend is 'triton', expected 'auto' or 'torch'")
+
+
+def check_mean_k(name: str, k: Any, n_latents: int) -> float:
+    """Return a mean number of latents, or raise a ValueError that names it."""
+    if check_number(name, k, is_positive=True) > n_latents:
+        raise ValueError(f"{name} is {k!r}, expected a number up to d_sae ({n_latents})")
+    return k
+
+
+class FlexBatchTopKTrainingSAE(FusedTopKTrainingSAE, BatchTopKTrainingSAE):
+    """
+    SAELens's `batchtopk`, trained through the fused kernels.
+
+    From equal weights its losses and gradients, and the threshold that it learns, are those of
+    `BatchTopKTrainingSAE`. As there, a step keeps the int(activation_fn.k * batch) largest
+    activations of the batch. Of equal ones it keeps those of the first samples, and of a sample
+    those of the smallest latents; SAELens's choice among them is not defined. The inference model
+    that it saves is an ordinary `"jumprelu"` SAE, which loads without this package.
+
+    See `FusedTopKTrainingSAE` for what a training step returns; `hidden_pre` holds the
+    pre-activations of the kept latents, [n], sample after sample. It trains in one process, and its
+    steps are never recorded as CUDA graphs.
+    """
+
+    cfg: FlexBatchTopKTrainingSAEConfig  # type: ignore[assignment]
+
+    use_cuda_graph: bool = False
+    _over_batch = True
+
+    @override
+    def get_activation_fn(self) -> Callable[[torch.Tensor], torch.Tensor]:  # type: ignore[override]
+        return BatchTopK(self.cfg.k)
+
+    @override
+    @torch.compiler.disable()
+    def _fused_training_forward_pass(
+        self, step_input: TrainStepInput, shards: Whole = WHOLE
+    ) -> TrainStepOutput:
+        output = super()._fused_training_forward_pass(step_input, shards)
+        acts = output.feature_acts
+        if type(self).update_topk_threshold is not OWN_UPDATE:
+            acts = acts.to_dense()  # as SAELens calls it
+        self.update_topk_threshold(acts)
+        return self._with_threshold(output)
+
+    @override
+    def _unfused_training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        return self._with_threshold(super()._unfused_training_forward_pass(step_input))
+
+    def _with_threshold(self, output: TrainStepOutput) -> TrainStepOutput:
+        # A copy, because the next step changes the buffer.
+        output.metrics["topk_threshold"] = self.topk_threshold.clone()
+        return output
+
+    @override
+    @torch.no_grad()
+    def update_topk_threshold(self, acts_topk: torch.Tensor) -> None:
+        """Move the threshold towards the smallest positive activation, in place.
+
+        Nothing waits for the device.
+
+        Args:
+            acts_topk: activations, [..., d_sae]; also a sparse COO tensor.
+        """
+        acts = acts_topk._values() if acts_topk.is_sparse else acts_topk
+        if acts.numel() == 0:
+            return
+        is_positive = acts > 0
+        lowest = acts.where(is_positive, torch.inf).amin().to(self.topk_threshold.dtype)
+        lr = self.cfg.topk_threshold_lr
+        updated = (1 - lr) * self.topk_threshold + lr * lowest
+        self.topk_threshold.copy_(updated.where(is_positive.any(), self.topk_threshold))
+
+    @override
+    def _step_k(self, n_samples: int) -> int:
+        activation_fn: Any = self.activation_fn
+        k = check_mean_k("activation_fn.k", activation_fn.k, len(self.W_dec))
+        return int(k * n_samples)
+
+    @override
+    def _replaced(self) -> list[str]:
+        return replaced(self, OWN, OF_BATCHES)
+
+
+OWN = {name: getattr(FlexBatchTopKTrainingSAE, name) for name in METHODS}
+OWN_UPDATE = FlexBatchTopKTrainingSAE.update_topk_threshold
