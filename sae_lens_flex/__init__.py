@@ -15,6 +15,8 @@ from .ops import (
 from .saes import (
     FlexBatchTopKTrainingSAE,
     FlexBatchTopKTrainingSAEConfig,
+    FlexMatryoshkaBatchTopKTrainingSAE,
+    FlexMatryoshkaBatchTopKTrainingSAEConfig,
     FlexTopKTrainingSAE,
     FlexTopKTrainingSAEConfig,
     HierarchicalTopKSAE,
@@ -33,6 +35,8 @@ __all__ = [
     "BudgetSweep",
     "FlexBatchTopKTrainingSAE",
     "FlexBatchTopKTrainingSAEConfig",
+    "FlexMatryoshkaBatchTopKTrainingSAE",
+    "FlexMatryoshkaBatchTopKTrainingSAEConfig",
     "FlexTopKTrainingSAE",
     "FlexTopKTrainingSAEConfig",
     "HierarchicalTopKSAE",

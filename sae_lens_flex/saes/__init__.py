@@ -1,6 +1,10 @@
 """The architectures as SAELens classes."""
 
 from .flex_batchtopk import FlexBatchTopKTrainingSAE, FlexBatchTopKTrainingSAEConfig
+from .flex_matryoshka_batchtopk import (
+    FlexMatryoshkaBatchTopKTrainingSAE,
+    FlexMatryoshkaBatchTopKTrainingSAEConfig,
+)
 from .flex_topk import FlexTopKTrainingSAE, FlexTopKTrainingSAEConfig
 from .hierarchical_topk import (
     HierarchicalTopKSAE,
@@ -12,6 +16,8 @@ from .hierarchical_topk import (
 __all__ = [
     "FlexBatchTopKTrainingSAE",
     "FlexBatchTopKTrainingSAEConfig",
+    "FlexMatryoshkaBatchTopKTrainingSAE",
+    "FlexMatryoshkaBatchTopKTrainingSAEConfig",
     "FlexTopKTrainingSAE",
     "FlexTopKTrainingSAEConfig",
     "HierarchicalTopKSAE",

@@ -1,4 +1,4 @@
-"""`flex_batchtopk`: SAELens's BatchTopK, with the same losses, trained through the fused kernels."""
+"""`flex_batchtopk`: SAELens's BatchTopK, same losses, trained through the fused kernels."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,24 +22,38 @@ from .fused_topk import FusedTopKTrainingSAE
 
 @dataclass
 class FlexBatchTopKTrainingSAEConfig(FusedTopKTrainingSAEConfig, BatchTopKTrainingSAEConfig):
-    __doc__ = (
-        (FusedTopKTrainingSAEConfig.__doc__ or "")
-        .replace(
-            "Configuration shared by the architectures that train through fused kernels.",
-            "Configuration class for training a FlexBatchTopKTrainingSAE.",
-        )
-        .replace(
-            """        k (int): Number of latents to keep active, 1..d_sae. Inherited from TopKTrainingSAEConfig.
-""",
-            """        k (float): Average number of latents to keep active, above 0 and up to d_sae: a step keeps
-            the int(k * batch) largest of the batch, and fewer where fewer are positive. Inherited
-            from BatchTopKTrainingSAEConfig.
+    """
+    Configuration class for training a FlexBatchTopKTrainingSAE.
+
+    Args:
+        k (float): Average number of latents to keep active, above 0 and up to d_sae: a step keeps
+            the int(k * batch) largest activations of the batch, or as many as are positive.
+            Inherited from BatchTopKTrainingSAEConfig.
         topk_threshold_lr (float): Learning rate of the threshold that the inference model takes, a
             moving average of the smallest activation kept. Inherited from
             BatchTopKTrainingSAEConfig.
-""",
-        )
-    )
+        use_sparse_activations (bool): Whether the `feature_acts` that a training step reports are
+            a sparse COO tensor. Inherited from FusedTopKTrainingSAEConfig.
+        backend (Literal["auto", "triton", "torch"]): What computes the step. Inherited from
+            FusedTopKTrainingSAEConfig.
+        aux_loss_coefficient (float): Coefficient of the auxiliary loss on dead latents, 0 to turn
+            it off. Inherited from TopKTrainingSAEConfig.
+        rescale_acts_by_decoder_norm (bool): Treat the decoder as if it was already normalized.
+            Inherited from TopKTrainingSAEConfig.
+        decoder_init_norm (float | None): Norm to initialize decoder weights to. None to disable.
+            Inherited from TrainingSAEConfig.
+        d_in (int): Input dimension. Inherited from SAEConfig.
+        d_sae (int): SAE latent dimension. Inherited from SAEConfig.
+        dtype (str): Data type of the SAE's parameters. Inherited from SAEConfig.
+        device (str): Device to place the SAE on. Inherited from SAEConfig.
+        apply_b_dec_to_input (bool): Whether to subtract the decoder bias from the input before
+            encoding. Inherited from SAEConfig.
+        normalize_activations (Literal): Normalization strategy for input activations. "layer_norm"
+            and "constant_norm_rescale" need aux_loss_coefficient=0. Inherited from SAEConfig.
+        reshape_activations (Literal["none", "hook_z"]): How to reshape activations. Inherited from
+            SAEConfig.
+        metadata (SAEMetadata): Metadata about the SAE training. Inherited from SAEConfig.
+    """
 
     k: float = 100  # type: ignore[assignment]
 

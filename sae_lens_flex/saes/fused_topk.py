@@ -159,6 +159,7 @@ class FusedTopKTrainingSAE(OwnNormalization, TopKTrainingSAE):
         spec = Spec(
             k=k,
             over_batch=self._over_batch,
+            widths=(widths := self._widths()),
             levels=levels,
             n_samples=shards.n_samples(len(x)),
             rescale_acts_by_decoder_norm=self.cfg.rescale_acts_by_decoder_norm,
@@ -204,6 +205,10 @@ class FusedTopKTrainingSAE(OwnNormalization, TopKTrainingSAE):
                 "auxiliary_reconstruction_loss": (
                     sae_out.new_zeros(()) if auxiliary is None else auxiliary
                 ),
+                **{
+                    f"inner_mse_loss_{width}": loss
+                    for width, loss in zip(widths[:-1], losses.of_widths, strict=True)
+                },
             },
             metrics=metrics,
         )
@@ -222,6 +227,10 @@ class FusedTopKTrainingSAE(OwnNormalization, TopKTrainingSAE):
     def _levels(self, k: int, like: torch.Tensor) -> Levels:
         """Return how the loss weighs its levels; level weights have dtype and device of `like`."""
         return "last"
+
+    def _widths(self) -> tuple[int, ...]:
+        """Return the widths over which the loss is a sum, the last d_sae, or none."""
+        return ()
 
     def _logging_metrics(
         self, x: torch.Tensor, code: Code, output_map: OutputMap, shards: Whole

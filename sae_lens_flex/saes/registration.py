@@ -7,6 +7,10 @@ from sae_lens.saes.topk_sae import TopKSAE
 
 from .configs import CheckedTopKSAEConfig
 from .flex_batchtopk import FlexBatchTopKTrainingSAE, FlexBatchTopKTrainingSAEConfig
+from .flex_matryoshka_batchtopk import (
+    FlexMatryoshkaBatchTopKTrainingSAE,
+    FlexMatryoshkaBatchTopKTrainingSAEConfig,
+)
 from .flex_topk import FlexTopKTrainingSAE, FlexTopKTrainingSAEConfig
 from .hierarchical_topk import (
     HierarchicalTopKSAE,
@@ -26,6 +30,10 @@ TRAINING_CLASSES: dict[str, tuple[type, type]] = {
     "hierarchical_topk": (HierarchicalTopKTrainingSAE, HierarchicalTopKTrainingSAEConfig),
     "flex_topk": (FlexTopKTrainingSAE, FlexTopKTrainingSAEConfig),
     "flex_batchtopk": (FlexBatchTopKTrainingSAE, FlexBatchTopKTrainingSAEConfig),
+    "flex_matryoshka_batchtopk": (
+        FlexMatryoshkaBatchTopKTrainingSAE,
+        FlexMatryoshkaBatchTopKTrainingSAEConfig,
+    ),
 }
 
 

@@ -33,7 +33,8 @@ class Inputs(NamedTuple):
         target: what is to be reconstructed, less the shift of the output, [B, D], float32 or
             float64.
         output_scale: by which the output is multiplied, [B, 1], or None for 1.
-        level_weights: c_j, [k], not differentiated. None for the weights that the spec names.
+        level_weights: c_j, [k], not differentiated. None for the weights that the spec names. With
+            the spec's `widths` the weight of each width, [n]; None for 1.
     """
 
     encoder_input: torch.Tensor
@@ -59,6 +60,8 @@ class Spec:
         matmul_precision: `torch.get_float32_matmul_precision()`.
         over_batch: whether the largest positive pre-activations of the whole batch are kept. The
             rows of the code then have different lengths.
+        widths: with `over_batch`, the widths over which the loss is a sum, ascending, the last F;
+            empty for no such sum. See `matryoshka`.
     """
 
     k: int
@@ -71,6 +74,7 @@ class Spec:
     deterministic: bool
     matmul_precision: str
     over_batch: bool = False
+    widths: tuple[int, ...] = ()
 
 
 class WantedGradients(NamedTuple):

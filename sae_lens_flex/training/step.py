@@ -44,6 +44,7 @@ from ..ops.requests import DecoderLoss, Wanted
 from ..ops.selection import Encoder, select
 from .dead import Dead, DeadGradients, auxiliary_loss
 from .encoder import encoder_rows, minus_product
+from .matryoshka import auxiliary_loss_by_width, levels_of_widths
 from .requests import Gradients, Inputs, Spec, WantedGradients, Weights
 from .shards import WHOLE, Whole
 
@@ -60,6 +61,8 @@ class Reconstruction(NamedTuple):
             in rows of different length with `over_batch`.
         hidden_pre: h * norms of the kept latents, in the shape of the code.
         norms: [F], or None for 1.
+        width_losses: with the spec's `widths`, the mean squared error of each, [n], whatever its
+            weight. `mse_loss` is their weighted sum.
     """
 
     mse_loss: torch.Tensor
@@ -69,6 +72,7 @@ class Reconstruction(NamedTuple):
     code: Code
     hidden_pre: torch.Tensor
     norms: torch.Tensor | None
+    width_losses: torch.Tensor | None = None
 
 
 class StepResult(NamedTuple):
@@ -155,6 +159,14 @@ def finish_step(
     latents = None if dead is None else dead.latents()
     if dead is None or latents is None or len(latents) == 0:
         return StepResult(main, None, None)
+    if dead.by_width:
+        part = auxiliary_loss_by_width(
+            *(weights, main.rows, main.code, inputs, dead),
+            norms=main.norms,
+            spec=spec,
+            wanted=wanted,
+        )
+        return StepResult(main, *part)
     loss, gradients = auxiliary_loss(
         weights,
         main.rows,
@@ -222,13 +234,20 @@ def _reconstruct(
         vals, bias = acts * code.of_pairs(scale), None
     wants_encoder = wanted.any_of_encoder(spec)
     wants_scaled = scale is not None and (wanted.b_dec or wanted.output_scale)
+    levels = spec.levels if level_weights is None else level_weights
+    of_widths = None
+    if spec.widths:
+        of_widths = levels_of_widths(code, spec.widths)
+        if level_weights is None:
+            level_weights = target.new_ones(len(spec.widths), dtype=sum_dtype)
+        levels = of_widths.weights(level_weights)
     decoded = decoder_loss(
         DecoderLoss(
             code=code.with_values(vals),
             weight=read,
             bias=bias,
             target=target,
-            levels=spec.levels if level_weights is None else level_weights,
+            levels=levels,
             scale=1 / spec.n_samples,  # SAELens sums over D and averages over samples
             wanted=Wanted(
                 residual=True,
@@ -236,6 +255,7 @@ def _reconstruct(
                 values=sum_dtype if wants_encoder or wanted.output_scale else None,
                 bias=sum_dtype if wanted.b_dec and scale is None else None,
                 target=target.dtype if wanted.target or wants_scaled else None,
+                level_errors=of_widths is not None,
             ),
             index=None if shards.is_sharded else index,
             deterministic=spec.deterministic,
@@ -277,6 +297,9 @@ def _reconstruct(
             grad_x = gather(g, W_enc.T, use_triton=use_triton)  # [B, D]
     assert decoded.residual is not None
     loss, grad_b_dec = shards.sum_both(decoded.loss, grad_b_dec)
+    width_losses = None
+    if of_widths is not None and decoded.level_errors is not None:
+        width_losses = of_widths.sums(decoded.level_errors, len(spec.widths)) / spec.n_samples
     return Reconstruction(
         mse_loss=loss,
         gradients=Gradients(
@@ -293,6 +316,7 @@ def _reconstruct(
         code=code,
         hidden_pre=hidden_pre,
         norms=norms,
+        width_losses=width_losses,
     )
 
 

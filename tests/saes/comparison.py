@@ -5,12 +5,18 @@ from typing import Any
 import pytest
 import torch
 from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
+from sae_lens.saes.matryoshka_batchtopk_sae import (
+    MatryoshkaBatchTopKTrainingSAE,
+    MatryoshkaBatchTopKTrainingSAEConfig,
+)
 from sae_lens.saes.sae import TrainingSAE, TrainStepInput, TrainStepOutput
 from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
 
 from sae_lens_flex import (
     FlexBatchTopKTrainingSAE,
     FlexBatchTopKTrainingSAEConfig,
+    FlexMatryoshkaBatchTopKTrainingSAE,
+    FlexMatryoshkaBatchTopKTrainingSAEConfig,
     FlexTopKTrainingSAE,
     FlexTopKTrainingSAEConfig,
     HierarchicalTopKTrainingSAE,
@@ -25,8 +31,13 @@ DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
 FEW_DEAD, MANY_DEAD = 5, 20
 
 TRAINING_CLASSES: dict[str, tuple[type[Any], type[Any]]] = {
+    "matryoshka_batchtopk": (MatryoshkaBatchTopKTrainingSAE, MatryoshkaBatchTopKTrainingSAEConfig),
     "batchtopk": (BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig),
     "flex_batchtopk": (FlexBatchTopKTrainingSAE, FlexBatchTopKTrainingSAEConfig),
+    "flex_matryoshka_batchtopk": (
+        FlexMatryoshkaBatchTopKTrainingSAE,
+        FlexMatryoshkaBatchTopKTrainingSAEConfig,
+    ),
     "topk": (TopKTrainingSAE, TopKTrainingSAEConfig),
     "flex_topk": (FlexTopKTrainingSAE, FlexTopKTrainingSAEConfig),
     "hierarchical_topk": (HierarchicalTopKTrainingSAE, HierarchicalTopKTrainingSAEConfig),
@@ -36,6 +47,7 @@ STOCK = {  # SAELens's counterpart of each architecture
     "flex_topk": "topk",
     "hierarchical_topk": "topk",
     "flex_batchtopk": "batchtopk",
+    "flex_matryoshka_batchtopk": "matryoshka_batchtopk",
 }
 FIELDS_UNKNOWN_TO_STOCK = ("backend", "budgets", "use_sparse_activations")
 

@@ -5,19 +5,33 @@ from typing import Any
 import pytest
 import torch
 from comparison import (
+    D_SAE,
+    FEW_DEAD,
+    MANY_DEAD,
     STOCK,
     assert_close,
     assert_same_gradients,
     assert_same_losses,
     copy_weights,
+    dead_mask,
     new_sae,
+    random_activations,
     run_step,
+    step_input,
     trained_sae,
 )
 from trainings import OPTIONS, TRAININGS, Training, adam, silence, update
 
-ARCHITECTURES = ("flex_batchtopk",)
-every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
+# An architecture, and fields of its own. Of small widths many samples have no latent.
+CASES = {
+    "flex_batchtopk": ("flex_batchtopk", {}),
+    "matryoshka": ("flex_matryoshka_batchtopk", {"matryoshka_widths": [3, 8, 20]}),
+    "matryoshka-aux_loss_by_width": (
+        "flex_matryoshka_batchtopk",
+        {"matryoshka_widths": [6, 11, 30], "use_matryoshka_aux_loss": True},
+    ),
+}
+every_case = pytest.mark.parametrize(("architecture", "own"), CASES.values(), ids=CASES)
 
 
 def same_sae(architecture: str, **fields: Any) -> tuple[Any, Any]:
@@ -47,10 +61,12 @@ def near_ties(sae: Any, expected: Any, dead: torch.Tensor, d_in: int) -> bool:
 
 @pytest.mark.parametrize("training", TRAININGS)
 @pytest.mark.parametrize("options", OPTIONS)
-@every_architecture
-def test_every_step_is_that_of_stock(architecture, training: Training, options) -> None:
+@every_case
+def test_every_step_is_that_of_stock(architecture, own, training: Training, options) -> None:
+    if own and options not in ({}, OPTIONS[0].values[0], OPTIONS[3].values[0]):
+        pytest.skip("the options do not meet what matryoshka adds")
     torch.manual_seed(0)
-    fields = {**training.fields(), "k": training.k + 0.3, **options}
+    fields = {**training.fields(), "k": training.k + 0.3, **options, **own}
     stock = new_sae(STOCK[architecture], **fields)
     flex = new_sae(architecture, **fields, backend=training.backend)
     optimizer = adam(stock)
@@ -87,3 +103,52 @@ def test_every_step_is_that_of_stock(architecture, training: Training, options) 
     assert dead_counts[0] == 0
     assert any(0 < n_dead < training.d_in // 2 for n_dead in dead_counts)
     assert any(n_dead > training.d_in // 2 for n_dead in dead_counts)
+
+
+def matryoshka_pair(**fields: Any) -> tuple[Any, Any]:
+    # Width 1 is mostly level 0, and some samples have no latent below 12.
+    fields = {"matryoshka_widths": [1, 12, 30, D_SAE], "k": 2, **fields}
+    architecture = "flex_matryoshka_batchtopk"
+    return trained_sae(STOCK[architecture], **fields), trained_sae(architecture, **fields)
+
+
+WEIGHTS = {
+    "one_inner": {"inner_mse_loss_12": 2.0},
+    "outer": {"mse_loss": 1.0},
+    "all_inner": {"inner_mse_loss_1": 1.0, "inner_mse_loss_12": 0.0, "inner_mse_loss_30": -3.0},
+    "auxiliary": {"auxiliary_reconstruction_loss": 1.5},
+    "auxiliary_and_inner": {"auxiliary_reconstruction_loss": 1.5, "inner_mse_loss_30": 1.0},
+    "with_total": {"total": 1.0, "inner_mse_loss_30": 0.5},
+}
+
+
+@pytest.mark.parametrize("by_width", [False, True])
+@pytest.mark.parametrize("weights", WEIGHTS.values(), ids=WEIGHTS)
+def test_each_loss_of_a_width_has_its_gradient(weights, by_width) -> None:
+    pair = matryoshka_pair(use_matryoshka_aux_loss=by_width)
+    for sae in pair:
+        output = sae.training_forward_pass(step_input(random_activations(), dead_mask(MANY_DEAD)))
+        losses = {**output.losses, "total": output.loss}
+        sum(weight * losses[name] for name, weight in weights.items()).backward()
+    stock, flex = pair
+    for name, parameter in stock.named_parameters():
+        gradient = flex.get_parameter(name).grad
+        if parameter.grad is None or not parameter.grad.any():
+            assert gradient is None or not gradient.any()
+        else:
+            assert_close(gradient, parameter.grad, name=name)
+
+
+def test_losses_of_widths_are_differentiated_one_after_the_other() -> None:
+    stock, flex = matryoshka_pair()
+    dead = dead_mask(FEW_DEAD)
+    expected = run_step(stock, random_activations(), dead)
+    output = flex.training_forward_pass(step_input(random_activations(), dead))
+    for loss in output.losses.values():
+        loss.backward(retain_graph=True)
+    assert_same_losses(output, expected)
+    assert_same_gradients(flex, stock)
+    output.loss.backward()
+    for parameter in stock.parameters():
+        parameter.grad.mul_(2)
+    assert_same_gradients(flex, stock)
