@@ -23,7 +23,7 @@ from .kernels.launch import cdiv
 from .kernels.sums import sum_by_latent
 from .kernels.tiles import Batch
 from .policy import CHECKS_INDICES, in_dtype
-from .requests import DecoderLoss, LossAndGradients
+from .requests import DecoderLoss, Levels, LossAndGradients, are_of_samples
 
 # B K D from which an index is worth its launches. To the device alone it mostly is from 2^24 on: at
 # B=4096, K=64, F=24576, D=768 an H200 takes 0.29 ms with it, and 0.36 with the one kernel (with
@@ -47,7 +47,12 @@ def decoder_loss(request: DecoderLoss) -> LossAndGradients:
     code = request.code
     n_elements = code.latents.numel() * request.weight.shape[1]
     is_last_level = isinstance(request.levels, str) and request.levels == "last"
-    by_index = n_elements >= FEWEST_ELEMENTS or request.index is not None or request.deterministic
+    by_index = (
+        n_elements >= FEWEST_ELEMENTS
+        or request.index is not None
+        or request.deterministic
+        or code.starts is not None  # the walk has no last level of each sample
+    )
     return _by_latent(request) if is_last_level and by_index else _by_walk(request)
 
 
@@ -59,13 +64,18 @@ def _batch(request: DecoderLoss) -> Batch:
         request.weight,
         None if request.bias is None else request.bias.contiguous(),
         request.target.contiguous(),
+        code.starts,
     )
 
 
 def _by_walk(request: DecoderLoss) -> LossAndGradients:
     batch, wanted = _batch(request), request.wanted
     n_samples, k, n_latents, d_in = batch.sizes()
+    n_pairs = batch.latents.numel()
     new = request.target.new_empty
+    levels, of_samples = request.levels, are_of_samples(request.levels, request.code)
+    if isinstance(levels, torch.Tensor):
+        levels = levels.contiguous()
 
     n_rows, copied = n_latents, None
     outputs: dict[str, Any] = {}
@@ -78,7 +88,7 @@ def _by_walk(request: DecoderLoss) -> LossAndGradients:
         outputs["grad_weight"] = grad_weight
         if has_copies:
             counts = counting.count(batch.latents, n_latents)
-            copied = copies.assign_copies(batch.latents, counts)
+            copied = copies.assign_copies(batch.latents, counts, k)
     if wanted.residual:
         outputs["residual"] = new((n_samples, d_in), dtype=torch.float32)
     if wanted.target:
@@ -93,8 +103,8 @@ def _by_walk(request: DecoderLoss) -> LossAndGradients:
     # bytes, because the host takes longer to launch with unaligned tensors.
     sizes = [
         hierarchical.LOSS_SUMS + 4 if is_small else 0,  # the count and three to spare
-        n_samples * k if wanted.values else 0,
-        -n_samples * k % 4,
+        n_pairs if wanted.values else 0,
+        -n_pairs % 4,
         bias_rows * d_in if wanted.bias else 0,
     ]
     zeros = new((sum(sizes),), dtype=torch.float32).zero_()
@@ -102,17 +112,20 @@ def _by_walk(request: DecoderLoss) -> LossAndGradients:
     if is_small:
         outputs["loss_sums"] = loss_sums
     if wanted.values:
-        outputs["grad_values"] = grad_values.view(n_samples, k)
+        outputs["grad_values"] = grad_values.view(request.code.values.shape)
     if wanted.bias:
         outputs["grad_bias"] = grad_bias.view(bias_rows, d_in)
+    if wanted.level_errors and of_samples and isinstance(levels, torch.Tensor):
+        outputs["level_errors"] = torch.zeros_like(levels, dtype=torch.float32)
     if request.deterministic:
-        _walk_slice_by_slice(request, batch, outputs)
+        _walk_slice_by_slice(request, batch, outputs, levels)
     else:
         hierarchical.walk(
             batch,
             hierarchical.Outputs(**outputs),
-            request.levels,
+            levels,
             scale=request.scale,
+            of_samples=of_samples,
             rows=None if copied is None else copied.rows,
             n_copied=None if copied is None else copied.n_copied,
         )
@@ -129,16 +142,19 @@ def _by_walk(request: DecoderLoss) -> LossAndGradients:
         values=None if values is None else in_dtype(values, wanted.values),
         bias=None if bias is None else in_dtype(bias, wanted.bias),
         target=outputs.get("grad_target"),
+        level_errors=outputs.get("level_errors"),
     )
 
 
-def _walk_slice_by_slice(request: DecoderLoss, batch: Batch, outputs: dict[str, Any]) -> None:
+def _walk_slice_by_slice(
+    request: DecoderLoss, batch: Batch, outputs: dict[str, Any], levels: Levels
+) -> None:
     """Walk without an addition whose order varies.
 
     The slices all add to the gradient of the values, so they are launched one after another. The S
     of a slice are stored, and then added up latent by latent.
     """
-    n_samples, k, n_latents, d_in = batch.sizes()
+    _, _, n_latents, d_in = batch.sizes()
     grad_weight = outputs.pop("grad_weight", None)
     index = values_in_order = None
     if grad_weight is not None:
@@ -146,14 +162,16 @@ def _walk_slice_by_slice(request: DecoderLoss, batch: Batch, outputs: dict[str, 
             n_latents, use_triton=True, deterministic=True
         )
         values_in_order = batch.values.flatten()[index.pairs]
-        shape = (n_samples * k, hierarchical.BLOCK_D)
-        outputs["suffix_sums"] = request.target.new_empty(shape, dtype=torch.float32)
+        shape = (batch.latents.numel(), hierarchical.BLOCK_D)
+        # A pair of no sample has none; with zeros it adds nothing.
+        outputs["suffix_sums"] = request.target.new_zeros(shape, dtype=torch.float32)
     for slice_ in range(cdiv(d_in, hierarchical.BLOCK_D)):
         hierarchical.walk(
             batch,
             hierarchical.Outputs(**outputs),
-            request.levels,
+            levels,
             scale=request.scale,
+            of_samples=are_of_samples(request.levels, request.code),
             slices=range(slice_, slice_ + 1),
         )
         if index is not None and values_in_order is not None:
@@ -164,6 +182,8 @@ def _walk_slice_by_slice(request: DecoderLoss, batch: Batch, outputs: dict[str, 
                 values_in_order,
                 outputs["suffix_sums"][:, :n_columns].contiguous(),
                 sums=grad_weight,
+                in_order=True,
+                rows_of_pairs=True,
                 first_column=first,
                 zero_absent=False,
             )
@@ -208,6 +228,10 @@ def _by_latent(request: DecoderLoss) -> LossAndGradients:
             weight=batch.weight if wanted.values else None,
             scale=scale_of_rows,
         )
+        starts = request.code.starts
+        if grad_values is not None and starts is not None:
+            pairs = torch.arange(len(grad_values), device=grad_values.device)
+            grad_values.masked_fill_(pairs >= starts[-1], 0)  # those of no sample
     return LossAndGradients(
         loss=loss_parts.sum(),
         residual=r if wanted.residual else None,

@@ -63,6 +63,7 @@ def gather(
             weight,
             None,
             None if target is None else target.contiguous(),
+            code.starts,
         )
         residual_kernel.residual(batch, residual_kernel.Outputs(residual=out))
         return out

@@ -25,8 +25,8 @@ class Copies(NamedTuple):
     """Where each pair of a batch adds its part of the gradient.
 
     Attributes:
-        rows: [B, K], int32: the pair's latent, or one of the rows F .. F + SLOTS * COPIES. Not
-            defined where latents[b, t] is outside [0, F).
+        rows: of each pair, int32: its latent, or one of the rows F .. F + SLOTS * COPIES. Not
+            defined where that latent is outside [0, F).
         n_copied: [1], int32: the number of latents that fire often enough, also beyond SLOTS.
         hot: [SLOTS], int32: 1 + the latent to which the copies of a slot belong, or 0.
     """
@@ -73,16 +73,17 @@ def _add_up_kernel(hot, grad_weight, F, D, COPIES: tl.constexpr, BLOCK: tl.const
 
 
 def is_worth_copies(latents: torch.Tensor) -> bool:
-    """Return whether a batch is large enough to gain by copies; `latents` is [B, K]."""
+    """Return whether a batch is large enough to gain by copies; `latents` are its pairs'."""
     return latents.numel() >= FEWEST_PAIRS
 
 
-def assign_copies(latents: torch.Tensor, counts: torch.Tensor) -> Copies:
+def assign_copies(latents: torch.Tensor, counts: torch.Tensor, k: int) -> Copies:
     """Give copies to the latents that fire most.
 
     Args:
-        latents: [B, K], contiguous.
+        latents: of each pair, contiguous.
         counts: how often each latent comes, [F + 2], as `counting.count` returns it. Overwritten.
+        k: pairs that share a sample, about: the copies are taken in turn by so many at once.
     """
     n_pairs, n_latents = latents.numel(), len(counts) - 2
     state = latents.new_zeros(SLOTS + 1, dtype=torch.int32)
@@ -102,7 +103,7 @@ def assign_copies(latents: torch.Tensor, counts: torch.Tensor) -> Copies:
         (cdiv(n_pairs, BLOCK),),
         (latents, counts, rows),
         (),
-        (n_pairs, latents.shape[1], n_latents),
+        (n_pairs, k, n_latents),
         COPIES=COPIES,
         BLOCK=BLOCK,
     )

@@ -9,6 +9,8 @@ some levels at a time, with two running sums along the levels in registers:
     r_{j-1} = r_j - v_j w_j,     S_j = S_{j+1} + 2 scale c_j r_j.
 
 They give the loss and every gradient (see `requests`). No level is ever stored.
+With level weights of each sample its rows may have any length, and level 0, r_0 = bias - target,
+may count.
 """
 
 from typing import Literal, NamedTuple
@@ -20,6 +22,7 @@ from .tiles import (
     Batch,
     add_to_bias,
     gather_levels,
+    highest_level,
     is_wide,
     levels_from,
     levels_in_a_tile,
@@ -51,6 +54,38 @@ def _weighted(r, level_weights, first, K, LEVELS: tl.constexpr):
         return c[:, None] * r
     else:
         return r
+
+
+@triton.jit
+def _counted(
+    r,
+    level_weights,
+    level_errors,
+    first,
+    sample,
+    starts,
+    B,
+    K,
+    BLOCK_D: tl.constexpr,
+    LEVELS: tl.constexpr,
+    EVEN: tl.constexpr,
+    LAST_ALONE: tl.constexpr,
+    OF_SAMPLES: tl.constexpr,
+):
+    # r_j where the level counts, 0 elsewhere; and c_j r_j. Adds |r_j|^2 to level_errors.
+    if OF_SAMPLES:
+        pairs, exists = pairs_of(first, sample, starts, B, K, LEVELS)
+        at = pairs + sample + tl.arange(0, 2)[None, :] + 1
+        of_level = tl.load(level_weights + at, mask=exists, other=0.0).to(tl.float32)
+        c = widened(of_level, BLOCK_D)
+        r = tl.where(c != 0.0, r, 0.0)
+        if level_errors is not None:
+            squares = tl.sum(tl.reshape(r * r, [LEVELS, 2, BLOCK_D]), 2)
+            tl.atomic_add(level_errors + at, squares, mask=of_level != 0.0, sem="relaxed")
+        return r, c * r
+    else:
+        r = _with_weight(r, first, K, LEVELS, LAST_ALONE, EVEN)
+        return r, _weighted(r, level_weights, first, K, LEVELS)
 
 
 @triton.jit
@@ -88,7 +123,8 @@ def _hierarchical_kernel(  # an output that is None is not wanted
     weight,
     bias,  # or None
     target,
-    level_weights,  # or None
+    starts,  # [B + 1]: where each sample's pairs begin; None for K of each
+    level_weights,  # or None; with OF_SAMPLES those of each sample, from level 0 on
     rows,  # [B, K]: the row of grad_weight to which each pair adds; None for its latent's row
     n_copied,  # the number of latents with copies; where it is 0, rows are not read
     loss,  # [slices, B], parts of the loss; with loss_sums a scalar, the loss
@@ -99,6 +135,7 @@ def _hierarchical_kernel(  # an output that is None is not wanted
     grad_bias,  # float32, zeroed: [bias_rows, D], parts
     grad_target,
     suffix_sums,  # [B, K, BLOCK_D], of one slice
+    level_errors,  # float32, zeroed, like level_weights
     scale,  # factor / (B D), and / K without level_weights
     first_slice,
     bias_rows,
@@ -115,6 +152,7 @@ def _hierarchical_kernel(  # an output that is None is not wanted
     WIDE: tl.constexpr,  # whether an offset takes 64 bits
     LAST_ALONE: tl.constexpr,
     WALKS_DOWN: tl.constexpr,
+    OF_SAMPLES: tl.constexpr,
     SUMS: tl.constexpr,
 ):
     sample = tl.program_id(0).to(tl.int64) * 2
@@ -132,6 +170,7 @@ def _hierarchical_kernel(  # an output that is None is not wanted
     if bias is not None:
         r += tl.load(bias + d, mask=in_slice, other=0.0).to(tl.float32)
     error = tl.zeros([2 * BLOCK_D], tl.float32)
+    K = highest_level(sample, starts, B, K)
     last = (tl.cdiv(K, LEVELS) - 1) * LEVELS
     for first in range(0, last, LEVELS):
         _, v, w = gather_levels(
@@ -141,6 +180,7 @@ def _hierarchical_kernel(  # an output that is None is not wanted
             weight_slice,
             sample,
             in_slice,
+            starts,
             B,
             K,
             F,
@@ -154,8 +194,21 @@ def _hierarchical_kernel(  # an output that is None is not wanted
         r += tl.sum(p, 0)
         if not WALKS_DOWN:
             r_j = p + _running_sum(-p, r, LEVELS)
-            r_j = _with_weight(r_j, first, K, LEVELS, LAST_ALONE, EVEN)
-            c_r = _weighted(r_j, level_weights, first, K, LEVELS)
+            r_j, c_r = _counted(
+                r_j,
+                level_weights,
+                level_errors,
+                first,
+                sample,
+                starts,
+                B,
+                K,
+                BLOCK_D,
+                LEVELS,
+                EVEN,
+                LAST_ALONE,
+                OF_SAMPLES,
+            )
             error += tl.sum(c_r * r_j, 0)
     f, v, w = gather_levels(
         last,
@@ -164,6 +217,7 @@ def _hierarchical_kernel(  # an output that is None is not wanted
         weight_slice,
         sample,
         in_slice,
+        starts,
         B,
         K,
         F,
@@ -192,6 +246,7 @@ def _hierarchical_kernel(  # an output that is None is not wanted
                 weight_slice,
                 sample,
                 in_slice,
+                starts,
                 B,
                 K,
                 F,
@@ -208,13 +263,26 @@ def _hierarchical_kernel(  # an output that is None is not wanted
             without = _running_sum(-p, r, LEVELS)  # r_{j-1}
             r_j = p + without
             r = _lowest(without, LEVELS)
-        r_j = _with_weight(r_j, first, K, LEVELS, LAST_ALONE, EVEN)
-        c_r = _weighted(r_j, level_weights, first, K, LEVELS)
+        r_j, c_r = _counted(
+            r_j,
+            level_weights,
+            level_errors,
+            first,
+            sample,
+            starts,
+            B,
+            K,
+            BLOCK_D,
+            LEVELS,
+            EVEN,
+            LAST_ALONE,
+            OF_SAMPLES,
+        )
         error += tl.sum(c_r * r_j, 0)
         if WALKS_DOWN:
             S = _running_sum(c_r, s, LEVELS)  # still without the factor 2 scale
             s = _lowest(S, LEVELS)
-            pairs, exists = pairs_of(first, sample, B, K, LEVELS)
+            pairs, exists = pairs_of(first, sample, starts, B, K, LEVELS)
             if grad_values is not None:
                 dots = 2.0 * scale * tl.sum(tl.reshape(w * S, [LEVELS, 2, BLOCK_D]), 2)
                 tl.atomic_add(grad_values + pairs, dots, mask=exists, sem="relaxed")
@@ -233,6 +301,25 @@ def _hierarchical_kernel(  # an output that is None is not wanted
             if suffix_sums is not None:
                 out = widened(pairs, BLOCK_D) * BLOCK_D + (column % BLOCK_D)[None, :]
                 tl.store(suffix_sums + out, 2.0 * scale * S, mask=widened(exists, BLOCK_D))
+
+    if OF_SAMPLES:  # level 0, loaded again because registers are scarce in the walk
+        r_0 = -tl.load(target + bd, mask=bd_mask, other=0.0).to(tl.float32)
+        if bias is not None:
+            r_0 += tl.load(bias + d, mask=in_slice, other=0.0).to(tl.float32)
+        start = b * K
+        if starts is not None:
+            start = tl.load(starts + b, mask=b < B, other=0)
+        c = tl.load(level_weights + start + b, mask=b < B, other=0.0).to(tl.float32)
+        r_0 = tl.where(c != 0.0, r_0, 0.0)
+        error += c * r_0 * r_0
+        s += c * r_0
+        if level_errors is not None:
+            of_sample = tl.sum(tl.reshape(tl.where(bd_mask, r_0 * r_0, 0.0), [2, BLOCK_D]), 1)
+            b = sample + tl.arange(0, 2)
+            start = b * K
+            if starts is not None:
+                start = tl.load(starts + b, mask=b < B, other=0)
+            tl.atomic_add(level_errors + start + b, of_sample, mask=b < B, sem="relaxed")
 
     error = tl.where(bd_mask, error, 0.0)  # beyond the batch the bias is no error
     if loss_sums is None:
@@ -269,7 +356,9 @@ class Outputs(NamedTuple):
         grad_values: [B, K], float32, zeroed.
         grad_bias: [bias_rows, D], float32, zeroed: parts of the gradient.
         grad_target: [B, D].
-        suffix_sums: S of each pair, [B * K, BLOCK_D], float32: a walk over one slice only.
+        suffix_sums: S of each pair, [n_pairs, BLOCK_D], float32: a walk over one slice only.
+        level_errors: |r_j|^2 of the levels that count, laid out as level weights of each sample,
+            float32, zeroed: with such weights only.
     """
 
     loss: torch.Tensor
@@ -280,6 +369,7 @@ class Outputs(NamedTuple):
     grad_bias: torch.Tensor | None = None
     grad_target: torch.Tensor | None = None
     suffix_sums: torch.Tensor | None = None
+    level_errors: torch.Tensor | None = None
 
 
 def walk(
@@ -288,6 +378,7 @@ def walk(
     levels: torch.Tensor | Literal["every", "last"],
     *,
     scale: float,
+    of_samples: bool = False,
     rows: torch.Tensor | None = None,
     n_copied: torch.Tensor | None = None,
     slices: range | None = None,
@@ -298,8 +389,10 @@ def walk(
         batch: what is read; it has a target.
         outputs: what is written.
         levels: the level weights c_j, [K], contiguous; "every" for 1 / K each; "last" for 1 at
-            level K alone.
+            level K alone. With `of_samples` those of each sample, from level 0 on, contiguous:
+            [B, K + 1], or for rows of different length [n + B].
         scale: multiplies the loss.
+        of_samples: whether `levels` are those of each sample. Rows of different length need it.
         rows: the row of `grad_weight` to which each pair adds, [B, K], int32. None for the row of
             its latent.
         n_copied: the number of latents with copies, [1], int32; given with `rows`.
@@ -315,7 +408,7 @@ def walk(
         _hierarchical_kernel,
         (cdiv(n_samples, 2), len(slices)),
         (
-            *(batch.latents, batch.values, batch.weight, batch.bias, batch.target),
+            *batch,
             levels if isinstance(levels, torch.Tensor) else None,
             rows,
             n_copied,
@@ -331,10 +424,11 @@ def walk(
         ),
         BLOCK_D=BLOCK_D,
         LEVELS=tile,
-        EVEN=n_samples % 2 == 0 and k % tile == 0 and d_in % BLOCK_D == 0,
+        EVEN=batch.is_even(tile, BLOCK_D),
         WIDE=is_wide(batch.weight, n_rows),
         LAST_ALONE=isinstance(levels, str) and levels == "last",
         WALKS_DOWN=outputs.suffix_sums is not None or any(g is not None for g in gradients),
+        OF_SAMPLES=of_samples,
         SUMS=LOSS_SUMS,
         num_warps=NUM_WARPS,
     )

@@ -1,4 +1,4 @@
-"""The residual of the last level: what K rows of weight add up to, less a target.
+"""The residual of the last level: what a sample's rows of weight add up to, less a target.
 
     r[b] = bias + sum_i values[b, i] * weight[latents[b, i]] - target[b]
 
@@ -17,6 +17,7 @@ from .tiles import (
     Batch,
     add_to_bias,
     gather_levels,
+    highest_level,
     is_wide,
     levels_in_a_tile,
     store_losses,
@@ -31,6 +32,7 @@ def _residual_kernel(
     weight,
     bias,  # or None
     target,  # or None
+    starts,  # or None
     loss_parts,  # [slices, B], or None
     residual,  # or None
     grad_bias,  # or None; float32, zeroed: [bias_rows, D], parts
@@ -63,7 +65,7 @@ def _residual_kernel(
         r = -tl.load(target + bd, mask=bd_mask, other=0.0).to(tl.float32)
     if bias is not None:
         r += tl.load(bias + d, mask=in_slice, other=0.0).to(tl.float32)
-    for first in range(0, K, LEVELS):
+    for first in range(0, highest_level(sample, starts, B, K), LEVELS):
         _, v, w = gather_levels(
             first,
             latents,
@@ -71,6 +73,7 @@ def _residual_kernel(
             weight_slice,
             sample,
             in_slice,
+            starts,
             B,
             K,
             F,
@@ -134,7 +137,7 @@ def residual(batch: Batch, outputs: Outputs, *, scale: float = 1.0) -> None:
         ),
         BLOCK_D=block,
         LEVELS=levels,
-        EVEN=n_samples % 2 == 0 and k % levels == 0 and d_in % block == 0,
+        EVEN=batch.is_even(levels, block),
         WIDE=is_wide(batch.weight),
         num_warps=NUM_WARPS,
     )
