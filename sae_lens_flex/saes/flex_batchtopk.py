@@ -70,8 +70,6 @@ class FlexBatchTopKTrainingSAEConfig(FusedTopKTrainingSAEConfig, BatchTopKTraini
     @override
     def _check_k(self) -> None:
         check_mean_k("k", self.k, self.d_sae)
-        if self.backend == "triton":
-            raise ValueError("backend is 'triton', expected 'auto' or 'torch'")
 
 
 def check_mean_k(name: str, k: Any, n_latents: int) -> float:

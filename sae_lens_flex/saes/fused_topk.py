@@ -165,8 +165,7 @@ class FusedTopKTrainingSAE(OwnNormalization, TopKTrainingSAE):
             rescale_acts_by_decoder_norm=self.cfg.rescale_acts_by_decoder_norm,
             apply_b_dec_to_input=self.cfg.apply_b_dec_to_input,
             product_dtype=product_dtype(weights.W_dec),
-            use_triton=not self._over_batch
-            and computes_by_triton(self.cfg.backend, weights.W_dec, x),
+            use_triton=computes_by_triton(self.cfg.backend, weights.W_dec, x),
             deterministic=is_deterministic(),
             matmul_precision=torch.get_float32_matmul_precision(),
         )

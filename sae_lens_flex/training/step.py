@@ -212,7 +212,9 @@ def _reconstruct(
     bias = shards.bias_to_compare(b_enc, use_triton=use_triton)
     encoder = Encoder(W_enc, bias, None if norms is None else norms[own_latents])
     if spec.over_batch:
-        code = select_over_batch(rows, encoder, spec.k)  # rows of different length
+        code = select_over_batch(
+            rows, encoder, spec.k, use_triton=use_triton
+        )  # rows of different length
     else:
         code = select(rows, encoder, min(spec.k, n_own), use_triton=use_triton)  # of F_r
         dtype = torch.promote_types(rows.dtype, b_enc.dtype)

@@ -141,9 +141,9 @@ def gather_levels(
 ):
     """Return some levels' latents and values, [LEVELS, 2], and their rows of weight, a tile.
 
-    The latents are int32, the values and rows float32. A pair beyond the batch or beyond a row's end, or one
-    whose latent is outside [0, F), has latent -1, value 0 and a row of zeros. With EVEN all
-    samples, levels and columns exist, and the loads have no masks.
+    The latents are int32, the values and rows float32. A pair beyond the batch or a
+    row's end, or one whose latent is outside [0, F), has latent -1, value 0 and a row of zeros.
+    With EVEN all samples, levels and columns exist, and the loads have no masks.
     """
     pairs, exists = pairs_of(first, sample, starts, B, K, LEVELS)
     if EVEN:
