@@ -66,7 +66,6 @@ class FlexMatryoshkaBatchTopKTrainingSAEConfig(
 
     @override
     def __post_init__(self) -> None:
-        super().__post_init__()
         check_bool("use_matryoshka_aux_loss", self.use_matryoshka_aux_loss)
         if self.normalize_activations in WITHOUT_AUXILIARY_LOSS:
             raise ValueError(
@@ -77,6 +76,7 @@ class FlexMatryoshkaBatchTopKTrainingSAEConfig(
             raise ValueError(
                 f"matryoshka_widths is {self.matryoshka_widths!r}, expected a list of integers"
             )
+        super().__post_init__()
         name = "an element of matryoshka_widths"
         self.matryoshka_widths = [
             check_integer(name, width, self.d_sae, "d_sae") for width in self.matryoshka_widths

@@ -43,6 +43,7 @@ TRAINING_CLASSES: dict[str, tuple[type[Any], type[Any]]] = {
     "hierarchical_topk": (HierarchicalTopKTrainingSAE, HierarchicalTopKTrainingSAEConfig),
 }
 FUSED_ARCHITECTURES = ("flex_topk", "hierarchical_topk")
+EVERY_ARCHITECTURE = (*FUSED_ARCHITECTURES, "flex_batchtopk", "flex_matryoshka_batchtopk")
 STOCK = {  # SAELens's counterpart of each architecture
     "flex_topk": "topk",
     "hierarchical_topk": "topk",
@@ -56,6 +57,9 @@ def training_config(architecture: str, **fields: Any) -> Any:
     """A small config of one of our architectures, or of a counterpart of SAELens's."""
     if architecture in STOCK.values():
         fields = {n: value for n, value in fields.items() if n not in FIELDS_UNKNOWN_TO_STOCK}
+    if "matryoshka" in architecture:
+        d_sae = fields.get("d_sae", D_SAE)
+        fields = {"matryoshka_widths": [d_sae // 16, d_sae // 3, d_sae], **fields}
     return TRAINING_CLASSES[architecture][1](**{"d_in": D_IN, "d_sae": D_SAE, "k": K, **fields})
 
 
