@@ -54,6 +54,7 @@ HERE = Path(__file__).parent
 N_BATCHES = 4
 STOCK, MATRYOSHKA = "topk", "matryoshka_batchtopk"
 OURS = ("hierarchical_topk", "flex_topk")
+OF_BATCHES = ("batchtopk", MATRYOSHKA, "flex_batchtopk", "flex_matryoshka_batchtopk")
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class Case:
     firing: str = "uniform"
     device: str = "cuda"
     competitors: tuple[str, ...] = (STOCK,)
+    ours: tuple[str, ...] = OURS
     with_fused_adam: bool = False
     use_cuda_graph: bool = True  # in ours, where the size is small enough
     doubling_budgets: bool = False  # in ours: level weights in place of equal ones
@@ -95,6 +97,16 @@ GPU_CASES = [
     Case("gemma_dead", **GEMMA, n_dead=20_000),
     Case("gemma_budgets", **GEMMA, doubling_budgets=True, competitors=()),
     Case("gemma_deterministic", **GEMMA, deterministic=True, competitors=(), n_steps=10),
+    Case("gemma_batch", **GEMMA, competitors=(), ours=OF_BATCHES, with_fused_adam=True),
+    Case(
+        "gemma_batch_fp32",
+        **GEMMA,
+        autocast=False,
+        competitors=(),
+        ours=OF_BATCHES,
+        with_fused_adam=True,
+    ),
+    Case("gpt2_batch", **GPT2, competitors=(), ours=OF_BATCHES, with_fused_adam=True, n_steps=100),
     # The host's time, which varies, is a good part of these steps': more of them.
     Case("gpt2", **GPT2, with_fused_adam=True, with_stages=True, n_steps=300),
     Case("gpt2_no_graph", **GPT2, use_cuda_graph=False, competitors=(), n_steps=300),
@@ -190,7 +202,7 @@ def config(case: Case, architecture: str) -> TrainingSAEConfig:
     }
     if case.doubling_budgets and architecture == OURS[0]:
         fields["budgets"] = doubling_budgets(case.k)
-    if architecture == MATRYOSHKA:
+    if "matryoshka" in architecture:
         fields["matryoshka_widths"] = [case.d_sae // 2**n for n in (4, 3, 2, 1, 0)]
     return TrainingSAEConfig.from_dict(fields)
 
@@ -434,7 +446,7 @@ def measure_stages(case: Case, gb_per_s: float) -> list[dict[str, Any]]:
 
 def measure_case(case: Case, gb_per_s: float) -> dict[str, Any]:
     results = []
-    for architecture in (*case.competitors, *OURS):
+    for architecture in (*case.competitors, *case.ours):
         for with_fused_adam in (False, True) if case.with_fused_adam else (False,):
             result = measure(case, architecture, with_fused_adam)
             stock_ms = results[0]["ms"] if results else result["ms"]
