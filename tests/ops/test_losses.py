@@ -466,7 +466,7 @@ def test_operator_passes_opcheck(levels, as_for_large_batches, on, monkeypatch) 
         monkeypatch.setattr(by_triton, "FEWEST_ELEMENTS", 0)
     indices, inputs = random_inputs((6, 5, 20, 33), device=device)
     tensors = (indices, inputs["weight"], inputs["vals"], inputs["bias"], inputs["target"])
-    arguments = (*tensors, None, levels == "last", 3.0, backend == "triton")
+    arguments = (*tensors, None, None, levels == "last", 3.0, backend == "triton")
     operator = torch.ops.sae_lens_flex.decoder_loss.default
     torch.library.opcheck(operator, (*arguments, 4 * [True]))
     with torch.no_grad():

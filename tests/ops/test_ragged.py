@@ -5,13 +5,19 @@ import dataclasses
 import pytest
 import torch
 
-from sae_lens_flex.ops import products
+from sae_lens_flex.ops import (
+    hierarchical_sae_loss,
+    products,
+    topk_sae_loss,
+    triton_hierarchical_sae_loss,
+    triton_topk_sae_loss,
+)
 from sae_lens_flex.ops.codes import Code
 from sae_lens_flex.ops.kernels import copies
 from sae_lens_flex.ops.losses import decoder_loss
 from sae_lens_flex.ops.products import gather, scatter
 
-from .comparison import TOLERANCE, every_backend, relative_error
+from .comparison import KERNEL_DEVICES, TOLERANCE, every_backend, relative_error
 from .ragged import (
     LENGTHS,
     exact,
@@ -174,3 +180,130 @@ def test_a_latent_outside_is_an_error_that_says_so() -> None:
     code.latents[1] = F
     with pytest.raises(IndexError, match=rf"indices reaches from .* in \[0, {F}\)"):
         decoder_loss(ragged_request(code, n_latents=F, d_in=D), use_triton=False)
+
+
+# --- the public functions
+
+
+def arguments_of(code: Code, request) -> dict[str, torch.Tensor]:
+    names = {"weight": request.weight, "bias": request.bias, "target": request.target}
+    return {
+        "indices": code.latents,
+        **{name: tensor.clone().requires_grad_() for name, tensor in names.items()},
+        "vals": code.values.clone().requires_grad_(),
+        "starts": code.starts,
+    }
+
+
+def assert_same_as_the_definition(loss, definition, arguments) -> None:
+    exact_arguments = {
+        name: tensor.detach().cpu().double().requires_grad_(tensor.requires_grad)
+        if tensor.is_floating_point()
+        else tensor.cpu()
+        for name, tensor in arguments.items()
+    }
+    result, expected = loss(**arguments), definition(**exact_arguments)
+    assert result.dtype == torch.float32
+    (3 * result).backward()
+    (3 * expected).backward()
+    assert relative_error(result, expected) < 1e-5
+    for name in ("weight", "vals", "bias", "target"):
+        gradient = exact_arguments[name].grad
+        if gradient is not None and gradient.numel() > 0:
+            assert relative_error(arguments[name].grad, gradient) < 1e-5, name
+
+
+@pytest.mark.parametrize("weights", ["equal", "of_samples"])
+@every_length
+@pytest.mark.parametrize("device", KERNEL_DEVICES)
+def test_public_hierarchical_loss(device, lengths, weights) -> None:
+    code = ragged_code(lengths, F, device=device, n_spare=2)
+    arguments = arguments_of(code, ragged_request(code, n_latents=F, d_in=D))
+    if weights == "of_samples":
+        arguments["level_weights"] = random_level_weights(code)
+    assert_same_as_the_definition(triton_hierarchical_sae_loss, hierarchical_sae_loss, arguments)
+
+
+@every_length
+@pytest.mark.parametrize("device", KERNEL_DEVICES)
+def test_public_topk_loss(device, lengths) -> None:
+    code = ragged_code(lengths, F, device=device, n_spare=2)
+    arguments = arguments_of(code, ragged_request(code, n_latents=F, d_in=D))
+    assert_same_as_the_definition(triton_topk_sae_loss, topk_sae_loss, arguments)
+
+
+def test_definition_of_rows_of_one_length_is_that_of_a_rectangle() -> None:
+    code = ragged_code((5, 5, 5), F)
+    ragged = arguments_of(code, ragged_request(code, n_latents=F, d_in=D))
+    even = {**ragged, "indices": code.latents.view(3, 5), "vals": code.values.view(3, 5)}
+    del even["starts"]
+    torch.testing.assert_close(topk_sae_loss(**ragged), topk_sae_loss(**even))
+    expected = hierarchical_sae_loss(**even)
+    torch.testing.assert_close(hierarchical_sae_loss(**ragged), expected)
+    of_samples = torch.tensor([0.0] + 5 * [1 / 5]).repeat(3, 1)
+    torch.testing.assert_close(hierarchical_sae_loss(**even, level_weights=of_samples), expected)
+    of_samples[:, 0] = 2  # and the bias alone
+    expected = expected + 2 * (ragged["bias"] - ragged["target"]).square().mean()
+    loss = hierarchical_sae_loss(**even, level_weights=of_samples)
+    torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize("device", KERNEL_DEVICES)
+def test_public_loss_with_weights_of_each_sample(device) -> None:
+    code = ragged_code((5, 5, 5), F, device=device)
+    arguments = arguments_of(code, ragged_request(code, n_latents=F, d_in=D))
+    arguments["indices"] = code.latents.view(3, 5)
+    arguments["vals"] = code.values.view(3, 5).clone().requires_grad_()
+    arguments["level_weights"] = random_level_weights(code).view(6, 3).T
+    del arguments["starts"]
+    assert_same_as_the_definition(triton_hierarchical_sae_loss, hierarchical_sae_loss, arguments)
+
+
+WRONG = {
+    "indices": (
+        torch.zeros(3, 4, dtype=torch.int64),
+        r"indices has shape \[3, 4\], expected \[n\]",
+    ),
+    "vals": (torch.zeros(4), r"vals has shape \[4\], expected indices' \[5\]"),
+    "starts": (torch.tensor([0, 5]), r"starts has shape \[2\], expected one more .*\[3\]"),
+    "starts-dtype": (torch.zeros(3), r"starts has dtype torch.float32, expected torch.int32"),
+    "starts-order": (torch.tensor([0, 4, 3]), r"starts goes from 0 to 3, expected ascending"),
+    "starts-end": (torch.tensor([0, 4, 6]), r"starts goes from 0 to 6, .* number of pairs, 5"),
+    "starts-begin": (torch.tensor([1, 4, 5]), r"starts goes from 1 to 5, expected .* from 0"),
+    "level_weights": (
+        torch.zeros(5),
+        r"level_weights has shape \[5\], expected a number for each pair and each sample, \[7\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+@pytest.mark.parametrize("loss", [hierarchical_sae_loss, triton_hierarchical_sae_loss])
+def test_wrong_argument_is_an_error_that_names_it(loss, case) -> None:
+    code = ragged_code((2, 3), F)
+    arguments = arguments_of(code, ragged_request(code, n_latents=F, d_in=D))
+    wrong, message = WRONG[case]
+    with pytest.raises((TypeError, ValueError), match=message):
+        loss(**{**arguments, case.split("-")[0]: wrong})
+
+
+def test_level_weights_of_a_rectangle_fit_it() -> None:
+    code = ragged_code((2, 2), F)
+    arguments = arguments_of(code, ragged_request(code, n_latents=F, d_in=D))
+    arguments["indices"], arguments["vals"] = code.latents.view(2, 2), code.values.view(2, 2)
+    del arguments["starts"]
+    message = r"level_weights has shape \[2, 2\], expected .*\[2\], or .* \[2, 3\]"
+    with pytest.raises(ValueError, match=message):
+        hierarchical_sae_loss(**arguments, level_weights=torch.zeros(2, 2))
+
+
+@every_backend
+def test_operator_with_rows_of_different_length_passes_opcheck(on) -> None:
+    code = ragged_code((3, 0, 9), F, device=on[1])
+    request = ragged_request(code, n_latents=F, d_in=D)
+    tensors = (request.weight, code.values, request.bias, request.target)
+    tensors = (code.latents, *(tensor.requires_grad_() for tensor in tensors))
+    operator = torch.ops.sae_lens_flex.decoder_loss.default
+    for weights in (None, random_level_weights(code)):
+        arguments = (*tensors, weights, code.starts, weights is None, 3.0, on[0] == "triton")
+        torch.library.opcheck(operator, (*arguments, 4 * [True]))
