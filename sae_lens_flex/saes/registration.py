@@ -26,9 +26,13 @@ INFERENCE_CLASSES: dict[str, tuple[type, type]] = {
         CheckedTopKSAEConfig,
     ),  # so that SAE.load_from_disk takes its checkpoints
 }
-TRAINING_CLASSES: dict[str, tuple[type, type]] = {
+# Those that keep k latents of each sample.
+TOPK_TRAINING_CLASSES: dict[str, tuple[type, type]] = {
     "hierarchical_topk": (HierarchicalTopKTrainingSAE, HierarchicalTopKTrainingSAEConfig),
     "flex_topk": (FlexTopKTrainingSAE, FlexTopKTrainingSAEConfig),
+}
+TRAINING_CLASSES: dict[str, tuple[type, type]] = {
+    **TOPK_TRAINING_CLASSES,
     "flex_batchtopk": (FlexBatchTopKTrainingSAE, FlexBatchTopKTrainingSAEConfig),
     "flex_matryoshka_batchtopk": (
         FlexMatryoshkaBatchTopKTrainingSAE,
