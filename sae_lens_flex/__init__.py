@@ -1,7 +1,7 @@
 """One sparse autoencoder for every sparsity, trained with SAELens.
 
-Importing this package registers the architectures "hierarchical_topk", "flex_topk", "flex_batchtopk" and
-"flex_matryoshka_batchtopk" in SAELens.
+Importing this package registers the architectures "hierarchical_topk", "flex_topk",
+"flex_batchtopk" and "flex_matryoshka_batchtopk" in SAELens.
 """
 
 from .acceleration import accelerate, fused_adam
