@@ -100,9 +100,10 @@ def _select_by_triton(rows: torch.Tensor, encoder: Encoder, n_kept: int) -> Code
             dtype=dtype,
         )
         del products, maxima
-        kept, smallest = _first_largest_keys(found, n_kept, n_samples)
+        part, smallest = _first_largest_keys(found, n_kept, n_samples)
         bound = bound.maximum(smallest + 1)  # Of equal ones the earlier are kept.
-        parts.append(kept)
+        parts.append(part)
+    kept = parts[0]
     if len(parts) > 1:
         joined = kernels.Candidates(*map(torch.cat, zip(*parts, strict=True)))
         kept, _ = _first_largest_keys(joined, n_kept, n_samples)

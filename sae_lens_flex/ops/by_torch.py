@@ -49,7 +49,7 @@ def _walk_batch(request: DecoderLoss) -> LossAndGradients:
     of_samples = level_weights = level_errors = None  # [1, K, 1], or None for the last level alone
     if are_of_samples(request.levels, code) and isinstance(request.levels, torch.Tensor):
         of_samples = request.levels.to(dtype)
-        level_errors = new(wanted.level_errors, *of_samples.shape)
+        level_errors = new(request.wants_level_errors, *of_samples.shape)
     elif isinstance(request.levels, torch.Tensor):
         level_weights = request.levels.to(dtype).view(1, -1, 1)
     elif request.levels == "every":
@@ -70,10 +70,11 @@ def _walk_batch(request: DecoderLoss) -> LossAndGradients:
             s = (2 * scale) * r
         else:
             r = (v.unsqueeze(-1) * w).cumsum(dim=1).sub_(x.unsqueeze(1))  # [b, K, D]
-            if of_samples is None:
+            if level_weights is not None:
                 g = r * level_weights
                 part = torch.dot(g.flatten(), r.flatten())
             else:
+                assert of_samples is not None
                 exists, cells = rows.levels(chunk.start)  # [b, K + 1]
                 c = torch.zeros_like(exists, dtype=dtype)
                 c.masked_scatter_(exists, of_samples.view(-1)[cells])

@@ -115,7 +115,7 @@ def _by_walk(request: DecoderLoss) -> LossAndGradients:
         outputs["grad_values"] = grad_values.view(request.code.values.shape)
     if wanted.bias:
         outputs["grad_bias"] = grad_bias.view(bias_rows, d_in)
-    if wanted.level_errors and of_samples and isinstance(levels, torch.Tensor):
+    if request.wants_level_errors and of_samples and isinstance(levels, torch.Tensor):
         outputs["level_errors"] = torch.zeros_like(levels, dtype=torch.float32)
     if request.deterministic:
         _walk_slice_by_slice(request, batch, outputs, levels)

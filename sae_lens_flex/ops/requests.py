@@ -45,7 +45,6 @@ class Wanted(NamedTuple):
     values: torch.dtype | None = None
     bias: torch.dtype | None = None
     target: torch.dtype | None = None
-    level_errors: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,6 +64,8 @@ class DecoderLoss:
         wanted: which outputs to compute.
         index: the inverted index of the code, where it is at hand.
         deterministic: whether the results must be the same from run to run.
+        wants_level_errors: whether to return the errors of the levels, given weights of each
+            sample.
     """
 
     code: Code
@@ -76,6 +77,7 @@ class DecoderLoss:
     wanted: Wanted
     index: InvertedIndex | None = None
     deterministic: bool = False
+    wants_level_errors: bool = False
 
 
 class LossAndGradients(NamedTuple):

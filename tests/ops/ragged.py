@@ -70,8 +70,7 @@ def ragged_request(
     weight, bias, target = randn(n_latents, d_in), randn(d_in), randn(code.n_samples, d_in)
     sums = torch.promote_types(dtype, torch.float32)
     fields = {"residual": True, "weight": sums, "values": sums, "bias": sums, "target": sums}
-    if not isinstance(levels, str):
-        fields["level_errors"] = True
+    wants_level_errors = wanted.pop("level_errors", not isinstance(levels, str))
     fields.update(wanted)
     return DecoderLoss(
         code=code,
@@ -82,6 +81,7 @@ def ragged_request(
         scale=scale,
         wanted=Wanted(**fields),
         deterministic=deterministic,
+        wants_level_errors=wants_level_errors,
     )
 
 
