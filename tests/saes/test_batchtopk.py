@@ -8,6 +8,7 @@ import pytest
 import torch
 from comparison import (
     D_SAE,
+    DEVICES,
     FEW_DEAD,
     MANY_DEAD,
     STOCK,
@@ -385,3 +386,37 @@ def test_widths_that_stock_refuses_are_refused(widths) -> None:
 def test_several_processes_are_refused_by_name(architecture) -> None:
     with pytest.raises(NotImplementedError, match=r"BatchTopKTrainingSAE, .* one process only"):
         shard(trained_sae(architecture))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@every_architecture
+def test_deterministic_steps_are_equal_from_run_to_run(architecture, device) -> None:
+    if device == "cuda":
+        pytest.importorskip("triton")
+    sae = trained_sae(architecture, device=device)
+    x, dead = random_activations().to(device), dead_mask(MANY_DEAD).to(device)
+    torch.use_deterministic_algorithms(True)
+    try:
+        runs = []
+        for _ in range(2):
+            output = run_step(sae, x, dead)
+            runs.append([output.loss, *(parameter.grad.clone() for parameter in sae.parameters())])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for value, expected in zip(*runs, strict=True):
+        assert torch.equal(value, expected)
+    assert_close(runs[0][0], run_step(sae, x, dead).loss, name="loss")
+
+
+@pytest.mark.gpu
+@every_architecture
+def test_a_step_at_scale_is_that_of_pytorch(architecture) -> None:
+    fields = {"d_in": 200, "d_sae": 5000, "k": 20.5, "device": "cuda"}
+    saes = [trained_sae(architecture, backend=name, **fields) for name in ("torch", "triton")]
+    x = random_activations(1001, 200).cuda()
+    x[7] *= 30  # which takes most of the batch's latents
+    expected, output = (run_step(sae, x, dead_mask(3000, 5000).cuda()) for sae in saes)
+    assert int(expected.feature_acts.to_dense()[7].count_nonzero()) > 1000
+    assert torch.equal(output.feature_acts.to_dense() > 0, expected.feature_acts.to_dense() > 0)
+    assert_same_losses(output, expected)
+    assert_same_gradients(saes[1], saes[0])
