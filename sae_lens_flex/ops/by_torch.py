@@ -77,7 +77,7 @@ def _walk_batch(request: DecoderLoss) -> LossAndGradients:
                 assert of_samples is not None
                 exists, cells = rows.levels(chunk.start)  # [b, K + 1]
                 c = torch.zeros_like(exists, dtype=dtype)
-                c.masked_scatter_(exists, of_samples.view(-1)[cells])
+                c[exists] = of_samples.reshape(-1)[cells]
                 all_r = torch.cat((-x.unsqueeze(1), r), dim=1)  # [b, K + 1, D]
                 counted = all_r.masked_fill((c == 0).unsqueeze(-1), 0)
                 errors = counted.square().sum(-1)

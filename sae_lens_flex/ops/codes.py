@@ -116,10 +116,8 @@ class Code:
         lengths = starts.diff().unsqueeze(-1)
         level = torch.arange(max(1, int(lengths.max())), device=starts.device)
         exists = level < lengths  # [b, L]
-        latents, values = (
-            part.new_zeros(exists.shape).masked_scatter_(exists, part[pairs])
-            for part in (self.latents, self.values)
-        )
+        latents, values = (part.new_zeros(exists.shape) for part in (self.latents, self.values))
+        latents[exists], values[exists] = self.latents[pairs], self.values[pairs]
         return Rows(latents, values, pairs, exists)
 
 

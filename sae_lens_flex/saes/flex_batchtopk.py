@@ -96,7 +96,6 @@ class FlexBatchTopKTrainingSAE(FusedTopKTrainingSAE, BatchTopKTrainingSAE):
 
     cfg: FlexBatchTopKTrainingSAEConfig  # type: ignore[assignment]
 
-    use_cuda_graph: bool = False
     _over_batch = True
 
     @override

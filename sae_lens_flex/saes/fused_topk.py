@@ -294,6 +294,7 @@ class FusedTopKTrainingSAE(OwnNormalization, TopKTrainingSAE):
         """Return what records the step as a CUDA graph, or None where it is not to be recorded."""
         if not (
             self.use_cuda_graph
+            and not spec.over_batch  # whose codes a recording does not hold
             and spec.use_triton
             and any(wanted)
             and is_worth_recording(weights, inputs)

@@ -36,7 +36,10 @@ class WidthLevels(NamedTuple):
 
     def weights(self, of_widths: torch.Tensor) -> torch.Tensor:
         """Return the weight of each level, [n_levels], given that of each width, [n]."""
-        sums = torch.cat((of_widths.new_zeros(1), of_widths.cumsum(0)))
+        width = torch.arange(len(of_widths), device=of_widths.device)
+        is_below = width < torch.arange(len(of_widths) + 1, device=width.device).unsqueeze(-1)
+        # The sum of the weights of the first 0, 1, ... n widths; `cumsum` varies on a GPU.
+        sums = of_widths.where(is_below, 0).sum(-1)
         return sums[self.last] - sums[self.first]
 
     def sums(self, of_levels: torch.Tensor, n_widths: int) -> torch.Tensor:

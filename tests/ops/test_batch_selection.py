@@ -56,7 +56,7 @@ def chunks(request, monkeypatch) -> None:
 
 
 @pytest.mark.usefixtures("chunks")
-@pytest.mark.parametrize("n_kept", [0, 1, 5, 70, 140, B * F])
+@pytest.mark.parametrize("n_kept", [0, 1, 70, B * F])
 @pytest.mark.parametrize("has_norms", [False, True])
 @every_backend
 def test_largest_are_kept(on, n_kept, has_norms) -> None:
@@ -67,7 +67,7 @@ def test_largest_are_kept(on, n_kept, has_norms) -> None:
 
 
 @pytest.mark.usefixtures("chunks")
-@pytest.mark.parametrize("n_kept", [1, 5, 30, 100])
+@pytest.mark.parametrize("n_kept", [1, 30, 100])
 @every_backend
 def test_of_equal_ones_the_first_are_kept(on, n_kept) -> None:
     hidden = random_hidden(B, F).mul(2).round().div(2)
