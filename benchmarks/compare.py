@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from .train_step import name_of
+
 SLOWER, MORE_MEMORY = 1.02, 1.005
 MEASURED = ("ms", "device_ms", "graph_ms", "peak_gib")
 
@@ -22,8 +24,7 @@ def cells(record: dict[str, Any]) -> dict[str, dict[str, float]]:
     found = {}
     for case, content in record.get("cases", {}).items():
         for result in content["results"]:
-            adam = "+fused_adam" if result["fused_adam"] else ""
-            found[f"{case} {result['architecture']}{adam}"] = result
+            found[f"{case} {name_of(result)}"] = result
     names = ("implementation", "loss", *"BKFD", "indices", "weight", "deterministic")
     for table in record.values():
         for row in table.get("rows", []) if isinstance(table, dict) else []:

@@ -38,6 +38,8 @@ from triton.testing import do_bench
 from sae_lens_flex import ops
 from sae_lens_flex.ops import by_triton
 
+from .measuring import NothingComputed
+
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "decoder_loss.json"
 PUBLISHED = HERE / "results" / "decoder_loss_published.json"  # measured in another run
@@ -239,27 +241,13 @@ def table_compiled(losses: dict[str, dict[str, Loss]]) -> list[dict[str, Any]]:
     return rows
 
 
-class _NothingComputed(torch.autograd.Function):
-    """A loss and gradients without values: what PyTorch itself takes of a loss's time."""
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        ctx.gradients = [torch.empty_like(tensor) for tensor in inputs]
-        return inputs[0].new_empty(())
-
-    @staticmethod
-    def backward(ctx, *grad_outputs):
-        gradients, ctx.gradients = ctx.gradients, None
-        return tuple(gradients)
-
-
 def table_small(losses: dict[str, dict[str, Loss]]) -> list[dict[str, Any]]:
     """Sizes at which launches count, and the host's time for a loss without any."""
     sizes = (SMALL, SMALL._replace(B=1024), Size(4096, 64, 24576, 768))
     rows = [row for size in sizes for row in measure_all(losses, size, as_graph=True)]
     batch = Batch(SMALL, "uniform", torch.float32)
     inputs = batch.weight, batch.vals, batch.bias
-    step = partial(batch.step, lambda *_: _NothingComputed.apply(*inputs))
+    step = partial(batch.step, lambda *_: NothingComputed.apply(*inputs))
     floor = {"floor": "an autograd function that computes nothing"}
     rows.append(floor | times_from_python(step))
     print(rows[-1], flush=True)

@@ -41,8 +41,9 @@ from sae_lens.saes.sae import TrainingSAE, TrainStepInput
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import sae_lens_flex
+from sae_lens_flex.training.graph import ORDINARY_CALLS
 
-from .train_step import ORDINARY_CALLS, device_ms, machine, median_ms, peak_memory
+from .measuring import device_ms, kind, machine, median_ms, peak_memory
 
 HERE = Path(__file__).parent
 RESULT = "result of benchmarks.scale: "
@@ -341,6 +342,45 @@ def print_result(result: dict[str, Any]) -> None:
     print(name, *parts, flush=True)
 
 
+def plot(path: Path, figure_path: Path) -> None:
+    """Draw tokens/s over the number of GPUs, a panel for each case in `path`."""
+    from plotly.subplots import make_subplots
+
+    record = json.loads(path.read_text())
+    results = [result for result in record["results"] if result["ms"] is not None]
+    cases = {result["name"]: result for result in results}
+    titles = [
+        f"{case['d_in']} x {case['d_sae']:,}, batch {case['batch']}" for case in cases.values()
+    ]
+    figure = make_subplots(1, len(cases), subplot_titles=titles)
+    for column, name in enumerate(cases, 1):
+        lines: dict[str, dict[int, float]] = {}
+        for result in results:
+            if result["name"] == name:
+                of_mode = {"one": ("sharded", "copies")}.get(result["mode"], (result["mode"],))
+                for mode in of_mode:
+                    lines.setdefault(mode, {})[result["ranks"]] = result["tokens_per_s"]
+        ideal = {n: n * lines["sharded"][1] for n in lines["sharded"]}
+        for mode, color in (("sharded", "#1f77b4"), ("copies", "#ff7f0e"), ("ideal", "#bbbbbb")):
+            points = ideal if mode == "ideal" else lines[mode]
+            figure.add_scatter(
+                x=list(points),
+                y=list(points.values()),
+                name=mode,
+                line={"color": color, "dash": "dot" if mode == "ideal" else "solid"},
+                showlegend=column == 1,
+                row=1,
+                col=column,
+            )
+    figure.update_xaxes(type="log", tickvals=[1, 2, 4, 8], title="GPUs")
+    figure.update_yaxes(type="log")
+    figure.update_layout(
+        title=f"Tokens/s of training steps, {record['machine']}", template="plotly_white"
+    )
+    figure_path.parent.mkdir(parents=True, exist_ok=True)
+    figure.write_image(figure_path, width=300 * len(cases), height=420, scale=2)
+
+
 def main() -> None:
     n_gpus = torch.cuda.device_count()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -353,11 +393,20 @@ def main() -> None:
     parser.add_argument(
         "--largest", type=int, metavar="D_IN", help="look for the largest dictionary of this width"
     )
+    parser.add_argument(
+        "--plot", action="store_true", help="draw the figure of --results; measures nothing"
+    )
     parser.add_argument("--work", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     cases = QUICK_CASES if arguments.quick else CASES
     if arguments.work:
         work([(Case(**case), mode) for case, mode in arguments.work], arguments.quick)
+        return
+    if arguments.plot:
+        path = arguments.results
+        if path is None:
+            parser.error("--plot needs --results, the JSON file to draw")
+        plot(path, HERE / "figures" / f"{path.stem}.png")
         return
     if not arguments.quick and n_gpus == 0:
         parser.error("there is no GPU here; --quick runs a small case on a CPU")
@@ -371,7 +420,7 @@ def main() -> None:
     path = arguments.results
     if path is None and not arguments.quick:
         name = f"largest_{arguments.largest}" if arguments.largest else "scale"
-        path = HERE / "results" / f"{name}_{machine('cuda').split()[-1].lower()}.json"
+        path = HERE / "results" / f"{name}_{kind('cuda')}.json"
     if arguments.largest:
         find_largest(arguments.largest, ranks, path)
     elif not run(cases, ranks, path, arguments.quick):

@@ -17,20 +17,13 @@ copy, which is measured in the same run, or the matrix product alone.
 """
 
 import argparse
-import datetime
-import gc
 import json
-import platform
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from importlib.util import find_spec
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +43,24 @@ from sae_lens_flex.saes.budgets import doubling_budgets
 from sae_lens_flex.training.firing import feature_acts
 from sae_lens_flex.training.graph import ORDINARY_CALLS
 
+from .measuring import (
+    describe_host,
+    description,
+    device_ms,
+    kind,
+    median_ms,
+    peak_memory,
+)
+
 HERE = Path(__file__).parent
 N_BATCHES = 4
 STOCK, MATRYOSHKA = "topk", "matryoshka_batchtopk"
 OURS = ("hierarchical_topk", "flex_topk")
-OF_BATCHES = ("batchtopk", MATRYOSHKA, "flex_batchtopk", "flex_matryoshka_batchtopk")
+BLOCKS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "": nullcontext,
+    "fused_adam": sae_lens_flex.fused_adam,
+    "accelerate": sae_lens_flex.accelerate,
+}
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,7 @@ class Case:
     device: str = "cuda"
     competitors: tuple[str, ...] = (STOCK,)
     ours: tuple[str, ...] = OURS
-    with_fused_adam: bool = False
+    within: tuple[str, ...] = ()  # blocks of ours around the trainer, beside none
     use_cuda_graph: bool = True  # in ours, where the size is small enough
     doubling_budgets: bool = False  # in ours: level weights in place of equal ones
     deterministic: bool = False
@@ -81,6 +87,11 @@ class Case:
     n_steps: int = 30
 
 
+ADAM, ACCELERATE = ("fused_adam",), ("accelerate",)
+BATCH: dict[str, Any] = {
+    "competitors": ("batchtopk", MATRYOSHKA),
+    "ours": ("flex_batchtopk", "flex_matryoshka_batchtopk"),
+}
 GEMMA = {"d_in": 2304, "d_sae": 65536, "k": 128, "batch": 4096}
 GPT2 = {"d_in": 768, "d_sae": 24576, "k": 64, "batch": 4096}
 SMALL = {"d_in": 256, "d_sae": 8192, "k": 32, "batch": 1024}
@@ -89,29 +100,24 @@ GPU_CASES = [
         "gemma",
         **GEMMA,
         competitors=(STOCK, MATRYOSHKA),
-        with_fused_adam=True,
+        within=ADAM + ACCELERATE,
         with_stages=True,
     ),
-    Case("gemma_zipf", **GEMMA, firing="zipf", with_fused_adam=True, with_stages=True),
-    Case("gemma_fp32", **GEMMA, autocast=False, with_fused_adam=True, with_stages=True),
-    Case("gemma_dead", **GEMMA, n_dead=20_000),
+    Case("gemma_zipf", **GEMMA, firing="zipf", within=ADAM, with_stages=True),
+    Case("gemma_fp32", **GEMMA, autocast=False, within=ADAM, with_stages=True),
+    Case("gemma_dead", **GEMMA, n_dead=20_000, within=ACCELERATE),
     Case("gemma_budgets", **GEMMA, doubling_budgets=True, competitors=()),
     Case("gemma_deterministic", **GEMMA, deterministic=True, competitors=(), n_steps=10),
-    Case("gemma_batch", **GEMMA, competitors=(), ours=OF_BATCHES, with_fused_adam=True),
-    Case(
-        "gemma_batch_fp32",
-        **GEMMA,
-        autocast=False,
-        competitors=(),
-        ours=OF_BATCHES,
-        with_fused_adam=True,
-    ),
-    Case("gpt2_batch", **GPT2, competitors=(), ours=OF_BATCHES, with_fused_adam=True, n_steps=100),
+    Case("gemma_batch", **GEMMA, **BATCH, within=ACCELERATE),
+    Case("gemma_batch_fp32", **GEMMA, **BATCH, autocast=False, within=ACCELERATE),
+    Case("gpt2_batch", **GPT2, **BATCH, within=ACCELERATE, n_steps=100),
     # The host's time, which varies, is a good part of these steps': more of them.
-    Case("gpt2", **GPT2, with_fused_adam=True, with_stages=True, n_steps=300),
+    Case("gpt2", **GPT2, within=ADAM + ACCELERATE, with_stages=True, n_steps=300),
     Case("gpt2_no_graph", **GPT2, use_cuda_graph=False, competitors=(), n_steps=300),
     Case("gpt2_budgets", **GPT2, doubling_budgets=True, competitors=(), n_steps=300),
-    Case("gpt2_fp32", **GPT2, autocast=False, with_fused_adam=True, n_steps=100),
+    Case("gpt2_fp32", **GPT2, autocast=False, within=ADAM, n_steps=100),
+    Case("smollm2", d_in=576, d_sae=16384, k=64, batch=4096, within=ACCELERATE, n_steps=300),
+    Case("small", d_in=384, d_sae=4096, k=32, batch=4096, within=ACCELERATE, n_steps=300),
     Case("million", d_in=2304, d_sae=2**20, k=64, batch=4096, n_steps=10),
 ]
 CPU_CASES = [
@@ -144,52 +150,11 @@ QUICK_CASES = [
         autocast=False,
         device="cpu",
         competitors=(STOCK, MATRYOSHKA),
-        with_fused_adam=True,
+        within=ADAM + ACCELERATE,
         with_stages=True,
     ),
     Case("quick_dead", d_in=64, d_sae=2048, k=16, batch=256, n_dead=500, device="cpu"),
 ]
-
-
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def median_ms(function: Callable[[], Any], device: str, n_warm_up: int = 3, n: int = 15) -> float:
-    """Return the median distance between the ends of calls made one after the other."""
-    for _ in range(n_warm_up):
-        function()
-    synchronize(device)
-    if device == "cuda":
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(n + 1)]
-        events[0].record()
-        for event in events[1:]:
-            function()
-            event.record()
-        synchronize(device)
-        times = [a.elapsed_time(b) for a, b in pairwise(events)]
-    else:
-        times = []
-        for _ in range(n):
-            start = time.perf_counter()
-            function()
-            times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times)
-
-
-def device_ms(function: Callable[[], Any], n: int = 5) -> float | None:
-    """Return how long the device works in a call: the sum of its kernels, copies and fills.
-
-    None where the profiler sees no kernel.
-    """
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in range(n):
-            function()
-        torch.cuda.synchronize()
-    total_us = sum(event.self_device_time_total for event in profile.key_averages())
-    return total_us / 1e3 / n or None
 
 
 def config(case: Case, architecture: str) -> TrainingSAEConfig:
@@ -243,7 +208,7 @@ def new_batches(case: Case) -> list[torch.Tensor]:
     ]
 
 
-def new_trainer(case: Case, sae: TrainingSAE[Any], with_fused_adam: bool) -> SAETrainer[Any, Any]:
+def new_trainer(case: Case, sae: TrainingSAE[Any]) -> SAETrainer[Any, Any]:
     cfg = SAETrainerConfig(
         total_training_samples=10**9,
         train_batch_size_samples=case.batch,
@@ -252,8 +217,7 @@ def new_trainer(case: Case, sae: TrainingSAE[Any], with_fused_adam: bool) -> SAE
         device=case.device,
         autocast=case.autocast,
     )
-    with sae_lens_flex.fused_adam() if with_fused_adam else nullcontext():
-        return SAETrainer(cfg=cfg, sae=sae, data_provider=iter(()))
+    return SAETrainer(cfg=cfg, sae=sae, data_provider=iter(()))
 
 
 def steps(case: Case, trainer: SAETrainer[Any, Any]) -> Callable[[], None]:
@@ -269,28 +233,6 @@ def steps(case: Case, trainer: SAETrainer[Any, Any]) -> Callable[[], None]:
 
 
 @contextmanager
-def peak_memory(device: str) -> Iterator[Callable[[], dict[str, float | None]]]:
-    """Yield a function that returns the peaks of the memory allocated and reserved, in GiB.
-
-    What a CUDA graph keeps for its replays is reserved, and allocated while it is recorded.
-    """
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-
-    def peaks() -> dict[str, float | None]:
-        if device != "cuda":
-            return {"peak_gib": None}
-        return {
-            "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
-            "peak_reserved_gib": torch.cuda.max_memory_reserved() / 2**30,
-        }
-
-    yield peaks
-
-
-@contextmanager
 def busy_processes(n: int) -> Iterator[None]:
     """Keep n processes busy that do nothing but count."""
     processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(n)]
@@ -302,13 +244,17 @@ def busy_processes(n: int) -> Iterator[None]:
             process.wait()
 
 
-def measure(case: Case, architecture: str, with_fused_adam: bool) -> dict[str, Any]:
-    """Train, and return the step's time and memory; None for them where memory does not suffice."""
-    result: dict[str, Any] = {"architecture": architecture, "fused_adam": with_fused_adam}
-    with peak_memory(case.device) as peaks:
+def measure(case: Case, architecture: str, within: str) -> dict[str, Any]:
+    """Train, and return the step's time and memory; None for them where memory does not suffice.
+
+    Args:
+        within: a key of `BLOCKS`.
+    """
+    result: dict[str, Any] = {"architecture": architecture, "within": within}
+    with peak_memory(case.device) as peaks, BLOCKS[within]():
         try:
             torch.use_deterministic_algorithms(case.deterministic)
-            trainer = new_trainer(case, new_sae(case, architecture), with_fused_adam)
+            trainer = new_trainer(case, new_sae(case, architecture))
             step = steps(case, trainer)
             with busy_processes(case.n_busy):
                 result["ms"] = median_ms(step, case.device, ORDINARY_CALLS + 2, case.n_steps)
@@ -333,7 +279,7 @@ def copy_speed(device: str) -> float:
 def measure_stages(case: Case, gb_per_s: float) -> list[dict[str, Any]]:
     """Time the parts of a step; floors are in ms, or None where there is no simple one."""
     sae: Any = new_sae(case, OURS[0])
-    trainer = new_trainer(case, sae, False)
+    trainer = new_trainer(case, sae)
     x = new_batches(case)[0]
     dtype = torch.bfloat16 if case.autocast else torch.float32
     n_weight = case.d_in * case.d_sae
@@ -439,7 +385,7 @@ def measure_stages(case: Case, gb_per_s: float) -> list[dict[str, Any]]:
     add("Adam", trainer.optimizer.step, adam_bytes)
     trainer.optimizer = None
     with sae_lens_flex.fused_adam():
-        trainer = new_trainer(case, sae, True)
+        trainer = new_trainer(case, sae)
     add("Adam, fused", trainer.optimizer.step, adam_bytes)
     return rows
 
@@ -447,8 +393,10 @@ def measure_stages(case: Case, gb_per_s: float) -> list[dict[str, Any]]:
 def measure_case(case: Case, gb_per_s: float) -> dict[str, Any]:
     results = []
     for architecture in (*case.competitors, *case.ours):
-        for with_fused_adam in (False, True) if case.with_fused_adam else (False,):
-            result = measure(case, architecture, with_fused_adam)
+        # Stock is SAELens as it is; with another optimizer it shows what else that does.
+        within = case.within if architecture in case.ours else [b for b in case.within if b in ADAM]
+        for block in ("", *within):
+            result = measure(case, architecture, block)
             stock_ms = results[0]["ms"] if results else result["ms"]
             if case.competitors and stock_ms is not None and result["ms"] is not None:
                 result["speedup"] = stock_ms / result["ms"]
@@ -461,8 +409,15 @@ def measure_case(case: Case, gb_per_s: float) -> dict[str, Any]:
     return record
 
 
+def name_of(result: dict[str, Any]) -> str:
+    within = result.get("within", "")
+    if result.get("fused_adam"):  # of results before `accelerate`
+        within = "fused_adam"
+    return f"{result['architecture']} + {within}" if within else result["architecture"]
+
+
 def print_result(case: Case, result: dict[str, Any]) -> None:
-    name = result["architecture"] + (" + fused_adam" if result["fused_adam"] else "")
+    name = name_of(result)
     if result["ms"] is None:
         print(f"{case.name:12} {name:34} out of memory", flush=True)
         return
@@ -480,27 +435,17 @@ def print_stages(case: Case, stages: list[dict[str, Any]]) -> None:
         print(f"{case.name:12}   {row['stage']:32} {row['ms']:9.3f} ms  {floor}{topk}", flush=True)
 
 
-def machine(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    return f"{torch.get_num_threads()} threads of a {platform.machine().replace('_', '-')} CPU"
-
-
 def run(cases: list[Case], path: Path | None) -> None:
     device = cases[0].device
     gb_per_s = copy_speed(device)
-    print(f"{machine(device)}, copy {gb_per_s:.0f} GB/s", flush=True)
+    now = description(device)
+    host = describe_host(now["host_ms"])
+    print(f"{now['machine']}, copy {gb_per_s:.0f} GB/s, {host}", flush=True)
     record = json.loads(path.read_text()) if path is not None and path.exists() else {"cases": {}}
-    record |= {
-        "machine": machine(device),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "sae-lens")},
-        **({"triton": version("triton")} if device == "cuda" else {}),
-        "copy_gb_per_s": gb_per_s,
-    }
+    record |= now | {"copy_gb_per_s": gb_per_s}
     for case in cases:
         measured = measure_case(case, gb_per_s)
-        record["cases"][case.name] = {"date": datetime.date.today().isoformat(), **measured}
+        record["cases"][case.name] = {"date": now["date"], "host_ms": now["host_ms"], **measured}
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(record, indent=2) + "\n")
@@ -515,7 +460,7 @@ def plot(path: Path, figure_path: Path) -> None:
     for case in record["cases"].values():
         for result in case["results"]:
             if "speedup" in result:
-                name = result["architecture"] + (" + fused_adam" if result["fused_adam"] else "")
+                name = name_of(result)
                 names, speedups = bars.setdefault(name, ([], []))
                 names.append(case["name"])
                 speedups.append(result["speedup"])
@@ -552,8 +497,8 @@ def main() -> None:
             if name not in names:
                 parser.error(f"--cases has {name!r}, expected some of {', '.join(names)}")
         cases = [case for case in cases if case.name in arguments.cases]
-    kind = machine("cuda" if is_gpu else "cpu").split()[-1].lower()
-    path = arguments.results or HERE / "results" / f"train_step_{kind}.json"
+    name = f"train_step_{kind('cuda' if is_gpu else 'cpu')}.json"
+    path = arguments.results or HERE / "results" / name
     if arguments.quick:
         run(cases, arguments.results)
     elif arguments.plot:

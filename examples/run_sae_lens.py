@@ -194,7 +194,8 @@ def train(args: argparse.Namespace) -> None:
     )
     training_text = load_dataset(args.dataset, split="train", streaming=True)
     runner = sae_lens_flex.ShardedTrainingRunner if SEVERAL else LanguageModelSAETrainingRunner
-    runner(cfg, override_dataset=training_text.skip(HELD_OUT_DOCUMENTS)).run()
+    with sae_lens_flex.accelerate():
+        runner(cfg, override_dataset=training_text.skip(HELD_OUT_DOCUMENTS)).run()
 
 
 def evaluate(args: argparse.Namespace) -> None:

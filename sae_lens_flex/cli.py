@@ -27,6 +27,7 @@ from sae_lens.load_model import load_model
 from sae_lens.saes.topk_sae import TopKSAE
 
 from . import __version__
+from .acceleration import accelerate
 from .distributed import ShardedTrainingRunner
 from .distributed.processes import are_several, is_first_to_fail, is_rank_0, join
 from .distributed.runner import check_settings
@@ -208,7 +209,7 @@ def train(argv: list[str]) -> int:
         runner_class = ShardedTrainingRunner
         check_settings(cfg, join(cfg.device))  # From here on "cuda" is this process's GPU.
     uses_triton(getattr(cfg.sae, "backend", "auto"), _device(cfg.device))  # It may raise.
-    with _quietly():
+    with _quietly(), accelerate():
         names = [f"model {cfg.model_name}", f"dataset {cfg.dataset_path}"]
         if cfg.model_class_name == "AutoModelForCausalLM" and not Path(cfg.model_name).is_dir():
             names[0] += " (not a directory here)"
@@ -217,7 +218,8 @@ def train(argv: list[str]) -> int:
         _check_activations(runner)
     if cfg.output_path is not None and is_rank_0():
         Path(cfg.output_path).mkdir(parents=True, exist_ok=True)
-    trained: Any = runner.run()
+    with accelerate():
+        trained: Any = runner.run()
     if are_several():
         dist.destroy_process_group()
     if not is_rank_0():

@@ -1,11 +1,11 @@
 """SAELens's optimizer, with a step that is one kernel and clips the gradients on its way."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch.optim import Adam, Optimizer
-from torch.optim.optimizer import _global_optimizer_pre_hooks
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
@@ -22,23 +22,26 @@ class FusedAdam(Adam):
 
     grad_scale: torch.Tensor | None = None  # Adam's kernel divides the gradients by it.
 
-    _version_hook: RemovableHandle | None = None
+    own_hooks: tuple[RemovableHandle, RemovableHandle] | None = None  # before and after a step
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs, fused=True)
-        self._tell_autograd_after_steps()
+        self._hook_steps()
 
     @override
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         # A copy comes through here. It has the state of the original, but none of its hooks.
-        self._tell_autograd_after_steps()
+        self._hook_steps()
 
-    def _tell_autograd_after_steps(self) -> None:
-        # A hook, because torch runs the hooks of an optimizer around every class's `step`: an
+    def _hook_steps(self) -> None:
+        # Hooks, because torch runs the hooks of an optimizer around every class's `step`: an
         # overridden one, which calls Adam's, would run each of them twice.
-        if self._version_hook is None:
-            self._version_hook = self.register_step_post_hook(_raise_versions)
+        if self.own_hooks is None:
+            self.own_hooks = (
+                self.register_step_pre_hook(_match_layouts),
+                self.register_step_post_hook(_raise_versions),
+            )
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -47,12 +50,25 @@ class FusedAdam(Adam):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(_with_fused(state_dict, True))
-        # The kernel reads a parameter and its moments in the order of memory. SAELens stores W_enc
-        # in another order than our SAEs, and the kernel would mix up such moments silently.
-        for parameter, state in self.state.items():
-            for name in ("exp_avg", "exp_avg_sq"):
-                if state[name].stride() != parameter.stride():
-                    state[name] = torch.empty_like(parameter).copy_(state[name])
+
+
+def _match_layouts(optimizer: Any, args: Any, kwargs: Any) -> None:
+    """Store gradients and moments in the order of memory in which their parameter is.
+
+    The kernel reads all of them in the order of memory. It would mix up others: silently on a CPU.
+    SAELens stores W_enc in another order than our SAEs, so the moments of a checkpoint may be
+    others. A user may also give a parameter other data.
+    """
+    for parameter in _with_gradients(
+        p for group in optimizer.param_groups for p in group["params"]
+    ):
+        stride = parameter.stride()
+        if parameter.grad.stride() != stride:
+            parameter.grad = torch.empty_like(parameter).copy_(parameter.grad)
+        state = optimizer.state.get(parameter, {})
+        for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+            if name in state and state[name].stride() != stride:
+                state[name] = torch.empty_like(parameter).copy_(state[name])
 
 
 def _raise_versions(optimizer: Any, args: Any, kwargs: Any) -> None:
@@ -61,10 +77,14 @@ def _raise_versions(optimizer: Any, args: Any, kwargs: Any) -> None:
     Autograd raises an error if a backward pass needs a saved tensor that has changed since. It
     knows so from the tensor's version, which the fused kernel does not raise.
     """
-    parameters = _with_gradients(p for group in optimizer.param_groups for p in group["params"])
+    parameters = _with_gradients(_parameters(optimizer))
     torch.autograd.graph.increment_version(parameters)
     if optimizer.grad_scale is not None:
         torch.autograd.graph.increment_version([p.grad for p in parameters])
+
+
+def _parameters(optimizer: Optimizer) -> Iterator[Any]:
+    return (p for group in optimizer.param_groups for p in group["params"])
 
 
 def _with_gradients(parameters: Iterable[Any]) -> list[Any]:
@@ -93,11 +113,16 @@ def clip_and_step(optimizer: Optimizer, parameters: Iterable[torch.Tensor]) -> N
         return
     assert isinstance(optimizer, FusedAdam)
     norm = torch.nn.utils.get_total_norm([p.grad for p in _with_gradients(parameters)])
-    optimizer.grad_scale = (norm + 1e-6).clamp(min=MAX_NORM)
+    optimizer.grad_scale = clipping_scale(norm)
     try:
         optimizer.step()
     finally:
         del optimizer.grad_scale
+
+
+def clipping_scale(norm: torch.Tensor) -> torch.Tensor:
+    """Return what gradients of a norm are divided by so that it is 1 at most, scalars."""
+    return (norm + 1e-6).clamp(min=MAX_NORM)
 
 
 def _can_clip_in_step(optimizer: Any, parameters: Sequence[torch.Tensor]) -> bool:
@@ -109,24 +134,38 @@ def _can_clip_in_step(optimizer: Any, parameters: Sequence[torch.Tensor]) -> boo
         # The kernel takes a scale in float32 only, on the device of all gradients.
         and all(p.grad.dtype == torch.float32 for p in clipped)
         and len({p.grad.device for p in clipped}) == 1
-        and all(group["fused"] for group in optimizer.param_groups)
-        and _same(
+        and are_same(
             clipped,
-            _with_gradients(p for group in optimizer.param_groups for p in group["params"]),
+            _with_gradients(_parameters(optimizer)),
         )
-        # Who looks at the gradients before the step expects clipped ones.
-        and torch.nn.utils.clip_grad_norm_ is _OWN_CLIPPING
-        and not optimizer._optimizer_step_pre_hooks
-        and not _global_optimizer_pre_hooks
-        and _is_own_step(optimizer)
+        and is_unseen_before(optimizer)
     )
 
 
-def _same(some: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> bool:
+def are_same(some: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> bool:
+    """Return whether two sequences hold the same tensors, in any order."""
     return len(some) == len(others) and {id(p) for p in some} == {id(p) for p in others}
 
 
-def _is_own_step(optimizer: FusedAdam) -> bool:
-    """Return whether nobody replaced `step` on the object, but torch's schedules, which count."""
+def is_unseen_before(optimizer: FusedAdam) -> bool:
+    """Return whether nobody looks at the gradients before the step, expecting clipped ones."""
     step = vars(optimizer).get("step")
-    return step is None or hasattr(step, "_wrapped_by_lr_sched")
+    own_hooks = [hook.id for hook in optimizer.own_hooks or ()]
+    return (
+        all(group["fused"] for group in optimizer.param_groups)
+        and torch.nn.utils.clip_grad_norm_ is _OWN_CLIPPING
+        and list(optimizer._optimizer_step_pre_hooks) == own_hooks[:1]
+        and not _global_optimizer_pre_hooks
+        # torch's schedules replace the step on the object by one that counts.
+        and (step is None or hasattr(step, "_wrapped_by_lr_sched"))
+    )
+
+
+def is_unseen_after(optimizer: FusedAdam) -> bool:
+    """Return whether nobody looks at the gradients after the step."""
+    own_hooks = [hook.id for hook in optimizer.own_hooks or ()]
+    return (
+        list(optimizer._optimizer_step_post_hooks) == own_hooks[1:]
+        and not _global_optimizer_post_hooks
+        and "zero_grad" not in vars(optimizer)
+    )

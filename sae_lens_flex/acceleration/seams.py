@@ -96,7 +96,7 @@ def accelerate() -> Iterator[None]:
 
     `MultiSAETrainingRunner`, `SAETrainer` and `MultiSAETrainer` go faster likewise, whatever their
     SAEs are. A step's results are SAELens's up to rounding, and checkpoints are interchangeable.
-    Three things change:
+    Four things change:
 
     - A trainer that is made within the block has `torch.optim.Adam(fused=True)`, see `fused_adam`.
     - A trainer's step within the block clips the gradients in the pass in which Adam reads them.
@@ -106,6 +106,16 @@ def accelerate() -> Iterator[None]:
       SAELens. Gradients are clipped in SAELens's way where the optimizer is another one or has
       hooks before its step, where they are not float32, and where
       `torch.nn.utils.clip_grad_norm_` was replaced. A subclass's own `_train_step` is called.
+    - On a GPU a step of a small `flex_topk` or `hierarchical_topk` SAE (`sae.use_cuda_graph` says
+      how small) is recorded as one CUDA graph, from the normalized activations to Adam and the
+      statistics of firing, and replayed in one launch. The losses of such a step carry no graph,
+      because the backward pass has been done. The number of dead latents is not waited for: the
+      auxiliary loss takes all that may be dead by now, and those that are not add nothing to it. A
+      step is an ordinary one where anyone would see the difference: with hooks on parameters or
+      around the optimizer's step, with a gradient left on a parameter, with methods replaced on
+      the SAE, the trainer or the optimizer, with activations that need a gradient, and in the
+      first few steps, also after the counters of firing were changed. A step that logs is launched
+      piece by piece.
     - Activations are mixed in memory that is allocated once, on the device where they lie. It
       holds SAELens's buffer and one chunk from the language model. SAELens copies the buffer for
       every chunk. On a CPU the batches are the same, bit for bit. On a GPU the permutations are

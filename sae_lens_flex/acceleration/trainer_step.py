@@ -1,5 +1,6 @@
 """The step of SAELens's trainer: same results, fewer passes over gradients and activations."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from sae_lens.training.sae_trainer import SAETrainer
 
 from .adam import clip_and_step
+from .recorded_steps import RecordedSteps, may_take_whole_steps
 
 
 def train_step(self: SAETrainer[Any, Any], sae: Any, sae_in: torch.Tensor) -> TrainStepOutput:
@@ -16,7 +18,6 @@ def train_step(self: SAETrainer[Any, Any], sae: Any, sae_in: torch.Tensor) -> Tr
         sae: the trainer's.
         sae_in: activations, [batch, d_in].
     """
-    sae.train()
     output = _on_device(self, sae, sae_in)
     self.lr_scheduler.step()
     for scheduler in self.coefficient_schedulers.values():
@@ -25,22 +26,32 @@ def train_step(self: SAETrainer[Any, Any], sae: Any, sae_in: torch.Tensor) -> Tr
 
 
 def _on_device(trainer: SAETrainer[Any, Any], sae: Any, sae_in: torch.Tensor) -> TrainStepOutput:
-    """Do what the device does in a step. The host goes on without waiting for it.
-
-    It is the part of a step that a CUDA graph could hold. Of the host's numbers it reads the
-    learning rate in `optimizer.param_groups`, the coefficients and `n_training_steps`.
-    """
+    """Do what the device does in a step. The host goes on without waiting for it."""
+    step_input = TrainStepInput(
+        sae_in=sae_in,
+        dead_neuron_mask=None,
+        coefficients=trainer.get_coefficients(),
+        n_training_steps=trainer.n_training_steps,
+        is_logging_step=trainer._is_logging_step(),
+    )
+    is_plain = may_take_whole_steps(trainer, sae) and sae._takes_fused_path(step_input)
+    if not (is_plain and sae.training):  # Telling all its parts takes the host a while.
+        sae.train()
     with trainer.autocast_if_enabled:
-        output = trainer.sae.training_forward_pass(
-            step_input=TrainStepInput(
-                sae_in=sae_in,
-                dead_neuron_mask=trainer.dead_neurons,
-                coefficients=trainer.get_coefficients(),
-                n_training_steps=trainer.n_training_steps,
-                is_logging_step=trainer._is_logging_step(),
+        if is_plain:
+            steps = RecordedSteps.of(trainer)
+            request = sae._request(step_input, sae._shards_of(step_input, is_whole_step=True))
+            output = steps.take(trainer, request)
+            if output is not None:
+                return output
+            output = sae._differentiable_step(request, trainer.dead_neurons)
+            count_firing(trainer, output.feature_acts)
+            steps.after_step()
+        else:
+            output = trainer.sae.training_forward_pass(
+                step_input=replace(step_input, dead_neuron_mask=trainer.dead_neurons)
             )
-        )
-        count_firing(trainer, output.feature_acts)
+            count_firing(trainer, output.feature_acts)
     output.loss.backward()
     clip_and_step(trainer.optimizer, sae.parameters())
     trainer.optimizer.zero_grad()

@@ -13,11 +13,10 @@ from sae_lens.saes.batchtopk_sae import (
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from typing_extensions import override
 
-from ..training.shards import WHOLE, Whole
 from .checks import check_number
 from .configs import FusedTopKTrainingSAEConfig
 from .fused_path import METHODS, OF_BATCHES, replaced
-from .fused_topk import FusedTopKTrainingSAE
+from .fused_topk import FusedTopKTrainingSAE, StepRequest
 
 
 @dataclass
@@ -103,11 +102,10 @@ class FlexBatchTopKTrainingSAE(FusedTopKTrainingSAE, BatchTopKTrainingSAE):
         return BatchTopK(self.cfg.k)
 
     @override
-    @torch.compiler.disable()
-    def _fused_training_forward_pass(
-        self, step_input: TrainStepInput, shards: Whole = WHOLE
+    def _differentiable_step(
+        self, request: StepRequest, dead_mask: torch.Tensor | None
     ) -> TrainStepOutput:
-        output = super()._fused_training_forward_pass(step_input, shards)
+        output = super()._differentiable_step(request, dead_mask)
         acts = output.feature_acts
         if type(self).update_topk_threshold is not OWN_UPDATE:
             acts = acts.to_dense()  # as SAELens calls it

@@ -102,8 +102,8 @@ class FlexMatryoshkaBatchTopKTrainingSAE(FlexBatchTopKTrainingSAE, MatryoshkaBat
         return (*self.cfg.matryoshka_widths[:-1], len(self.W_dec))
 
     @override
-    def _dead(self, mask: torch.Tensor | None, n_latents: int) -> Dead | None:
-        dead = super()._dead(mask, n_latents)
+    def _dead(self, mask: torch.Tensor | None) -> Dead | None:
+        dead = super()._dead(mask)
         if dead is None:
             return None
         return dead._replace(by_width=self.cfg.use_matryoshka_aux_loss)

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
@@ -20,14 +20,34 @@ from ..ops.policy import (
 from ..ops.requests import Levels
 from ..training.dead import Dead, nonzero_later
 from ..training.firing import feature_acts
-from ..training.graph import Recorder, is_worth_recording
-from ..training.node import attach_step
+from ..training.graph import Recorder, is_worth_recording, reconstruct_by
+from ..training.node import Losses, attach_step
 from ..training.requests import Inputs, Spec, WantedGradients, Weights
 from ..training.shards import WHOLE, Whole
-from ..training.step import begin_step, finish_step
+from ..training.step import Reconstruction, begin_step, finish_step
 from .configs import FusedTopKTrainingSAEConfig, check_auxiliary_loss
 from .fused_path import METHODS, OF_SAMPLES, hooked, replaced
 from .normalization import OutputMap, OwnNormalization, take_output_map
+
+
+class StepRequest(NamedTuple):
+    """A fused step to compute.
+
+    Attributes:
+        x: this process's activations, [B_r, d_in].
+        weights, inputs, spec, wanted, shards: as in `training.step.step`.
+        output_map: how the output undoes the normalization of the input.
+        is_logging_step: whether metrics are wanted.
+    """
+
+    x: torch.Tensor
+    weights: Weights
+    inputs: Inputs
+    spec: Spec
+    wanted: WantedGradients
+    shards: Whole
+    output_map: OutputMap
+    is_logging_step: bool
 
 
 class FusedTopKTrainingSAE(OwnNormalization, TopKTrainingSAE):
@@ -57,7 +77,9 @@ class FusedTopKTrainingSAE(OwnNormalization, TopKTrainingSAE):
     2^38) are recorded as a CUDA graph and replayed in one launch, because launching them one by one
     takes longer than computing them. Nothing else changes: a step that does not fit the recording,
     of another batch size or dtype for instance, is an ordinary one. A recording keeps the memory of
-    a step's intermediates until `eval()`; `use_cuda_graph = False` does without.
+    a step's intermediates until `eval()`; `use_cuda_graph = False` does without. Within
+    `accelerate()` a trainer's recording is of its whole step, Adam included. The losses of such a
+    step carry no gradients, because they have been applied.
 
     `W_enc` is [d_in, d_sae], as everywhere in SAELens, but stored latent by latent, which is how
     its gradient comes. So it is not contiguous; its transpose is. In a `state_dict` it is an
@@ -143,14 +165,27 @@ class FusedTopKTrainingSAE(OwnNormalization, TopKTrainingSAE):
     def _fused_training_forward_pass(
         self, step_input: TrainStepInput, shards: Whole = WHOLE
     ) -> TrainStepOutput:
+        request = self._request(step_input, shards)
+        return self._differentiable_step(request, step_input.dead_neuron_mask)
+
+    def _shards_of(self, step_input: TrainStepInput, *, is_whole_step: bool = False) -> Whole:
+        """Return which of several processes this one is, with how many samples each brings.
+
+        Args:
+            step_input: of a step that begins.
+            is_whole_step: whether the trainer takes the step as a whole.
+        """
+        return WHOLE
+
+    def _request(self, step_input: TrainStepInput, shards: Whole = WHOLE) -> StepRequest:
+        """Return what a fused step is to compute. It normalizes the activations."""
         x, weights = step_input.sae_in, self._weights()
-        n_latents, d_in = self.W_dec.shape
+        d_in = self.W_dec.shape[1]
         if x.shape[0] == 0 or x.shape[1] != d_in:
             raise ValueError(
                 f"sae_in has shape {list(x.shape)}, expected [batch, {d_in}] with an "
                 "activation at least"
             )
-        dead = self._dead(step_input.dead_neuron_mask, n_latents)
         inputs, output_map = self._inputs(x)
         k = self._step_k(len(x))
         levels = self._levels(k, inputs.target)
@@ -159,7 +194,7 @@ class FusedTopKTrainingSAE(OwnNormalization, TopKTrainingSAE):
         spec = Spec(
             k=k,
             over_batch=self._over_batch,
-            widths=(widths := self._widths()),
+            widths=self._widths(),
             levels=levels,
             n_samples=shards.n_samples(len(x)),
             rescale_acts_by_decoder_norm=self.cfg.rescale_acts_by_decoder_norm,
@@ -169,47 +204,72 @@ class FusedTopKTrainingSAE(OwnNormalization, TopKTrainingSAE):
             deterministic=is_deterministic(),
             matmul_precision=torch.get_float32_matmul_precision(),
         )
-        wanted = _wanted(weights, inputs)
-        main = begin_step(
+        return StepRequest(
+            x,
             weights,
             inputs,
             spec,
-            wanted=wanted,
-            by=None if shards.is_sharded else self._recorder_of(weights, inputs, spec, wanted),
+            wanted=_wanted(weights, inputs),
             shards=shards,
+            output_map=output_map,
+            is_logging_step=step_input.is_logging_step,
         )
+
+    def _differentiable_step(
+        self, request: StepRequest, dead_mask: torch.Tensor | None
+    ) -> TrainStepOutput:
+        """Take a step whose losses autograd differentiates."""
+        arguments = request.weights, request.inputs, request.spec
+        dead, wanted, shards = self._dead(dead_mask), request.wanted, request.shards
+        recorder = self._recorder_of(request)
+        by = None if recorder is None else reconstruct_by(recorder)
+        main = begin_step(*arguments, wanted=wanted, by=by, shards=shards)
         # What is reported is launched before the host waits for the number of dead latents.
-        is_logging_step = step_input.is_logging_step
-        sae_out = self._reported_output(x, main.residual, shards, is_logging_step)
-        acts = feature_acts(
-            main.code.with_values(main.hidden_pre.relu()),
-            n_latents,
-            is_sparse=self.cfg.use_sparse_activations,
-        )
+        reported = self._reported(request, main)
+        result = finish_step(main, *arguments, wanted=wanted, dead=dead, shards=shards)
+        losses = attach_step(result, *arguments, wanted=wanted, dead=dead, shards=shards)
+        return self._output(reported, losses)
+
+    def _reported(
+        self, request: StepRequest, main: Reconstruction, at: torch.Tensor | None = None
+    ) -> dict[str, Any]:
+        """Return what a step reports beside its losses: fields of `TrainStepOutput`.
+
+        They lie in memory of their own, except `main.hidden_pre`, and `at`, the `coordinates` of
+        the code where these are at hand.
+        """
+        x, shards, is_logging_step = request.x, request.shards, request.is_logging_step
         metrics = {}
         if is_logging_step:
-            metrics = self._logging_metrics(x, main.code, output_map, shards)
-        of_dead = {"wanted": wanted, "dead": dead, "shards": shards}
-        result = finish_step(main, weights, inputs, spec, **of_dead)
-        losses = attach_step(result, weights, inputs, spec, **of_dead)
+            metrics = self._logging_metrics(x, main.code, request.output_map, shards)
+        return {
+            "sae_in": x,
+            "sae_out": self._reported_output(x, main.residual, shards, is_logging_step),
+            "feature_acts": feature_acts(
+                main.code.with_values(main.hidden_pre.relu()),
+                len(self.W_dec),
+                is_sparse=self.cfg.use_sparse_activations,
+                at=at,
+            ),
+            "hidden_pre": main.hidden_pre,
+            "metrics": metrics,
+        }
+
+    def _output(self, reported: dict[str, Any], losses: Losses) -> TrainStepOutput:
         auxiliary = losses.auxiliary
+        if auxiliary is None:
+            auxiliary = reported["sae_out"].new_zeros(())
         return TrainStepOutput(
-            sae_in=x,
-            sae_out=sae_out,
-            feature_acts=acts,
-            hidden_pre=main.hidden_pre,
             loss=losses.total,
             losses={
                 "mse_loss": losses.mse,
-                "auxiliary_reconstruction_loss": (
-                    sae_out.new_zeros(()) if auxiliary is None else auxiliary
-                ),
+                "auxiliary_reconstruction_loss": auxiliary,
                 **{
                     f"inner_mse_loss_{width}": loss
-                    for width, loss in zip(widths[:-1], losses.of_widths, strict=True)
+                    for width, loss in zip(self._widths()[:-1], losses.of_widths, strict=True)
                 },
             },
-            metrics=metrics,
+            **reported,
         )
 
     # --- what the architectures settle
@@ -275,29 +335,33 @@ class FusedTopKTrainingSAE(OwnNormalization, TopKTrainingSAE):
             target = target - output_map.shift
         return Inputs(encoder_input, target, output_map.scale), output_map
 
-    def _dead(self, mask: torch.Tensor | None, n_latents: int) -> Dead | None:
-        """Return the dead latents, which are known later, or None if there is no loss on them."""
+    def _auxiliary_coefficient(self) -> float:
+        """Return what multiplies the loss on dead latents. Raises where there can be none."""
         coefficient = self.cfg.aux_loss_coefficient
-        if mask is None or coefficient == 0:
+        if coefficient != 0:
+            check_auxiliary_loss(self.cfg)
+        return coefficient
+
+    def _dead(self, mask: torch.Tensor | None) -> Dead | None:
+        """Return the dead latents, which are known later, or None if there is no loss on them."""
+        if mask is None or (coefficient := self._auxiliary_coefficient()) == 0:
             return None
-        check_auxiliary_loss(self.cfg)
-        if mask.shape != (n_latents,):
+        if mask.shape != (len(self.W_dec),):
             raise ValueError(
-                f"dead_neuron_mask has shape {list(mask.shape)}, expected [{n_latents}], one "
+                f"dead_neuron_mask has shape {list(mask.shape)}, expected [{len(self.W_dec)}], one "
                 "element a latent"
             )
         return Dead(nonzero_later(mask), coefficient)
 
-    def _recorder_of(
-        self, weights: Weights, inputs: Inputs, spec: Spec, wanted: WantedGradients
-    ) -> Recorder | None:
+    def _recorder_of(self, request: StepRequest) -> Recorder | None:
         """Return what records the step as a CUDA graph, or None where it is not to be recorded."""
         if not (
             self.use_cuda_graph
-            and not spec.over_batch  # whose codes a recording does not hold
-            and spec.use_triton
-            and any(wanted)
-            and is_worth_recording(weights, inputs)
+            and not request.spec.over_batch  # whose codes a recording does not hold
+            and request.spec.use_triton
+            and any(request.wanted)
+            and not request.shards.is_sharded
+            and is_worth_recording(request.weights, request.inputs)
             and not CHECKS_INDICES
             and not torch.cuda.is_current_stream_capturing()
         ):

@@ -42,6 +42,9 @@ def read_output_map(sae: Any) -> OutputMap:
 
 def take_output_map(sae: Any) -> OutputMap:
     """Return the output map, and remove what it is made of, as SAELens's `decode` does."""
+    # To ask a module for an attribute that it lacks takes long.
+    if not any(name in vars(sae) for name in ATTRIBUTES):
+        return OutputMap(None, None)
     output_map = read_output_map(sae)
     for name in ATTRIBUTES:
         if hasattr(sae, name):

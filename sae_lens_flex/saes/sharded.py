@@ -213,15 +213,23 @@ class ShardedTrainingSAE(FusedTopKTrainingSAE):
     @torch.compiler.disable()
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         """Compute a step's losses on the global batch from this rank's samples, [B_r, d_in]."""
+        return self._fused_training_forward_pass(step_input, self._shards_of(step_input))
+
+    @override
+    def _shards_of(self, step_input: TrainStepInput, *, is_whole_step: bool = False) -> Shards:
         settings: dict[str, Any] = {}
         problem = None
         try:
             settings = self._checked_settings(step_input)
+            settings["taking whole steps, see accelerate"] = is_whole_step
         except Exception as error:  # All ranks are to raise, not to wait for this one.
             problem = error
         sizes = self._ranks.agree(settings, len(step_input.sae_in), problem)
-        shards = replace(self._shards, samples=Split(tuple(sizes)))
-        return self._fused_training_forward_pass(step_input, shards)
+        return replace(self._shards, samples=Split(tuple(sizes)))
+
+    @override
+    def _takes_fused_path(self, step_input: TrainStepInput) -> bool:
+        return True  # What would keep a step from it is refused.
 
     def _checked_settings(self, step_input: TrainStepInput) -> dict[str, Any]:
         """Return what must be the same on all ranks. Raises for what a step cannot do."""
@@ -273,8 +281,8 @@ class ShardedTrainingSAE(FusedTopKTrainingSAE):
         return Weights(*(_local(getattr(self, name)) for name in PLACEMENTS))
 
     @override
-    def _dead(self, mask: torch.Tensor | None, n_latents: int) -> Dead | None:
-        dead = super()._dead(mask, n_latents)
+    def _dead(self, mask: torch.Tensor | None) -> Dead | None:
+        dead = super()._dead(mask)
         if dead is None or mask is None:
             return dead
         counts = dead_counts_later(mask, self._shards.latents)

@@ -14,6 +14,10 @@ g = s @ W_dec.T at the kept latents, 0 elsewhere, the gradients are
 
 The target, what the living latents left over, has none.
 
+Where the host is not to wait for n, the loss takes a fixed number of latents of which only n, known
+to the device, are dead. The others have zeros for weights, and -inf for h where K are chosen, so
+nothing comes from them.
+
 Of several processes each has the n_r dead latents of its encoder, and the part D_r of the width.
 """
 
@@ -23,10 +27,10 @@ from typing import NamedTuple
 
 import torch
 
-from ..ops.policy import accumulation_dtype, in_dtype, no_autocast
+from ..ops.policy import accumulation_dtype, gradient_dtype, in_dtype, no_autocast
 from ..ops.selection import Encoder, chunk_rows, empty_code, select_from
 from .encoder import minus_product
-from .requests import Spec, WantedGradients, Weights
+from .requests import Gradients, Spec, WantedGradients, Weights
 from .shards import WHOLE, Split, Whole
 
 
@@ -45,6 +49,18 @@ class Dead(NamedTuple):
     coefficient: float
     split: Callable[[], Split] | None = None
     by_width: bool = False
+
+
+class Padded(NamedTuple):
+    """The n dead latents, and others up to a fixed number of them.
+
+    Attributes:
+        latents: [capacity]; those that are not dead may come twice.
+        is_dead: which of them are dead, [capacity].
+    """
+
+    latents: torch.Tensor
+    is_dead: torch.Tensor
 
 
 class DeadGradients(NamedTuple):
@@ -67,6 +83,58 @@ class DeadGradients(NamedTuple):
     W_dec: torch.Tensor | None
     b_dec: torch.Tensor | None
     encoder_input: torch.Tensor | None
+
+    def added_to(self, gradients: Gradients, weights: Weights, x: torch.Tensor) -> Gradients:
+        """Return the sum of these and of other gradients, which is added in place.
+
+        Args:
+            gradients: a gradient of them is None where it is not wanted, or zero.
+            weights: of the step.
+            x: its `encoder_input`.
+        """
+        W_enc, b_enc, W_dec, b_dec = weights
+
+        def add_rows(
+            gradient: torch.Tensor | None,
+            latents: torch.Tensor,
+            rows: torch.Tensor | None,
+            like: torch.Tensor,
+        ) -> torch.Tensor | None:
+            if rows is None:
+                return gradient
+            if gradient is None:
+                gradient = like.new_zeros(like.shape, dtype=gradient_dtype(like.dtype))
+            return gradient.index_add_(0, latents, in_dtype(rows, gradient.dtype))
+
+        def add(
+            gradient: torch.Tensor | None, other: torch.Tensor | None, like: torch.Tensor
+        ) -> torch.Tensor | None:
+            if other is None:
+                return gradient
+            if gradient is None:
+                return in_dtype(other, gradient_dtype(like.dtype))
+            return gradient.add_(other)
+
+        by_latent = None if gradients.W_enc is None else gradients.W_enc.T
+        by_latent = add_rows(by_latent, self.own_latents, self.W_enc, W_enc.T)
+        return gradients._replace(
+            W_enc=None if by_latent is None else by_latent.T,
+            b_enc=add_rows(gradients.b_enc, self.own_latents, self.b_enc, b_enc),
+            W_dec=add_rows(gradients.W_dec, self.latents, self.W_dec, W_dec),
+            b_dec=add(gradients.b_dec, self.b_dec, b_dec),
+            encoder_input=add(gradients.encoder_input, self.encoder_input, x),
+        )
+
+
+def padded(mask: torch.Tensor, capacity: int) -> Padded:
+    """Return where `mask`, [F], is set, at most `capacity` times, without waiting for the device.
+
+    The capacity is at most F.
+    """
+    found = mask.nonzero_static(size=capacity, fill_value=-1).squeeze(-1)
+    # The rest is spread, because adding many zeros to the gradient of one latent takes long.
+    rest = torch.arange(capacity, device=mask.device)
+    return Padded(found.where(found >= 0, rest), found >= 0)
 
 
 def nonzero_later(mask: torch.Tensor) -> Callable[[], torch.Tensor]:
@@ -113,6 +181,7 @@ def auxiliary_loss(
     target: torch.Tensor,
     *,
     latents: torch.Tensor,
+    is_dead: torch.Tensor | None = None,
     norms: torch.Tensor | None,
     coefficient: float,
     spec: Spec,
@@ -129,6 +198,8 @@ def auxiliary_loss(
         rows: what is multiplied with W_enc, [B, D].
         target: what the living latents left over, [B, D_r].
         latents: the n dead latents, [n], n > 0.
+        is_dead: which of the latents are dead, [n], where not all of them are; in one process. None
+            of them need be.
         norms: by which latents are compared, [F], or None for 1.
         coefficient: multiplies the loss.
         spec: settings of the step.
@@ -137,8 +208,11 @@ def auxiliary_loss(
         split: by which the ranks hold the dead latents; None in one process.
     """
     d_in, device = len(weights.b_dec), weights.W_dec.device
-    n_dead, half_width = len(latents), d_in // 2
-    own = shards.own(split, n_dead)
+    n_latents, half_width = len(latents), d_in // 2
+    sum_dtype = accumulation_dtype(weights.W_dec, target)
+    n_dead = n_latents if is_dead is None else is_dead.sum(dtype=sum_dtype)
+    is_padding = None if is_dead is None else ~is_dead
+    own = shards.own(split, n_latents)
     own_latents = latents[own]  # [n_r]
     if shards.is_sharded:
         own_latents = own_latents - shards.own_latents(len(weights.W_dec)).start
@@ -147,10 +221,10 @@ def auxiliary_loss(
     bias = shards.bias_to_compare(b_enc, use_triton=spec.use_triton)
     kept_dtype = torch.promote_types(rows.dtype, b_enc.dtype)
     norms = None if norms is None else norms[latents]  # [n]
-    k = min(n_dead, half_width)
-    factor = coefficient * min(n_dead / half_width, 1.0)
-    dtype, sum_dtype = spec.product_dtype, accumulation_dtype(weights.W_dec, target)
-    n_samples = len(rows)
+    k, dtype, n_samples = min(n_latents, half_width), spec.product_dtype, len(rows)
+    share = n_dead / half_width
+    share = share.clamp(max=1) if isinstance(share, torch.Tensor) else min(share, 1.0)
+    factor = coefficient * share
 
     def zeros(is_wanted: bool, *shape: int) -> torch.Tensor | None:
         return torch.zeros(shape, dtype=sum_dtype, device=device) if is_wanted else None
@@ -158,19 +232,24 @@ def auxiliary_loss(
     wants_encoder = wanted.any_of_encoder(spec)
     through_b_dec = wanted.b_dec and spec.apply_b_dec_to_input
     grad_W_enc = zeros(wanted.W_enc, n_own, d_in)
-    grad_W_dec = zeros(wanted.W_dec, n_dead, target.shape[1])
+    grad_W_dec = zeros(wanted.W_dec, n_latents, target.shape[1])
     grad_b_enc = zeros(wanted.b_enc or through_b_dec, n_own)
     grad_x = zeros(wanted.encoder_input, n_samples, d_in)
     loss = target.new_zeros((), dtype=sum_dtype)
     with no_autocast(device):
         encoder = in_dtype(weights.W_enc.T.index_select(0, own_latents), dtype)  # [n_r, D]
         decoder = in_dtype(weights.W_dec.index_select(0, latents), dtype)  # [n, D_r]
-        n_rows = chunk_rows(n_samples, n_dead, dtype, rows.device)
+        if is_padding is not None:
+            encoder = encoder.masked_fill(is_padding.unsqueeze(-1), 0)
+            decoder = decoder.masked_fill(is_padding.unsqueeze(-1), 0)
+            bias = b_enc = b_enc.masked_fill(is_padding, -torch.inf if k < n_latents else 0)
+            norms = None if norms is None else norms.masked_fill(is_padding, 1)
+        n_rows = chunk_rows(n_samples, n_latents, dtype, rows.device)
         for start in range(0, n_samples, n_rows):
             chunk = slice(start, start + n_rows)
             products = rows[chunk] @ encoder.T  # [b, n_r]
             kept = None
-            if k < n_dead:
+            if k < n_latents:
                 kept = empty_code(len(products), min(k, n_own), rows, bias)
                 if n_own > 0:
                     parts = Encoder(encoder.T, bias, None if norms is None else norms[own])
@@ -179,7 +258,9 @@ def auxiliary_loss(
                         products, parts, kept, use_triton=spec.use_triton, is_sorted=is_sorted
                     )
                 kept = shards.merge(kept, norms, k, dtype=kept_dtype, split=split)  # [b, k]
-                acts = products.new_zeros((len(products), n_dead))
+                if is_dead is not None:
+                    kept = kept.with_values(kept.values.where(is_dead[kept.latents], 0))
+                acts = products.new_zeros((len(products), n_latents))
                 acts.scatter_(-1, kept.latents, in_dtype(kept.values, dtype))
             else:
                 acts = shards.all_columns((products + b_enc).to(dtype), split)  # [b, n]
@@ -222,4 +303,7 @@ def auxiliary_loss(
         b_dec=grad_b_dec,
         encoder_input=grad_x,
     )
-    return loss * (factor / spec.n_samples), gradients
+    loss = loss * (factor / spec.n_samples)
+    if is_dead is not None:  # A sum that overflows, times 0, is not 0.
+        loss = loss.where(is_dead.any(), 0)
+    return loss, gradients

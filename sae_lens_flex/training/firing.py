@@ -7,7 +7,9 @@ import torch
 from ..ops.codes import Code
 
 
-def feature_acts(code: Code, n_latents: int, *, is_sparse: bool) -> torch.Tensor:
+def feature_acts(
+    code: Code, n_latents: int, *, is_sparse: bool, at: torch.Tensor | None = None
+) -> torch.Tensor:
     """Return a code as a [B, F] tensor.
 
     Args:
@@ -15,20 +17,37 @@ def feature_acts(code: Code, n_latents: int, *, is_sparse: bool) -> torch.Tensor
         n_latents: F.
         is_sparse: whether to return a sparse COO tensor where the device has them; elsewhere, as on
             MPS, a dense one.
+        at: the `coordinates` of the code where they are at hand. The sparse tensor keeps them.
     """
     shape = (code.n_samples, n_latents)
     if is_sparse and code.latents.device.type in ("cpu", "cuda"):
-        return _sparse(code, shape)
+        at = coordinates(code) if at is None else at
+        return SparseActs.of(at, code.values.flatten(), shape)
     acts = code.values.new_zeros(shape)
     if code.starts is None:
         return acts.scatter_(-1, code.latents, code.values)
     # Pairs of no sample, of value 0, share a place with another one.
-    return acts.index_put_((code.samples(), code.latents.long()), code.values, accumulate=True)
+    return acts.index_put_((code.samples(), code.latents), code.values, accumulate=True)
 
 
-def _sparse(code: Code, shape: tuple[int, int]) -> torch.Tensor:
-    coordinates = torch.stack((code.samples(), code.latents.flatten()))
-    return SparseActs.of(coordinates, code.values.flatten(), shape)
+def fired(code: Code, n_latents: int) -> torch.Tensor:
+    """Return on how many samples each latent has a positive activation, [F], float32.
+
+    Args:
+        code: latents and pre-activations, [B, K] each.
+        n_latents: F.
+    """
+    # As in SAELens a pre-activation that is not a number counts.
+    has_fired = (code.values.relu() != 0).flatten().float()
+    return has_fired.new_zeros(n_latents).index_add_(0, code.latents.flatten(), has_fired)
+
+
+def coordinates(code: Code) -> torch.Tensor:
+    """Return sample and latent of each pair, [2, n]."""
+    if code.starts is not None:
+        return torch.stack((code.samples(), code.latents))
+    samples = torch.arange(code.n_samples, device=code.latents.device).unsqueeze(-1)
+    return torch.stack((samples.expand_as(code.latents), code.latents)).flatten(1)
 
 
 class SparseActs(torch.Tensor):

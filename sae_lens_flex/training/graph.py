@@ -1,29 +1,35 @@
-"""The launches of `reconstruct` as one CUDA graph, for steps so small that they wait for the host.
+"""What a function of tensors launches, as one CUDA graph.
 
-A recording is replayed only under the conditions in which it was made: equal sizes, dtypes and
+A step of a small SAE waits for the host, which launches it piece by piece. A recording is launched
+at once. It is replayed only under the conditions in which it was made: equal sizes, dtypes and
 settings, and the same weights at the same addresses. It copies the inputs into its own memory
 first, so these may change from step to step.
 """
 
+import gc
 import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from ..ops.codes import Code
 from .requests import Gradients, Inputs, Spec, WantedGradients, Weights
-from .step import Reconstruction, reconstruct
+from .step import Reconstruct, Reconstruction, reconstruct
 
 ORDINARY_CALLS = (
     3  # before a recording: in them kernels are compiled and libraries get their memory
 )
+MOST_FORMS = 2  # that a recorder holds; each keeps memory
 
 # Up to these sizes of the dictionary, F * D, and of its product with a batch, launching a step
 # takes the host longer than computing it takes an H200; benchmarks/README.md has the times.
 MOST_RECORDED_WEIGHTS = 2**25
 MOST_RECORDED_PRODUCTS = 2**38
+
+Result = TypeVar("Result")
 
 
 def is_worth_recording(weights: Weights, inputs: Inputs) -> bool:
@@ -36,70 +42,106 @@ def is_worth_recording(weights: Weights, inputs: Inputs) -> bool:
     )
 
 
+def place(tensor: torch.Tensor) -> Hashable:
+    """Return where a tensor lies, and how: the condition under which a recording may use it."""
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
 class _Recording(NamedTuple):
     graph: torch.cuda.CUDAGraph
     inputs: Inputs
-    result: Reconstruction
+    result: Any
 
 
 class Recorder:
     """
-    Calls `reconstruct`. Once it has been called under the same conditions a few times, records what
-    it launches, and from then on replays that in one launch.
+    Calls a function of tensors. Once it has been called under the same conditions a few times,
+    records what it launches, and from then on replays that in one launch.
 
-    A recording keeps the memory that `reconstruct` allocates. A copy of a recorder, as the copy of
-    an SAE has one, has recorded nothing.
+    A recording keeps the memory that the function allocates. Under the same conditions a function
+    may have several forms, each with a recording of its own; the two used last are kept. A copy of
+    a recorder, as the copy of an SAE has one, has recorded nothing.
     """
 
     def __init__(self) -> None:
         self._conditions: Hashable = None
-        self._calls_to_come = ORDINARY_CALLS
         self._patience = ORDINARY_CALLS
-        self._recording: _Recording | None = None
+        # Of each form the recording, or the number of calls to come before it; the last used last.
+        self._forms: dict[Hashable, _Recording | int] = {}
 
     def __reduce__(self) -> tuple[type["Recorder"], tuple[()]]:
         return Recorder, ()
 
     @property
-    def has_recorded(self) -> bool:
-        """Whether the next step under the same conditions is a replay."""
-        return self._recording is not None
+    def recordings(self) -> list[_Recording]:
+        """What has been recorded under the conditions of the last call."""
+        return [each for each in self._forms.values() if not isinstance(each, int)]
 
     def __call__(
-        self, weights: Weights, inputs: Inputs, spec: Spec, wanted: WantedGradients
-    ) -> Reconstruction:
-        """Return what `reconstruct` returns for tensors on a CUDA device.
+        self,
+        function: Callable[[Inputs], Result],
+        inputs: Inputs,
+        conditions: Hashable,
+        form: Hashable = None,
+    ) -> tuple[Result, bool]:
+        """Return what the function returns, and whether the next call may overwrite that.
 
-        The next call may overwrite `residual`, `rows`, `code.values` and `norms` of the result. The
-        loss, the gradients, the latents and `hidden_pre` stay.
+        Args:
+            function: it waits for nothing and asks nothing of the device. Whatever it reads beside
+                its argument stays where it is under the same conditions.
+            inputs: its argument, on a CUDA device. It gets other tensors of the same values.
+            conditions: all else that what it launches depends on.
+            form: which of several functions it is.
         """
+        device = inputs.target.device
         conditions = (
-            *((w.data_ptr(), w.dtype, w.shape, w.stride()) for w in weights),
+            conditions,
             *(None if each is None else (each.dtype, each.shape) for each in inputs),
             inputs.encoder_input is inputs.target,
-            spec,
-            wanted,
-            torch.cuda.current_stream(weights.W_dec.device).cuda_stream,
+            torch.cuda.current_stream(device).cuda_stream,
         )
         if conditions != self._conditions:
-            self._conditions, self._recording = conditions, None
-            self._calls_to_come = self._patience
-        if self._recording is None and self._calls_to_come == 0:
+            self._conditions, self._forms = conditions, {}
+        recording = self._forms.pop(form, self._patience)
+        while len(self._forms) >= MOST_FORMS:
+            del self._forms[next(iter(self._forms))]
+        if recording == 0:
             self._patience *= 2  # Recordings are not worth it where the conditions keep changing.
-            self._recording = _record(weights, inputs, spec, wanted)
-        self._calls_to_come -= 1
-        if self._recording is None:
+            pool = next((each.graph.pool() for each in self.recordings), None)
+            recording = _record(function, inputs, pool) or -1
+        if isinstance(recording, int):
+            self._forms[form] = recording - 1
             # Triton compiles for aligned tensors, as the recording's are. It must do so by then.
-            return reconstruct(weights, _map_inputs(_aligned, inputs), spec, wanted)
-        _map_inputs(torch.Tensor.copy_, self._recording.inputs, inputs)
-        self._recording.graph.replay()
-        result = self._recording.result
+            return function(_map_inputs(_aligned, inputs)), False
+        self._forms[form] = recording
+        _map_inputs(torch.Tensor.copy_, recording.inputs, inputs)
+        recording.graph.replay()
+        return recording.result, True
+
+
+def reconstruct_by(recorder: Recorder) -> Reconstruct:
+    """Return `reconstruct` for tensors on a CUDA device, replayed once it has been recorded.
+
+    The next call may overwrite `residual`, `rows`, `code.values` and `norms` of the result. The
+    loss, the gradients, the latents and `hidden_pre` stay.
+    """
+
+    def by(weights: Weights, inputs: Inputs, spec: Spec, wanted: WantedGradients) -> Reconstruction:
+        result, is_replay = recorder(
+            lambda inputs: reconstruct(weights, inputs, spec, wanted),
+            inputs,
+            (reconstruct, *map(place, weights), spec, wanted),
+        )
+        if not is_replay:
+            return result
         return result._replace(
             mse_loss=result.mse_loss.clone(),
             gradients=Gradients(*(g if g is None else g.clone() for g in result.gradients)),
             code=Code(result.code.latents.clone(), result.code.values),
             hidden_pre=result.hidden_pre.clone(),
         )
+
+    return by
 
 
 def _map_inputs(function: Callable[..., torch.Tensor], *inputs: Inputs) -> Inputs:
@@ -128,10 +170,29 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def _record(
-    weights: Weights, inputs: Inputs, spec: Spec, wanted: WantedGradients
-) -> _Recording | None:
-    device = weights.W_dec.device
+@contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    # An SAE that nobody holds any more is garbage with cycles. To free its recordings while this
+    # thread records is an error.
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _record(function: Callable[[Inputs], Any], inputs: Inputs, pool: Any) -> _Recording | None:
+    """Record a function; None where that fails, as where memory does not suffice.
+
+    Args:
+        function: of the inputs.
+        inputs: like those of later calls.
+        pool: the memory of another recording, which this one may use too, since one is replayed
+            after the other; None for memory of its own.
+    """
+    device = inputs.target.device
     graph, static = torch.cuda.CUDAGraph(), _map_inputs(torch.empty_like, inputs)
     # cuBLAS would reuse the workspace of an earlier recording. When that recording is freed, a
     # replay of this one would write into freed memory. Cleared, it takes a workspace in the memory
@@ -139,14 +200,19 @@ def _record(
     torch._C._cuda_clearCublasWorkspaces()
     try:
         with (
+            _without_garbage_collection(),
             torch.cuda.stream(torch.cuda.current_stream(device)),  # so that it is current again
-            torch.cuda.graph(graph, stream=_stream(device), capture_error_mode="thread_local"),
+            torch.cuda.graph(
+                graph, pool=pool, stream=_stream(device), capture_error_mode="thread_local"
+            ),
         ):
-            result = reconstruct(weights, static, spec, wanted)
+            result = function(static)
         return _Recording(graph, static, result)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:  # The step itself has worked without being recorded.
+        is_full = isinstance(error, torch.OutOfMemoryError)
+        reason = "too little memory" if is_full else str(error).splitlines()[0]
         warnings.warn(
-            "too little memory to record training steps as CUDA graphs: they go on without, which "
+            f"training steps are not recorded as CUDA graphs: {reason}. They go on without, which "
             "takes the host longer",
             stacklevel=2,
         )

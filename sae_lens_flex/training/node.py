@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 
 from ..ops.autograd import attach, scale_in_place
-from ..ops.policy import gradient_dtype, in_dtype, is_deterministic
+from ..ops.policy import is_deterministic
 from .dead import Dead, DeadGradients
 from .requests import Gradients, Inputs, Spec, WantedGradients, Weights
 from .shards import WHOLE, Whole
@@ -136,48 +136,11 @@ class _Gradients:
             gradients, self.main = self.main, None
             scale_in_place(gradients, of_mse)
         if of_auxiliary is not None and self.auxiliary is not None:
-            gradients = self._with_auxiliary(gradients, self.auxiliary, of_auxiliary)
+            scale_in_place(self.auxiliary[2:], of_auxiliary)
+            x = self.inputs.encoder_input
+            gradients = self.auxiliary.added_to(gradients, self.weights, x)
             self.auxiliary = None
         return gradients
-
-    def _with_auxiliary(
-        self, gradients: Gradients, dead: DeadGradients, factor: torch.Tensor
-    ) -> Gradients:
-        """Return gradients with those of the auxiliary loss, times a factor, added in place."""
-        W_enc, b_enc, W_dec, b_dec = self.weights
-        scale_in_place(dead[2:], factor)
-
-        def add_rows(
-            gradient: torch.Tensor | None,
-            latents: torch.Tensor,
-            rows: torch.Tensor | None,
-            like: torch.Tensor,
-        ) -> torch.Tensor | None:
-            if rows is None:
-                return gradient
-            if gradient is None:  # The main loss is not differentiated in this pass.
-                gradient = like.new_zeros(like.shape, dtype=gradient_dtype(like.dtype))
-            return gradient.index_add_(0, latents, in_dtype(rows, gradient.dtype))
-
-        def add(
-            gradient: torch.Tensor | None, other: torch.Tensor | None, like: torch.Tensor
-        ) -> torch.Tensor | None:
-            if other is None:
-                return gradient
-            if gradient is None:
-                return in_dtype(other, gradient_dtype(like.dtype))
-            return gradient.add_(other)
-
-        by_latent = None if gradients.W_enc is None else gradients.W_enc.T
-        by_latent = add_rows(by_latent, dead.own_latents, dead.W_enc, W_enc.T)
-        x = self.inputs.encoder_input
-        return gradients._replace(
-            W_enc=None if by_latent is None else by_latent.T,
-            b_enc=add_rows(gradients.b_enc, dead.own_latents, dead.b_enc, b_enc),
-            W_dec=add_rows(gradients.W_dec, dead.latents, dead.W_dec, W_dec),
-            b_dec=add(gradients.b_dec, dead.b_dec, b_dec),
-            encoder_input=add(gradients.encoder_input, dead.encoder_input, x),
-        )
 
 
 def _sum(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:

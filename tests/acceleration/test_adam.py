@@ -187,6 +187,24 @@ def test_second_backward_through_a_weight_that_a_step_wrote_raises(device) -> No
         loss.backward()
 
 
+@every_device
+@pytest.mark.parametrize("has_gradient", [False, True])
+def test_a_weight_that_gets_another_layout_keeps_its_moments(device, has_gradient) -> None:
+    fused, plain = new_trainer(device=device, fused=True), new_trainer(device=device)
+    batch = torch.randn(BATCH, D_IN, device=device)
+    for trainer in (fused, plain):
+        trainer.step(batch)
+        weight = trainer.sae.W_enc
+        if has_gradient:
+            weight.grad = 0.1 * weight.detach()
+        weight.data = weight.data.contiguous()
+        assert weight.stride() != trainer.optimizer.state[weight]["exp_avg"].stride()
+        if not has_gradient:
+            weight.grad = 0.1 * weight.detach()
+        trainer.optimizer.step()
+    torch.testing.assert_close(fused.sae.W_enc, plain.sae.W_enc)
+
+
 def test_hooks_of_a_step_run_once() -> None:
     optimizer = fused_optimizer("cpu", (3,))
     Adam([torch.zeros(1)])  # From here on torch runs hooks around Adam's own step, too.

@@ -35,10 +35,12 @@ def new_trainer(
     accelerated: bool = False,
     trainer_class: type[SAETrainer[Any, Any]] = SAETrainer,
     dtype: str = "float32",
+    device: str = "cpu",
+    sae_fields: dict[str, Any] | None = None,
     **fields: Any,
 ) -> SAETrainer[Any, Any]:
     torch.manual_seed(0)
-    sizes = {"d_in": D_IN, "d_sae": D_SAE, "dtype": dtype}
+    sizes = {"d_in": D_IN, "d_sae": D_SAE, "dtype": dtype, "device": device}
     cfg = SAETrainerConfig(
         **{
             "total_training_samples": 1000 * BATCH,
@@ -49,10 +51,11 @@ def new_trainer(
             "lr_decay_steps": 500,
             "dead_feature_window": 2,
             "feature_sampling_window": 4,
+            "device": device,
         }
         | fields
     )
-    made = TrainingSAE.from_dict(sizes | SAES[sae])
+    made = TrainingSAE.from_dict(sizes | SAES[sae] | (sae_fields or {}))
     if sae == "sparse topk":
         with_sparse_acts(made)
     with sae_lens_flex.accelerate() if accelerated else contextlib.nullcontext():

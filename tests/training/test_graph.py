@@ -1,8 +1,8 @@
 """Small steps, differentiated at once and replayed as CUDA graphs, against ordinary ones."""
 
 import copy
+import gc
 import pickle
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,104 +19,21 @@ from saes.comparison import (
     assert_same_gradients,
     assert_same_losses,
     copy_weights,
-    dead_mask,
     random_activations,
     run_step,
     step_input,
     trained_sae,
 )
 
-from sae_lens_flex.saes import fused_topk
 from sae_lens_flex.training import graph
-from sae_lens_flex.training.graph import ORDINARY_CALLS, Recorder
-from sae_lens_flex.training.requests import Inputs, Weights
+from sae_lens_flex.training.graph import ORDINARY_CALLS, Recorder, reconstruct_by
+from sae_lens_flex.training.requests import Inputs
 from sae_lens_flex.training.step import reconstruct
 
 from .comparison import ALL, case
+from .replays import Replays, has_recorded, on_no_stream, recording_of
 
 both_architectures = pytest.mark.parametrize("architecture", FUSED_ARCHITECTURES)
-
-
-def tensors_in(value: Any) -> list[torch.Tensor]:
-    """The tensors of nested named tuples and dataclasses."""
-    if isinstance(value, torch.Tensor):
-        return [value]
-    if value is None:
-        return []
-    return [
-        tensor
-        for each in (value if isinstance(value, tuple) else vars(value).values())
-        for tensor in tensors_in(each)
-    ]
-
-
-class Recomputed:
-    """Stands for a recording where there are no CUDA graphs.
-
-    As a recording it reads the weights where they lay, takes the inputs from memory of its own, and
-    leaves the results in memory of its own, which the next replay overwrites.
-    """
-
-    def __init__(self, weights: Any, inputs: Inputs, spec: Any, wanted: Any) -> None:
-        weights = Weights(*(weight.detach() for weight in weights))
-        self.arguments = weights, spec, wanted
-        self.inputs = graph._map_inputs(torch.zeros_like, inputs)
-        self.result = reconstruct(weights, self.inputs, spec, wanted)
-        self.graph = self
-        for tensor in (*tensors_in(self.inputs), *tensors_in(self.result)):
-            tensor.fill_(torch.nan if tensor.is_floating_point() else -1)
-
-    def replay(self) -> None:
-        weights, spec, wanted = self.arguments
-        with torch.no_grad():
-            fresh = reconstruct(weights, self.inputs, spec, wanted)
-        for mine, new in zip(tensors_in(self.result), tensors_in(fresh), strict=True):
-            mine.copy_(new)
-
-
-class Replays:
-    """Where steps are recorded: on a GPU. On a CPU a stand-in for recordings computes again."""
-
-    def __init__(self, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.device = device
-        if device == "cuda":
-            return
-        recorder_of = fused_topk.FusedTopKTrainingSAE._recorder_of
-
-        def as_by_triton(self, weights, inputs, spec, wanted) -> Recorder | None:
-            return recorder_of(self, weights, inputs, replace(spec, use_triton=True), wanted)
-
-        monkeypatch.setattr(fused_topk.FusedTopKTrainingSAE, "_recorder_of", as_by_triton)
-        monkeypatch.setattr(fused_topk, "is_worth_recording", lambda weights, inputs: True)
-        monkeypatch.setattr(graph, "_record", Recomputed)
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-        on_no_stream(monkeypatch)
-
-    def sae(self, architecture: str, **fields: Any) -> Any:
-        return trained_sae(architecture, device=self.device, **fields)
-
-    def ordinary_sae(self, architecture: str, **fields: Any) -> Any:
-        sae = self.sae(architecture, **fields)
-        sae.use_cuda_graph = False
-        return sae
-
-    def batch(self, seed: int, *shape: int) -> torch.Tensor:
-        return random_activations(*shape, seed=seed).to(self.device)
-
-    def dead(self, n_dead: int) -> torch.Tensor:
-        return dead_mask(n_dead).to(self.device)
-
-
-def on_no_stream(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
-
-
-def has_recorded(sae: Any) -> bool:
-    return sae._recorder is not None and sae._recorder.has_recorded
-
-
-def recording_of(sae: Any) -> Any:
-    return sae._recorder._recording
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -304,6 +221,41 @@ def test_only_small_steps_are_recorded(architecture, monkeypatch) -> None:
 
 
 @pytest.mark.gpu
+def test_garbage_with_recordings_is_not_collected_while_another_is_made() -> None:
+    class Notes:
+        """Garbage that notes whether something was recorded when it was collected."""
+
+        def __init__(self, sae: Any) -> None:
+            self.sae, self.itself = sae, self
+
+        def __del__(self) -> None:
+            collected.append(torch.cuda.is_current_stream_capturing())
+
+    collected: list[bool] = []
+    thresholds = gc.get_threshold()
+    old = None
+    for n_collected in range(3):
+        sae = trained_sae("flex_topk", device="cuda")
+        for seed in range(ORDINARY_CALLS):
+            run_step(sae, random_activations(seed=seed).cuda())
+        batch = random_activations().cuda()
+        gc.collect()
+        assert collected == n_collected * [False] or n_collected == 2
+        gc.set_threshold(1)
+        try:
+            if old is not None:
+                Notes(old)
+            old = None
+            run_step(sae, batch)
+        finally:
+            gc.set_threshold(*thresholds)
+        assert has_recorded(sae)
+        old = sae
+    gc.collect()
+    assert collected == [False, False]
+
+
+@pytest.mark.gpu
 def test_without_memory_steps_go_on_as_they_were(monkeypatch) -> None:
     def too_much(*_: Any, **__: Any) -> Any:
         raise torch.OutOfMemoryError("no more")
@@ -320,29 +272,70 @@ def test_without_memory_steps_go_on_as_they_were(monkeypatch) -> None:
     assert_same_losses(run_step(sae, batch), expected)
 
 
+@pytest.mark.gpu
+def test_steps_that_cannot_be_recorded_go_on_as_they_were(monkeypatch) -> None:
+    reconstruct = graph.reconstruct
+
+    def waiting(*arguments: Any) -> Any:
+        result = reconstruct(*arguments)
+        if torch.cuda.is_current_stream_capturing():
+            torch.cuda.synchronize()  # which CUDA forbids meanwhile
+        return result
+
+    monkeypatch.setattr(graph, "reconstruct", waiting)
+    sae, ordinary = trained_sae("flex_topk", device="cuda"), trained_sae("flex_topk", device="cuda")
+    ordinary.use_cuda_graph = False
+    batch = random_activations(seed=9).cuda()
+    expected = run_step(ordinary, batch)
+    for _ in range(ORDINARY_CALLS):
+        run_step(sae, batch)
+    with pytest.warns(UserWarning, match="not recorded as CUDA graphs: .*captur"):
+        assert_same_losses(run_step(sae, batch), expected)
+    for _ in range(N_STEPS):
+        assert_same_losses(run_step(sae, batch), expected)
+
+
 def test_recording_waits_longer_every_time_that_conditions_change(monkeypatch) -> None:
     recorded, called = [], []
 
-    def record(weights, inputs, spec, wanted) -> Recomputed:
+    def record(function, inputs, pool) -> SimpleNamespace:
         recorded.append(len(called))
-        return Recomputed(weights, inputs, spec, wanted)
+        replay = SimpleNamespace(replay=lambda: None)
+        return graph._Recording(replay, graph._map_inputs(torch.empty_like, inputs), "replayed")
 
-    def counted(*arguments):
-        called.append(arguments)
-        return reconstruct(*arguments)
+    def function(inputs: Inputs) -> str:
+        called.append(inputs)
+        return "called"
 
     monkeypatch.setattr(graph, "_record", record)
-    monkeypatch.setattr(graph, "reconstruct", counted)
     on_no_stream(monkeypatch)
-    recorder, some = Recorder(), case()
-    for k, n_called in ((3, 3), (2, 6), (3, 12)):
-        spec, n_before = replace(some.spec, k=k), len(called)
-        for _ in range(20):
-            result = recorder(some.weights, some.inputs, spec, ALL)
-            assert result.code.latents.shape[1] == k
-        assert len(called) - n_before == n_called
-        assert recorder.has_recorded
+    recorder, inputs = Recorder(), case().inputs
+    for conditions, n_called in ((3, 3), (2, 6), (3, 12)):
+        results = [recorder(function, inputs, conditions) for _ in range(20)]
+        assert results == n_called * [("called", False)] + (20 - n_called) * [("replayed", True)]
+        assert len(recorder.recordings) == 1
     assert recorded == [3, 9, 21]
+
+
+def test_the_two_forms_used_last_stay_recorded(monkeypatch) -> None:
+    def record(function, inputs, pool) -> SimpleNamespace:
+        form = function(inputs)
+        recorded.append((form, pool))
+        replay = SimpleNamespace(replay=lambda: None, pool=lambda: form)
+        return graph._Recording(replay, graph._map_inputs(torch.empty_like, inputs), None)
+
+    recorded = []
+    monkeypatch.setattr(graph, "_record", record)
+    on_no_stream(monkeypatch)
+    recorder, inputs = Recorder(), case().inputs
+    for form in ("a", "b", "a", "c", "a", "b"):
+        for _ in range(100):
+            recorder(lambda inputs, form=form: form, inputs, "conditions", form=form)
+        assert len(recorder.recordings) <= graph.MOST_FORMS
+    # Each shares the memory of another one that is kept.
+    assert recorded == [("a", None), ("b", "a"), ("c", "a"), ("b", "a")]
+    recorder(lambda inputs: "a", inputs, "others", form="a")
+    assert recorder.recordings == []
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -351,14 +344,15 @@ def test_loss_gradients_latents_and_hidden_pre_outlast_the_next_call(device, mon
         Replays(device, monkeypatch)
     some = case(("torch" if device == "cpu" else "triton", device), has_scale=True)
     recorder, batches, kept = Recorder(), [], []
+    by = reconstruct_by(recorder)
     for call in range(N_STEPS):
         inputs = some.inputs._replace(
             encoder_input=some.inputs.encoder_input.roll(call, -1),
             target=some.inputs.target + call,
         )
         batches.append(inputs)
-        kept.append(recorder(some.weights, inputs, some.spec, ALL))
-    assert recorder.has_recorded
+        kept.append(by(some.weights, inputs, some.spec, ALL))
+    assert len(recorder.recordings) == 1
     for inputs, result in zip(batches, kept, strict=True):
         expected = reconstruct(some.weights, inputs, some.spec, ALL)
         assert torch.equal(result.code.latents, expected.code.latents)

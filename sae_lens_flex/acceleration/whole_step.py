@@ -1,0 +1,187 @@
+"""A whole step of SAELens's trainer as one function of tensors, which can be recorded.
+
+    mse_loss, its gradients     `training.step.reconstruct`
+    auxiliary loss, gradients   `training.dead`, of a fixed number of latents that may be dead
+    g                           the sum of the gradients
+    W                           Adam's step with g / max(|g| + 1e-6, 1), |g| of all weights together
+    since_fired[f]              0 where a sample keeps f with a positive activation, else 1 more
+
+It waits for nothing and asks nothing of the device.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch.nn.utils import get_total_norm
+from torch.optim.adam import adam
+
+from ..ops.policy import no_autocast
+from ..training.dead import auxiliary_loss, padded
+from ..training.firing import coordinates, fired
+from ..training.requests import Gradients, Inputs, Spec, WantedGradients, Weights
+from ..training.shards import WHOLE, Whole
+from ..training.step import Reconstruction, reconstruct
+from .adam import clipping_scale
+
+
+class Moments(NamedTuple):
+    """Adam's state of a weight.
+
+    Attributes:
+        exp_avg, exp_avg_sq: in the shape and strides of the weight.
+        step: the number of steps, a scalar.
+    """
+
+    exp_avg: torch.Tensor
+    exp_avg_sq: torch.Tensor
+    step: torch.Tensor
+
+
+class Trained(NamedTuple):
+    """The tensors that a step changes in place, and those that say how.
+
+    Attributes:
+        weights: float32, each with the strides of its gradient.
+        moments: of each weight, or None where it is not trained.
+        since_fired: how many steps ago each latent fired, [F].
+        learning_rate: float32, a scalar; it is only read.
+    """
+
+    weights: Weights
+    moments: tuple[Moments | None, ...]
+    since_fired: torch.Tensor
+    learning_rate: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What else a step depends on.
+
+    Attributes:
+        betas, eps, weight_decay, maximize, decoupled_weight_decay: Adam's.
+        dead_feature_window: a latent is dead after more steps without firing.
+        aux_loss_coefficient: of the loss on dead latents.
+    """
+
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    maximize: bool
+    decoupled_weight_decay: bool
+    dead_feature_window: float
+    aux_loss_coefficient: float
+
+
+class WholeStep(NamedTuple):
+    """What a step reports.
+
+    Attributes:
+        main: the reconstruction, without its gradients.
+        losses: `loss`, `mse_loss` and the auxiliary loss, [3].
+        counts: how many samples each latent fired on, [F].
+        at: the `coordinates` of the code, [2, B k].
+    """
+
+    main: Reconstruction
+    losses: torch.Tensor
+    counts: torch.Tensor
+    at: torch.Tensor
+
+
+@torch.no_grad()
+def whole_step(
+    trained: Trained,
+    inputs: Inputs,
+    spec: Spec,
+    wanted: WantedGradients,
+    settings: Settings,
+    most_dead: int,
+    *,
+    shards: Whole = WHOLE,
+    before_update: Callable[[Reconstruction], None] = lambda main: None,
+) -> WholeStep:
+    """Take a step.
+
+    Args:
+        trained: what is changed.
+        inputs: a batch; their gradient is not wanted.
+        spec, wanted: as in `training.step.step`.
+        settings: Adam's, and of the auxiliary loss.
+        most_dead: at least the number of dead latents; 0 leaves out the loss on them. It is 0 with
+            several processes.
+        shards: of which process the tensors are.
+        before_update: is called with the reconstruction while the weights are those that it is of.
+    """
+    weights, since_fired = trained.weights, trained.since_fired
+    with no_autocast(since_fired.device):
+        main = reconstruct(weights, inputs, spec, wanted, shards)
+        before_update(main)
+        gradients, total = main.gradients, main.mse_loss
+        auxiliary = torch.zeros_like(total)
+        if most_dead > 0:
+            latents, is_dead = padded(since_fired > settings.dead_feature_window, most_dead)
+            auxiliary, of_dead = auxiliary_loss(
+                weights,
+                main.rows,
+                -main.residual,
+                latents=latents,
+                is_dead=is_dead,
+                norms=main.norms,
+                coefficient=settings.aux_loss_coefficient,
+                spec=spec,
+                wanted=wanted,
+            )
+            gradients = of_dead.added_to(gradients, weights, inputs.encoder_input)
+            total = main.mse_loss + auxiliary
+        _update(trained, gradients, settings, shards)
+        counts = fired(main.code.with_values(main.hidden_pre), len(since_fired))
+        since_fired.add_(1).masked_fill_(counts.bool(), 0)
+        losses = torch.stack((total, main.mse_loss, auxiliary))
+        at = coordinates(main.code)
+    return WholeStep(main._replace(gradients=Gradients()), losses, counts, at)
+
+
+def _update(trained: Trained, gradients: Gradients, settings: Settings, shards: Whole) -> None:
+    """Clip the gradients, all together, and apply Adam."""
+    changed = [
+        (weight, gradient, *moments)
+        for weight, gradient, moments in zip(
+            trained.weights, gradients[:4], trained.moments, strict=True
+        )
+        if gradient is not None and moments is not None
+    ]
+    weights, grads, exp_avgs, exp_avg_sqs, steps = (
+        list(tensors) for tensors in zip(*changed, strict=True)
+    )
+    adam(
+        weights,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        [],
+        steps,
+        fused=True,
+        grad_scale=clipping_scale(_total_norm(gradients, shards)),
+        amsgrad=False,
+        beta1=settings.betas[0],
+        beta2=settings.betas[1],
+        lr=trained.learning_rate,
+        weight_decay=settings.weight_decay,
+        eps=settings.eps,
+        maximize=settings.maximize,
+        decoupled_weight_decay=settings.decoupled_weight_decay,
+    )
+
+
+def _total_norm(gradients: Gradients, shards: Whole) -> torch.Tensor:
+    """Return the norm of the weights' gradients, all together, a scalar."""
+    *parts, of_b_dec = gradients[:4]
+    parts = [part for part in parts if part is not None]
+    whole = [] if of_b_dec is None else [of_b_dec]
+    if not shards.is_sharded:
+        return get_total_norm(parts + whole)
+    # Every process has all of b_dec's gradient, and a part of the others.
+    norms = [shards.sum(get_total_norm(parts).square()).sqrt()] if parts else []
+    return get_total_norm(norms + whole)

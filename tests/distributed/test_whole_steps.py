@@ -1,0 +1,112 @@
+"""Whole steps within `accelerate()` of several processes are ordinary steps of one."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from sae_lens import SAETrainer, TrainingSAE
+from sae_lens.config import SAETrainerConfig
+from sae_lens.saes.sae import TrainingSAEConfig
+
+import sae_lens_flex
+from sae_lens_flex.acceleration import recorded_steps
+
+from .ranks import Ranks
+
+D_IN, D_SAE, K, BATCH_SIZE, N_STEPS = 24, 150, 6, 64, 24
+
+
+def new_trainer(device: str, several: bool, **fields: Any) -> SAETrainer[Any, Any]:
+    torch.manual_seed(0)
+    cfg = {"architecture": "hierarchical_topk", "d_in": D_IN, "d_sae": D_SAE, "k": K}
+    sae: Any = TrainingSAE.from_dict(TrainingSAEConfig.from_dict(cfg).to_dict())
+    sae = sae.to(device)
+    trainer_cfg = SAETrainerConfig(
+        total_training_samples=10**6,
+        train_batch_size_samples=BATCH_SIZE,
+        device=device,
+        lr=1e-2,
+        lr_end=1e-3,
+        lr_warm_up_steps=5,
+        **fields,
+    )
+    return SAETrainer(trainer_cfg, sae_lens_flex.shard(sae) if several else sae, iter(()))
+
+
+def train(device: str, several: bool, **fields: Any) -> dict[str, Any]:
+    """Train within `accelerate()`; return the losses, the end, and how steps were taken."""
+    generator = torch.Generator().manual_seed(1)
+    batches = 3 * torch.randn(N_STEPS, BATCH_SIZE, D_IN, generator=generator).to(device)
+    whole_step, n_whole = recorded_steps.whole_step, 0
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        nonlocal n_whole
+        n_whole += 1
+        return whole_step(*arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch, sae_lens_flex.accelerate():
+        patch.setattr(recorded_steps, "whole_step", counted)
+        trainer = new_trainer(device, several, **fields)
+        losses = []
+        for batch in batches:
+            share = batch.tensor_split(dist.get_world_size())[dist.get_rank()] if several else batch
+            losses.append(trainer.step(share).loss.detach())
+            trainer.n_training_steps += 1
+    sae = sae_lens_flex.unshard(trainer.sae) if several else trainer.sae
+    return {
+        "losses": torch.stack(losses).cpu(),
+        "weights": {name: weight.detach().cpu() for name, weight in sae.named_parameters()},
+        "since fired": trainer.n_forward_passes_since_fired.cpu(),
+        "firing": trainer.act_freq_scores.cpu(),
+        "whole": n_whole,
+    }
+
+
+def compare(found: list[dict[str, Any]], one: dict[str, Any]) -> None:
+    for each in found:
+        for name in ("since fired", "firing"):
+            assert torch.equal(each[name], one[name]), name
+        torch.testing.assert_close(each["losses"], one["losses"], rtol=1e-5, atol=0)
+        for name, weight in one["weights"].items():
+            error = (each["weights"][name] - weight).norm() / weight.norm()
+            assert error < 1e-5, name
+
+
+def on_rank(device: str, window: int) -> dict[str, Any]:
+    return train(device, True, dead_feature_window=window)
+
+
+@pytest.mark.parametrize(("window", "n_whole"), [(1000, N_STEPS - 1), (3, 0)])
+def test_whole_steps_are_those_of_one_process(ranks: Ranks, window: int, n_whole: int) -> None:
+    found = ranks.call(on_rank, "cpu", window)
+    # The first step makes Adam's state. Where latents may be dead, steps are ordinary ones.
+    assert [each["whole"] for each in found] == [n_whole] * ranks.size
+    compare(found, train("cpu", False, dead_feature_window=window))
+
+
+@pytest.mark.gpu
+def test_whole_steps_on_gpus_are_those_of_one_process(gpu_ranks: Ranks) -> None:
+    found = gpu_ranks.call(on_rank, "cuda", 1000)
+    assert [each["whole"] for each in found] == [N_STEPS - 1] * gpu_ranks.size
+    compare(found, train("cuda", False, dead_feature_window=1000))
+
+
+def with_hook_on_one_rank() -> str:
+    with sae_lens_flex.accelerate():
+        trainer = new_trainer("cpu", True, dead_feature_window=1000)
+        batch = torch.randn(5, D_IN)
+        trainer.step(batch)
+        if dist.get_rank() == 1:
+            trainer.sae.W_dec.register_post_accumulate_grad_hook(lambda weight: None)
+        try:
+            trainer.step(batch)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def test_a_hook_on_one_rank_alone_is_refused(two_ranks: Ranks) -> None:
+    for error in two_ranks.call(with_hook_on_one_rank):
+        assert error.startswith("ValueError: ranks differ")
+        assert "taking whole steps, see accelerate is True on rank 0, False on rank 1" in error
