@@ -42,7 +42,7 @@ def decoder_loss(request: DecoderLoss) -> LossAndGradients:
     Raises:
         IndexError: for such a latent, where SAE_LENS_FLEX_CHECK_INDICES is 1.
     """
-    if CHECKS_INDICES:
+    if CHECKS_INDICES and request.code.latents.numel() > 0:
         check_range(request.code.latents, request.weight.shape[0])
     code = request.code
     n_elements = code.latents.numel() * request.weight.shape[1]

@@ -24,12 +24,14 @@ from comparison import (
     trained_sae,
     training_config,
 )
-from sae_lens import SAE
+from sae_lens import SAE, SAETrainer
+from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE
 from sae_lens.saes.topk_sae import TopK
 from trainings import OPTIONS, TRAININGS, Training, adam, silence, update
 
-from sae_lens_flex import shard
+from sae_lens_flex import accelerate, shard
+from sae_lens_flex.acceleration import trainer_step
 
 # An architecture, and fields of its own. Of small widths many samples have no latent.
 CASES = {
@@ -76,18 +78,16 @@ STEPS = [
     pytest.param(*CASES[name], *option.values, id=f"{name}-{option.id}")
     for name in CASES
     for option in OPTIONS
-    if option.id in ("default", "neither")
+    if option.id == "default" or (option.id == "neither" and name == "flex_batchtopk")
 ]
 
 
 @pytest.mark.parametrize("training", TRAININGS)
 @pytest.mark.parametrize(("architecture", "own", "options"), STEPS)
-def test_every_step_is_that_of_stock(
-    architecture, own, options, training: Training, request: pytest.FixtureRequest
-) -> None:
+def test_every_step_is_that_of_stock(architecture, own, options, training: Training) -> None:
     if training.backend == "triton" and training.device == "cpu":  # the interpreter is slow
-        if "default" not in request.node.callspec.id:
-            pytest.skip("the options are all met on a GPU, and by PyTorch")
+        if own.get("use_matryoshka_aux_loss") or options != OPTIONS[0].values[0]:
+            pytest.skip("these are met on a GPU, and by PyTorch")
         training = dataclasses.replace(training, n_steps=3)
     torch.manual_seed(0)
     # SAELens appends the last width to the list that it is given.
@@ -424,3 +424,28 @@ def test_a_step_at_scale_is_that_of_pytorch(architecture) -> None:
     tolerance = 1e-5 if n_different == 0 else 1e-3
     assert_same_losses(output, expected, tolerance)
     assert_same_gradients(saes[1], saes[0], tolerance)
+
+
+@every_architecture
+def test_a_step_that_accelerate_passes_on_learns_the_threshold(architecture, monkeypatch) -> None:
+    batches = [random_activations(seed=seed) for seed in range(4)]
+    results = []
+    for is_plain in (False, True):
+        sae = trained_sae(architecture)
+        trainer = SAETrainer(
+            SAETrainerConfig(
+                total_training_samples=len(batches) * len(batches[0]),
+                train_batch_size_samples=len(batches[0]),
+                lr_end=3e-5,
+            ),
+            sae=sae,
+            data_provider=iter(batches),
+        )
+        monkeypatch.setattr(trainer_step, "may_take_whole_steps", lambda *_: is_plain)  # noqa: B023
+        with accelerate():
+            outputs = [trainer.step(batch) for batch in batches]
+        results.append((sae.topk_threshold, *(output.loss for output in outputs)))
+        assert all("topk_threshold" in output.metrics for output in outputs)
+    assert results[0][0] > 0
+    for value, expected in zip(*results, strict=True):
+        assert torch.equal(value, expected)
