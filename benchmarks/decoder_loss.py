@@ -21,6 +21,7 @@ import argparse
 import datetime
 import gc
 import importlib
+import itertools
 import json
 import platform
 import time
@@ -118,8 +119,8 @@ def errors(loss: Loss, definition: Loss, batch: Batch) -> dict[str, float]:
     }
 
 
-def time_ms(function: Callable[[], Any]) -> float:
-    return do_bench(function, warmup=25, rep=100, return_mode="median")
+def time_ms(function: Callable[[], Any], warmup: int = 25, rep: int = 100) -> float:
+    return do_bench(function, warmup=warmup, rep=rep, return_mode="median")
 
 
 def times_from_python(function: Callable[[], Any]) -> dict[str, Any]:
@@ -135,7 +136,7 @@ def times_from_python(function: Callable[[], Any]) -> dict[str, Any]:
     return {"ms": min(readings), "readings_ms": readings}
 
 
-def graph_ms(function: Callable[[], Any]) -> float:
+def graph_ms(function: Callable[[], Any], **how_long: int) -> float:
     """Return what a replay as a CUDA graph takes: the device's time, without the host's."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -145,7 +146,7 @@ def graph_ms(function: Callable[[], Any]) -> float:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         function()
-    return time_ms(graph.replay)
+    return time_ms(graph.replay, **how_long)
 
 
 def peak_gib(function: Callable[[], Any]) -> float:
@@ -254,6 +255,27 @@ def table_small(losses: dict[str, dict[str, Loss]]) -> list[dict[str, Any]]:
     return rows
 
 
+def table_grid(losses: dict[str, dict[str, Loss]]) -> list[dict[str, Any]]:
+    """Sizes at which launches count, the implementations in turn: a slow second meets all alike."""
+    rows = []
+    sizes = itertools.product((512, 1024, 2048, 4096), (32, 64), (16384, 24576), (SMALL.D,))
+    dtypes = (torch.float32, torch.bfloat16)
+    for size, distribution, dtype in itertools.product(sizes, ("uniform", "zipf"), dtypes):
+        batch = Batch(Size(*size), distribution, dtype)
+        for kind in LOSSES:
+            steps = {name: partial(batch.step, losses[name][kind]) for name in losses}
+            readings = {name: [] for name in losses}
+            for name, step in itertools.chain(*[steps.items()] * READINGS):
+                readings[name].append(round(time_ms(step, warmup=3, rep=12), 4))
+            for name, step in steps.items():
+                cell = {"implementation": name, "loss": kind}
+                cell |= labels(Size(*size), distribution, dtype)
+                cell |= {"ms": min(readings[name]), "readings_ms": readings[name]}
+                rows.append(cell | {"graph_ms": graph_ms(step, warmup=3, rep=12)})
+                print(rows[-1], flush=True)
+    return rows
+
+
 def table_sweeps(losses: dict[str, dict[str, Loss]]) -> list[dict[str, Any]]:
     """One of B, K and D varied at a time."""
     start = Size(4096, 64, 65536, 1152)
@@ -338,6 +360,7 @@ TABLES = {
     "main": table_main,
     "compiled": table_compiled,
     "small": table_small,
+    "grid": table_grid,
     "sweeps": table_sweeps,
     "memory": table_memory,
     "deterministic": table_deterministic,

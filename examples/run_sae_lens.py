@@ -137,9 +137,13 @@ def prompts_at_once(args: argparse.Namespace, tokens: int) -> int:
 
 
 def model_options(args: argparse.Namespace) -> dict[str, str]:
-    # A GPU computes bfloat16 many times as fast, a CPU often slower. The attention is left to
-    # transformers: SDPA where that computes the model, and else, as for Gemma 2, another.
-    return {"dtype": "bfloat16" if args.device.startswith("cuda") else "float32"}
+    # A GPU computes bfloat16 many times as fast, a CPU often slower.
+    options = {"dtype": "bfloat16" if args.device.startswith("cuda") else "float32"}
+    # transformers takes SDPA, which is fast, but has no soft-capping. Gemma 2 has: 5.17 leaves it
+    # out without a word.
+    if getattr(AutoConfig.from_pretrained(args.model), "attn_logit_softcapping", None) is not None:
+        options["attn_implementation"] = "eager"
+    return options
 
 
 def middle_layer(model_config: PretrainedConfig) -> str:

@@ -107,7 +107,10 @@ def install(width: int, put: Callable[[Any, str, Any], None] = setattr) -> None:
     def model(name: Any, **options: Any) -> Any:
         if Path(name).is_dir():
             return load_model(name, **options)
-        assert set(options) <= {"dtype"}
+        assert set(options) <= {"dtype", "attn_implementation"}
+        has_softcapping = getattr(config(name), "attn_logit_softcapping", None) is not None
+        # What transformers takes by itself may leave it out.
+        assert options.get("attn_implementation") == ("eager" if has_softcapping else None)
         return LanguageModel(config(name)).to(getattr(torch, options.get("dtype", "float32")))
 
     def tokens(name: Any, **options: Any) -> Any:

@@ -13,17 +13,19 @@ the inverted index and gathers rows of r, once for both gradients. Launches of a
 an index take longer than the device needs, so it takes the one kernel of the loss over levels.
 """
 
-from typing import Any
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
 from .checks import check_range
-from .kernels import copies, counting, hierarchical, residual
-from .kernels.launch import cdiv
+from .kernels import copies, hierarchical, residual
+from .kernels.finish import finish
+from .kernels.launch import Launch, cdiv
 from .kernels.sums import sum_by_latent
-from .kernels.tiles import Batch
+from .kernels.tiles import COPIES, SLOTS, Batch, Sizes, table_size
 from .policy import CHECKS_INDICES, in_dtype
-from .requests import DecoderLoss, Levels, LossAndGradients, are_of_samples
+from .requests import DecoderLoss, LossAndGradients, Wanted, are_of_samples
 
 # B K D from which an index is worth its launches. To the device alone it mostly is from 2^24 on: at
 # B=4096, K=64, F=24576, D=768 an H200 takes 0.29 ms with it, and 0.36 with the one kernel (with
@@ -31,9 +33,10 @@ from .requests import DecoderLoss, Levels, LossAndGradients, are_of_samples
 FEWEST_ELEMENTS = 2**27
 # Atomic additions to dL/dbias wait for each other, so the programs of a large batch take this many
 # rows in turn. Up to SMALL_BATCH samples share one row, and the kernel itself adds up the parts of
-# the loss. That spares two launches, and a small batch waits for the host.
+# the loss. That spares a launch, and a small batch waits for the host.
 BIAS_ROWS = 64
 SMALL_BATCH = 1024
+PLANS = 1024  # kept: one a set of sizes, dtypes and wishes
 
 
 def decoder_loss(request: DecoderLoss) -> LossAndGradients:
@@ -44,16 +47,16 @@ def decoder_loss(request: DecoderLoss) -> LossAndGradients:
     """
     if CHECKS_INDICES and request.code.latents.numel() > 0:
         check_range(request.code.latents, request.weight.shape[0])
-    code = request.code
-    n_elements = code.latents.numel() * request.weight.shape[1]
-    is_last_level = isinstance(request.levels, str) and request.levels == "last"
+    n_elements = request.code.latents.numel() * request.weight.shape[1]
     by_index = (
         n_elements >= FEWEST_ELEMENTS
         or request.index is not None
         or request.deterministic
-        or code.starts is not None  # the walk has no last level of each sample
+        or request.code.starts is not None  # the walk knows no last level of each sample
     )
-    return _by_latent(request) if is_last_level and by_index else _by_walk(request)
+    if _is_last_level(request) and by_index:
+        return _by_latent(request)
+    return (_by_walk_slice_by_slice if request.deterministic else _by_walk)(request)
 
 
 def _batch(request: DecoderLoss) -> Batch:
@@ -68,149 +71,304 @@ def _batch(request: DecoderLoss) -> Batch:
     )
 
 
-def _by_walk(request: DecoderLoss) -> LossAndGradients:
-    batch, wanted = _batch(request), request.wanted
-    n_samples, k, n_latents, d_in = batch.sizes()
-    n_pairs = batch.latents.numel()
-    new = request.target.new_empty
-    levels, of_samples = request.levels, are_of_samples(request.levels, request.code)
-    if isinstance(levels, torch.Tensor):
-        levels = levels.contiguous()
+def _level_weights(request: DecoderLoss) -> torch.Tensor | None:
+    levels = request.levels
+    return levels.contiguous() if isinstance(levels, torch.Tensor) else None
 
-    n_rows, copied = n_latents, None
-    outputs: dict[str, Any] = {}
-    if wanted.weight:
-        # It comes first: zeroing it keeps the device busy while the host prepares the rest.
-        has_copies = not request.deterministic and copies.is_worth_copies(batch.latents)
-        if not request.deterministic:
-            n_rows += (copies.SLOTS * copies.COPIES if has_copies else 0) + 1
-        grad_weight = new((n_rows, d_in), dtype=torch.float32).zero_()
-        outputs["grad_weight"] = grad_weight
-        if has_copies:
-            counts = counting.count(batch.latents, n_latents)
-            copied = copies.assign_copies(batch.latents, counts, k)
-    if wanted.residual:
-        outputs["residual"] = new((n_samples, d_in), dtype=torch.float32)
-    if wanted.target:
-        outputs["grad_target"] = new((n_samples, d_in), dtype=wanted.target)
-    is_small = n_samples <= SMALL_BATCH and not request.deterministic
-    n_programs, n_slices = cdiv(n_samples, 2), cdiv(d_in, hierarchical.BLOCK_D)
-    bias_rows = 1 if n_samples <= SMALL_BATCH else BIAS_ROWS
-    if request.deterministic:
-        bias_rows = n_programs  # No row is then added to twice.
-    outputs["loss"] = new(() if is_small else (n_slices, n_samples), dtype=torch.float32)
-    # One tensor for all else that is added to, zeroed at once. Each part begins at a multiple of 16
-    # bytes, because the host takes longer to launch with unaligned tensors.
-    sizes = [
-        hierarchical.LOSS_SUMS + 4 if is_small else 0,  # the count and three to spare
-        n_pairs if wanted.values else 0,
-        -n_pairs % 4,
-        bias_rows * d_in if wanted.bias else 0,
-    ]
-    zeros = new((sum(sizes),), dtype=torch.float32).zero_()
-    loss_sums, grad_values, _, grad_bias = zeros.split_with_sizes(sizes)
-    if is_small:
-        outputs["loss_sums"] = loss_sums
-    if wanted.values:
-        outputs["grad_values"] = grad_values.view(request.code.values.shape)
-    if wanted.bias:
-        outputs["grad_bias"] = grad_bias.view(bias_rows, d_in)
-    if request.wants_level_errors and of_samples and isinstance(levels, torch.Tensor):
-        outputs["level_errors"] = torch.zeros_like(levels, dtype=torch.float32)
-    if request.deterministic:
-        _walk_slice_by_slice(request, batch, outputs, levels)
-    else:
-        hierarchical.walk(
-            batch,
-            hierarchical.Outputs(**outputs),
-            levels,
-            scale=request.scale,
-            of_samples=of_samples,
-            rows=None if copied is None else copied.rows,
-            n_copied=None if copied is None else copied.n_copied,
+
+def _is_last_level(request: DecoderLoss) -> bool:
+    return isinstance(request.levels, str) and request.levels == "last"
+
+
+def _scale(request: DecoderLoss) -> float:
+    """Return what the kernels multiply the loss by, whose levels weigh 1 without level weights."""
+    is_mean = isinstance(request.levels, str) and request.levels == "every"
+    return request.scale / request.code.latents.shape[1] if is_mean else request.scale
+
+
+def _dtypes(*tensors: torch.Tensor | None) -> list[torch.dtype | None]:
+    return [None if tensor is None else tensor.dtype for tensor in tensors]
+
+
+class _WalkPlan(NamedTuple):
+    """What a walk takes that depends on sizes and dtypes alone.
+
+    Attributes:
+        names: of the parts of the one tensor that is zeroed, float32.
+        parts: their sizes.
+        choose: the launch that gives copies to latents, or None.
+        walk: the launch of the walk.
+        finish: the launch that makes results of the sums. None where the sums are the results.
+    """
+
+    names: list[str]
+    parts: list[int]
+    choose: Launch | None
+    walk: Launch
+    finish: Launch | None
+
+
+@lru_cache(PLANS)
+def _plan_walk(
+    sizes: Sizes,
+    n_pairs: int,
+    is_last_level: bool,
+    of_samples: bool,
+    wanted: Wanted,
+    wants_level_errors: bool,
+    has_copies: bool,
+    is_small: bool,
+    is_ragged: bool,
+    *_: object,
+) -> _WalkPlan:
+    """Make a plan, another one for each device and for each set of dtypes, the last arguments."""
+    n_samples, _, n_latents, d_in = sizes[:4]
+    n_rows = n_latents + (SLOTS * COPIES if has_copies else 0) + 1 if wanted.weight else 0
+    bias_rows = 1 if is_small else BIAS_ROWS
+    n_of_weight = n_latents * d_in if wanted.weight else 0
+    n_values = n_pairs if wanted.values else 0
+    # The address of each part that a kernel is given is a multiple of 16 bytes.
+    parts = {
+        "weight": n_of_weight,
+        "behind weight": _to_16_bytes(n_rows * d_in) - n_of_weight,
+        "values": n_values,
+        "behind values": -n_values % 4,
+        "loss": _to_16_bytes(hierarchical.LOSS_SUMS + 1),
+        "table": _to_16_bytes(table_size(n_latents)) if has_copies else 0,
+        "level errors": _to_16_bytes(n_pairs + n_samples) if wants_level_errors else 0,
+        "bias": bias_rows * d_in if wanted.bias else 0,
+    }
+    choose = copies.choose(n_pairs, n_latents) if has_copies else None
+    walk = hierarchical.walk(
+        sizes,
+        last_level_alone=is_last_level,
+        walks_down=any(wanted[1:]),
+        of_samples=of_samples,
+        is_ragged=is_ragged,
+        n_rows=n_rows,
+        bias_rows=bias_rows,
+    )
+    dtypes = {wanted.weight, wanted.values, wanted.bias}
+    finish_walk = None
+    if not is_small or has_copies or not dtypes <= {None, torch.float32}:
+        finish_walk = finish(
+            sizes,
+            n_sums=hierarchical.LOSS_SUMS,
+            has_copies=has_copies,
+            casts_weight=wanted.weight not in (None, torch.float32),
+            n_values=n_values,
+            bias_rows=bias_rows if wanted.bias else 0,
         )
-    if copied is not None:
-        copies.add_up_copies(copied, outputs["grad_weight"], n_latents)
-    loss, bias = outputs["loss"], outputs.get("grad_bias")
-    weight, values = outputs.get("grad_weight"), outputs.get("grad_values")
-    if bias is not None:
-        bias = bias.sum(0) if bias_rows > 1 else grad_bias  # which is flat
+    present = {name: size for name, size in parts.items() if size > 0}
+    return _WalkPlan(list(present), list(present.values()), choose, walk, finish_walk)
+
+
+def _to_16_bytes(n_floats: int) -> int:
+    return cdiv(n_floats, 4) * 4
+
+
+def _by_walk(request: DecoderLoss) -> LossAndGradients:
+    batch, wanted, level_weights = _batch(request), request.wanted, _level_weights(request)
+    sizes, n_pairs = batch.sizes(), batch.latents.numel()
+    n_samples, _, n_latents, d_in = sizes[:4]
+    of_samples = are_of_samples(request.levels, request.code)
+    plan = _plan_walk(
+        sizes,
+        n_pairs,
+        _is_last_level(request),
+        of_samples,
+        wanted,
+        request.wants_level_errors and of_samples,
+        wanted.weight is not None and copies.is_worth_copies(n_pairs),
+        n_samples <= SMALL_BATCH,
+        batch.starts is not None,
+        request.target.device,
+        *_dtypes(*batch, level_weights),
+    )
+    new = request.target.new_empty
+    zeros = request.target.new_zeros(sum(plan.parts), dtype=torch.float32)
+    part = dict(zip(plan.names, zeros.split_with_sizes(plan.parts), strict=True))
+    table = None
+    if plan.choose is not None:
+        table = part["table"].view(torch.int32)
+        plan.choose((batch.latents, table))
+    loss = new((), dtype=torch.float32)
+    outputs = hierarchical.Outputs(
+        loss_sums=part["loss"],
+        loss=loss if plan.finish is None else None,
+        residual=new((n_samples, d_in), dtype=torch.float32) if wanted.residual else None,
+        grad_weight=zeros if wanted.weight else None,
+        grad_values=part.get("values"),
+        grad_bias=part.get("bias"),
+        grad_target=new((n_samples, d_in), dtype=wanted.target) if wanted.target else None,
+        level_errors=part.get("level errors"),
+    )
+    plan.walk((*batch, level_weights, table, *outputs), (_scale(request),))
+    weight, values, bias = part.get("weight"), part.get("values"), part.get("bias")
+    if weight is not None:
+        weight = weight.view(n_latents, d_in)
+    shape = request.code.values.shape
+    if plan.finish is None:
+        if wanted.values:
+            values = new(shape, dtype=torch.float32) if values is None else values.view(shape)
+    else:
+        cast = None
+        if wanted.weight not in (None, torch.float32):
+            weight = cast = new((n_latents, d_in), dtype=wanted.weight)
+        values = new(shape, dtype=wanted.values) if wanted.values else None
+        bias = new((d_in,), dtype=wanted.bias) if wanted.bias else None
+        is_left = table is not None or cast is not None
+        plan.finish(
+            (
+                *(part["loss"], loss, zeros if is_left else None, table, cast),
+                *(part.get("values"), values, part.get("bias"), bias),
+            )
+        )
+    errors = outputs.level_errors
+    if errors is not None and level_weights is not None:
+        errors = errors[: level_weights.numel()].view(level_weights.shape)
     return LossAndGradients(
-        loss=loss if is_small else loss.sum(),
-        residual=outputs.get("residual"),
-        weight=None if weight is None else in_dtype(weight[:n_latents], wanted.weight),
-        values=None if values is None else in_dtype(values, wanted.values),
-        bias=None if bias is None else in_dtype(bias, wanted.bias),
-        target=outputs.get("grad_target"),
-        level_errors=outputs.get("level_errors"),
+        loss, outputs.residual, weight, values, bias, outputs.grad_target, errors
     )
 
 
-def _walk_slice_by_slice(
-    request: DecoderLoss, batch: Batch, outputs: dict[str, Any], levels: Levels
-) -> None:
+@lru_cache(PLANS)
+def _plan_slices(
+    sizes: Sizes,
+    is_last_level: bool,
+    of_samples: bool,
+    wanted: Wanted,
+    wants_level_errors: bool,
+    is_ragged: bool,
+    *_: object,
+) -> list[Launch]:
+    """Return a walk for each slice, others for each device and for each set of dtypes."""
+    n_programs = cdiv(sizes.n_samples, 2)
+    return [
+        hierarchical.walk(
+            sizes,
+            last_level_alone=is_last_level,
+            walks_down=any(wanted[1:]),
+            of_samples=of_samples,
+            is_ragged=is_ragged,
+            bias_rows=n_programs,  # No row and no sum is then added to twice.
+            n_sums=n_programs,
+            slices=range(slice_, slice_ + 1),
+        )
+        for slice_ in range(cdiv(sizes.d_in, hierarchical.BLOCK_D))
+    ]
+
+
+def _by_walk_slice_by_slice(request: DecoderLoss) -> LossAndGradients:
     """Walk without an addition whose order varies.
 
     The slices all add to the gradient of the values, so they are launched one after another. The S
     of a slice are stored, and then added up latent by latent.
     """
-    _, _, n_latents, d_in = batch.sizes()
-    grad_weight = outputs.pop("grad_weight", None)
-    index = values_in_order = None
+    batch, wanted, level_weights = _batch(request), request.wanted, _level_weights(request)
+    sizes, target = batch.sizes(), request.target
+    n_samples, _, n_latents, d_in = sizes[:4]
+    of_samples = are_of_samples(request.levels, request.code)
+    level_errors = None
+    if request.wants_level_errors and of_samples and level_weights is not None:
+        level_errors = torch.zeros_like(level_weights, dtype=torch.float32)
+    n_programs = cdiv(n_samples, 2)
+
+    def new(is_wanted: object, *shape: int, dtype: torch.dtype | None = torch.float32):
+        return target.new_zeros(shape, dtype=dtype) if is_wanted else None
+
+    index = values_in_order = suffix_sums = None
+    grad_weight = new(wanted.weight, n_latents, d_in)
     if grad_weight is not None:
         index = request.index or request.code.by_latent(
             n_latents, use_triton=True, deterministic=True
         )
         values_in_order = batch.values.flatten()[index.pairs]
-        shape = (batch.latents.numel(), hierarchical.BLOCK_D)
-        # A pair of no sample has none; with zeros it adds nothing.
-        outputs["suffix_sums"] = request.target.new_zeros(shape, dtype=torch.float32)
-    for slice_ in range(cdiv(d_in, hierarchical.BLOCK_D)):
-        hierarchical.walk(
-            batch,
-            hierarchical.Outputs(**outputs),
-            levels,
-            scale=request.scale,
-            of_samples=are_of_samples(request.levels, request.code),
-            slices=range(slice_, slice_ + 1),
-        )
-        if index is not None and values_in_order is not None:
+        suffix_sums = new(True, batch.latents.numel(), hierarchical.BLOCK_D)
+    outputs = hierarchical.Outputs(
+        loss_sums=target.new_zeros(n_programs, dtype=torch.float32),
+        residual=new(wanted.residual, n_samples, d_in),
+        grad_values=new(wanted.values, *batch.values.shape),
+        grad_bias=new(wanted.bias, n_programs, d_in),
+        grad_target=new(wanted.target, n_samples, d_in, dtype=wanted.target),
+        suffix_sums=suffix_sums,
+        level_errors=level_errors,
+    )
+    dtypes = _dtypes(*batch, level_weights)
+    walks = _plan_slices(
+        sizes,
+        _is_last_level(request),
+        of_samples,
+        wanted,
+        level_errors is not None,
+        batch.starts is not None,
+        target.device,
+        *dtypes,
+    )
+    for slice_, walk in enumerate(walks):
+        walk((*batch, level_weights, None, *outputs), (_scale(request),))
+        if index is not None and values_in_order is not None and suffix_sums is not None:
             first = slice_ * hierarchical.BLOCK_D
             n_columns = min(hierarchical.BLOCK_D, d_in - first)
             sum_by_latent(
                 index,
                 values_in_order,
-                outputs["suffix_sums"][:, :n_columns].contiguous(),
+                suffix_sums[:, :n_columns].contiguous(),
                 sums=grad_weight,
                 in_order=True,
                 rows_of_pairs=True,
                 first_column=first,
                 zero_absent=False,
             )
-    if grad_weight is not None:
-        outputs["grad_weight"] = grad_weight
+    values, bias = outputs.grad_values, outputs.grad_bias
+    return LossAndGradients(
+        loss=outputs.loss_sums.sum(),
+        residual=outputs.residual,
+        weight=None if grad_weight is None else in_dtype(grad_weight, wanted.weight),
+        values=None if values is None else in_dtype(values, wanted.values),
+        bias=None if bias is None else in_dtype(bias.sum(0), wanted.bias),
+        target=outputs.grad_target,
+        level_errors=level_errors,
+    )
+
+
+@lru_cache(PLANS)
+def _plan_finish(sizes: Sizes, bias_rows: int, *_: object) -> Launch:
+    """Return the launch that adds up loss and bias, another one for each device and dtype."""
+    return finish(
+        sizes,
+        n_sums=hierarchical.LOSS_SUMS,
+        has_copies=False,
+        casts_weight=False,
+        n_values=0,
+        bias_rows=bias_rows,
+    )
 
 
 def _by_latent(request: DecoderLoss) -> LossAndGradients:
     batch, wanted, scale = _batch(request), request.wanted, request.scale
-    n_samples, _, n_latents, d_in = batch.sizes()
+    sizes = batch.sizes()
+    n_samples, _, n_latents, d_in = sizes[:4]
     new = request.target.new_empty
-    n_programs = cdiv(n_samples, 2)
-    bias_rows = n_programs if request.deterministic else min(n_programs, BIAS_ROWS)
+    bias_rows, n_sums = BIAS_ROWS, hierarchical.LOSS_SUMS
+    if request.deterministic:  # No row and no sum is then added to twice.
+        bias_rows = cdiv(n_samples, 2)
+        n_sums = bias_rows * cdiv(d_in, residual.slice_width(batch.weight))
+    bias_rows = bias_rows if wanted.bias else 0
+    parts = [n_sums, -n_sums % 4, bias_rows * d_in]
+    zeros = request.target.new_zeros(sum(parts), dtype=torch.float32)
+    loss_sums, _, bias_sums = zeros.split_with_sizes(parts)
     # The second kernel gathers rows of the residual. Where the residual is not wanted, the gradient
     # of the target, -2 scale times the residual, saves a [B, D] tensor if it is as precise.
     gathers = wanted.weight is not None or wanted.values is not None
     by_target = wanted.target == torch.float32 and not wanted.residual
-    n_slices = cdiv(d_in, residual.slice_width(batch.weight))
-    loss_parts = new((n_slices, n_samples), dtype=torch.float32)
-    r = grad_bias = grad_target = None
-    if wanted.bias:
-        grad_bias = new((bias_rows, d_in), dtype=torch.float32).zero_()
+    r = grad_target = None
     if wanted.residual or (gathers and not by_target):
         r = new((n_samples, d_in), dtype=torch.float32)
     if wanted.target:
         grad_target = new((n_samples, d_in), dtype=wanted.target)
-    residual.residual(batch, residual.Outputs(loss_parts, r, grad_bias, grad_target), scale=scale)
+    bias_sums = bias_sums if wanted.bias else None
+    residual.residual(batch, residual.Outputs(loss_sums, r, bias_sums, grad_target), scale=scale)
     grad_weight = grad_values = None
     if gathers:
         rows, scale_of_rows = (grad_target, -1.0) if r is None else (r, 2 * scale)
@@ -232,11 +390,22 @@ def _by_latent(request: DecoderLoss) -> LossAndGradients:
         if grad_values is not None and starts is not None:
             pairs = torch.arange(len(grad_values), device=grad_values.device)
             grad_values.masked_fill_(pairs >= starts[-1], 0)  # those of no sample
+    grad_bias = None
+    if request.deterministic:
+        loss = loss_sums.sum()
+        if bias_sums is not None:
+            grad_bias = in_dtype(bias_sums.view(bias_rows, d_in).sum(0), wanted.bias)
+    else:
+        loss = new((), dtype=torch.float32)
+        grad_bias = new((d_in,), dtype=wanted.bias) if wanted.bias else None
+        _plan_finish(sizes, bias_rows, request.target.device, wanted.bias)(
+            (loss_sums, loss, None, None, None, None, None, bias_sums, grad_bias)
+        )
     return LossAndGradients(
-        loss=loss_parts.sum(),
+        loss=loss,
         residual=r if wanted.residual else None,
         weight=grad_weight,
         values=None if grad_values is None else in_dtype(grad_values, wanted.values),
-        bias=None if grad_bias is None else in_dtype(grad_bias.sum(0), wanted.bias),
+        bias=grad_bias,
         target=grad_target,
     )

@@ -2,8 +2,8 @@
 
 PyTorch shares every operation out among all threads, and the first to finish waits for the last.
 A step has hundreds of operations on chunks. Beside busy processes one of the threads is often not
-running, and each operation waits until it runs again. Here a thread computes whole chunks. It waits
-only for its turn to add to what the chunks share, and sleeps meanwhile.
+running, and each operation waits until it runs again. Here a thread computes whole chunks. What a
+chunk adds to what the chunks share waits for its turn; the thread goes on to the next chunk.
 """
 
 import threading
@@ -14,6 +14,9 @@ import torch
 
 Add = Callable[[], None]
 """Adds a chunk's part to what the chunks share."""
+
+# Chunks a thread that may be computed before their turn. Each holds its part in memory until then.
+AHEAD = 4
 
 
 def for_each_chunk(
@@ -44,7 +47,7 @@ def for_each(
             if (add := compute(chunk)) is not None:
                 add()
         return
-    queue = _Queue(chunks)
+    turns = _Turns(chunks, AHEAD * n_threads)
     is_inference = torch.is_inference_mode_enabled()
 
     def work() -> None:
@@ -52,50 +55,61 @@ def for_each(
         torch.get_num_threads()
         torch.set_num_threads(1)
         with torch.inference_mode(is_inference), torch.no_grad():
-            for number, chunk in queue:
-                add = compute(chunk)
-                if not queue.wait_for_turn(number):
-                    return
-                if add is not None:
-                    add()
-                queue.end_turn()
+            for number, chunk in turns:
+                turns.add_in_turn(number, compute(chunk))
 
     n_before = torch.get_num_threads()
     try:
         with ThreadPoolExecutor(n_threads) as pool:
-            for future in [pool.submit(queue.stopping(work)) for _ in range(n_threads)]:
+            for future in [pool.submit(turns.stopping(work)) for _ in range(n_threads)]:
                 future.result()
     finally:
         torch.set_num_threads(n_before)  # for threads that start later
 
 
-class _Queue:
-    """Chunks that threads take one after the other, and whose turns come in that order."""
+class _Turns:
+    """Chunks that threads take one after the other, and whose parts are added in that order."""
 
-    def __init__(self, chunks: list[slice]) -> None:
-        self._chunks = enumerate(chunks)
-        self._turn = 0
+    def __init__(self, chunks: list[slice], most_ahead: int) -> None:
+        self._chunks = chunks
+        self._most_ahead = most_ahead
+        self._n_taken = 0
+        self._n_added = 0
+        self._parts: dict[int, Add | None] = {}  # of computed chunks, by number
+        self._is_adding = False  # whether a thread is
         self._has_failed = False
         self._changed = threading.Condition()
 
     def __iter__(self) -> Iterator[tuple[int, slice]]:
         while True:
             with self._changed:
-                item = None if self._has_failed else next(self._chunks, None)
-            if item is None:
+                self._changed.wait_for(
+                    lambda: self._has_failed or self._n_taken - self._n_added < self._most_ahead
+                )
+                number = self._n_taken
+                if self._has_failed or number == len(self._chunks):
+                    return
+                self._n_taken += 1
+            yield number, self._chunks[number]
+
+    def add_in_turn(self, number: int, add: Add | None) -> None:
+        """Leave a chunk's part, and add all whose turn it is, unless another thread does so."""
+        with self._changed:
+            self._parts[number] = add
+            if self._is_adding:
                 return
-            yield item
-
-    def wait_for_turn(self, number: int) -> bool:
-        """Return whether the turn came: it does not where another thread has raised an error."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._has_failed or self._turn == number)
-            return not self._has_failed
-
-    def end_turn(self) -> None:
-        with self._changed:
-            self._turn += 1
-            self._changed.notify_all()
+            self._is_adding = True
+        while True:
+            with self._changed:
+                if self._n_added not in self._parts:
+                    self._is_adding = False
+                    return
+                add = self._parts.pop(self._n_added)
+            if add is not None:
+                add()
+            with self._changed:
+                self._n_added += 1
+                self._changed.notify_all()
 
     def stopping(self, work: Callable[[], None]) -> Callable[[], None]:
         """Return `work`, which also ends the other threads where it raises."""

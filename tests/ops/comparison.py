@@ -49,6 +49,10 @@ class Implementation:
     def uses_levels(self) -> bool:
         return self.definition is hierarchical_sae_loss
 
+    def is_interpreted(self) -> bool:
+        """Whether kernels run in the interpreter, which cuts off what bfloat16 does not hold."""
+        return self.device == "cpu" and getattr(self.loss, "__name__", "").startswith("triton")
+
 
 class Cut(torch.autograd.Function):
     """The identity, whose backward pass gives its input no gradient, not even zeros."""
@@ -171,4 +175,7 @@ def assert_matches_definition(
         assert expected_gradient is not None
         assert gradient.dtype == inputs[name].dtype
         error = relative_error(gradient, expected_gradient, magnitudes[name].grad)
-        assert error < TOLERANCE[inputs[name].dtype], f"{name}: {error}"
+        tolerance = TOLERANCE[inputs[name].dtype]
+        if gradient.dtype == torch.bfloat16 and implementation.is_interpreted():
+            tolerance += 2**-8
+        assert error < tolerance, f"{name}: {error}"

@@ -55,8 +55,8 @@ from sae_lens_flex.training.step import step  # noqa: E402
 
 launch.why_unavailable = lambda device: None
 launch.is_available = lambda device: True
-launch.MOST_COMPILED = 0  # every launch goes by JITFunction.run
-copies.FEWEST_PAIRS = by_triton.FEWEST_ELEMENTS = 0
+launch.MOST_KEPT = 0  # every launch goes by JITFunction.run
+by_triton.FEWEST_ELEMENTS = 0
 
 B, K, F, D = 64, 16, 256, 128
 
@@ -98,7 +98,10 @@ for dtype in (torch.float32, torch.bfloat16):
     for is_deterministic in (False, True):
         torch.use_deterministic_algorithms(is_deterministic)
         for loss in (ops.triton_hierarchical_sae_loss, ops.triton_topk_sae_loss):
-            compile_loss(loss, dtype)
+            for copies.FEWEST_PAIRS in (0, 2**16):  # with copies, and without
+                for by_triton.SMALL_BATCH in (0, 1024):
+                    compile_loss(loss, dtype)
+        copies.FEWEST_PAIRS = 0
         for rescales in (False, True):
             compile_step(dtype, is_deterministic, rescales)
         compile_step(dtype, is_deterministic, True, over_batch=True)

@@ -1,7 +1,22 @@
+from collections.abc import Iterator
+
 import pytest
 import torch
 
+from sae_lens_flex.ops import by_triton
+
 from .comparison import LOSSES, Implementation, implementation_named
+
+
+@pytest.fixture(autouse=True)
+def _plans_are_made_with_this_tests_settings() -> Iterator[None]:
+    def forget() -> None:
+        for plans in (by_triton._plan_walk, by_triton._plan_slices, by_triton._plan_finish):
+            plans.cache_clear()
+
+    forget()
+    yield
+    forget()
 
 
 @pytest.fixture(

@@ -89,6 +89,28 @@ def test_every_thread_works_alone_and_adds_in_the_order_of_the_batch() -> None:
     assert in_new_thread(torch.get_num_threads) == 3
 
 
+def test_a_slow_chunk_holds_up_no_other_until_many_are_ahead() -> None:
+    most_ahead = 3 * chunks.AHEAD  # the slow one counts
+    order, n_computed = [], []
+    are_ahead = threading.Event()
+
+    def compute(chunk: slice) -> Callable[[], None]:
+        if chunk.start == 0:
+            assert are_ahead.wait(60)
+            time.sleep(0.05)  # in which the others would go on if nothing stopped them
+            assert not order
+            n_computed.append(len(computed))
+        computed.append(chunk)
+        if len(computed) == most_ahead - 1:
+            are_ahead.set()
+        return lambda: order.append(chunk.start)
+
+    computed: list[slice] = []
+    for_each_chunk(compute, 100, 1, CPU)
+    assert n_computed == [most_ahead - 1]
+    assert order == list(range(100))
+
+
 def test_no_thread_is_left() -> None:
     before = threading.active_count()
     loss_and_gradients("every")

@@ -18,8 +18,9 @@ from sae_lens_flex.ops import (
     triton_topk_sae_loss,
 )
 from sae_lens_flex.ops.codes import Code
-from sae_lens_flex.ops.kernels import copies, hierarchical, residual, sums
+from sae_lens_flex.ops.kernels import copies, sums
 from sae_lens_flex.ops.kernels.norms import norms_and_copy
+from sae_lens_flex.ops.kernels.tiles import Sizes
 from sae_lens_flex.ops.losses import decoder_loss
 from sae_lens_flex.ops.requests import DecoderLoss, Wanted
 
@@ -130,8 +131,7 @@ def test_strided_inputs(implementation) -> None:
 
 @pytest.mark.parametrize("shape", [(6, 5, 20, 33), (4, 32, 40, 64)], ids=shape_id)
 def test_offsets_in_64_bits(implementation, shape, monkeypatch) -> None:
-    for module in (hierarchical, residual):
-        monkeypatch.setattr(module, "is_wide", lambda *_: True)
+    monkeypatch.setattr(Sizes, "is_wide", lambda *_: True)
     indices, inputs = random_inputs(shape, device=implementation.device)
     assert_matches_definition(implementation, indices, inputs)
 
@@ -199,6 +199,10 @@ def test_level_weights(implementation, dtype) -> None:
     indices, inputs = random_inputs((6, 5, 20, 33), device=implementation.device)
     level_weights = torch.tensor([0.5, 0.0, 0.25, 0.0, 2.0], dtype=dtype)
     level_weights = level_weights.to(implementation.device).requires_grad_()
+    strided = level_weights.detach().repeat_interleave(2)[::2]
+    assert_matches_definition(implementation, indices, inputs, level_weights=strided)
+    for value in inputs.values():
+        value.grad = None
     assert_matches_definition(implementation, indices, inputs, level_weights=level_weights)
     assert level_weights.grad is None
     inputs = {name: value.detach() for name, value in inputs.items()}

@@ -13,22 +13,26 @@ With level weights of each sample its rows may have any length, and level 0, r_0
 may count.
 """
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from .launch import cdiv, launch, tl, triton
+from .launch import Launch, cdiv, tl, triton
 from .tiles import (
-    Batch,
+    COPIES,
+    SLOTS,
+    Sizes,
     add_to_bias,
+    add_to_loss,
     gather_levels,
+    has_hot_latents,
     highest_level,
-    is_wide,
     levels_from,
     levels_in_a_tile,
     offsets_of,
     pairs_of,
-    store_losses,
+    row_of_copy,
+    slots_of,
     widened,
 )
 
@@ -102,12 +106,9 @@ def _lowest(x, LEVELS: tl.constexpr):
 
 
 @triton.jit
-def _add_to_loss(loss, loss_sums, part, SUMS: tl.constexpr):
-    # A single sum of thousands of parts would lose digits, so there are SUMS of them. The program
-    # that finishes last adds these up. It reads them by atomic additions of zero, which see what
-    # the other programs added.
-    program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-    tl.atomic_add(loss_sums + program % SUMS, part, sem="relaxed")
+def _add_up_loss(loss, loss_sums, SUMS: tl.constexpr):
+    # The program that finishes last adds up the sums. It reads them by atomic additions of zero,
+    # which see what the other programs added. Behind the sums is the number of those that are done.
     n_done = tl.atomic_add(loss_sums + SUMS, 1.0, sem="acq_rel")
     if n_done == tl.num_programs(0) * tl.num_programs(1) - 1:
         sums = tl.atomic_add(loss_sums + tl.arange(0, SUMS), tl.zeros([SUMS], tl.float32))
@@ -116,7 +117,7 @@ def _add_to_loss(loss, loss_sums, part, SUMS: tl.constexpr):
 
 # These arguments are not specialized: no address depends on them, and Triton would compile the
 # kernel again for each combination of their divisibilities by 16.
-@triton.jit(do_not_specialize=["first_slice", "bias_rows", "spare_row", "B", "K", "F"])
+@triton.jit(do_not_specialize=["first_slice", "n_sums", "bias_rows", "spare_row", "B", "K", "F"])
 def _hierarchical_kernel(  # an output that is None is not wanted
     latents,
     values,
@@ -125,19 +126,19 @@ def _hierarchical_kernel(  # an output that is None is not wanted
     target,
     starts,  # [B + 1]: where each sample's pairs begin; None for K of each
     level_weights,  # or None; with OF_SAMPLES those of each sample, from level 0 on
-    rows,  # [B, K]: the row of grad_weight to which each pair adds; None for its latent's row
-    n_copied,  # the number of latents with copies; where it is 0, rows are not read
-    loss,  # [slices, B], parts of the loss; with loss_sums a scalar, the loss
-    loss_sums,  # [SUMS + 1], zeroed: the last one counts the programs that have finished
+    table,  # which latents have copies of their row of grad_weight (see `tiles`), or None
+    loss_sums,  # float32, zeroed: [n_sums], parts; with `loss` one more, for counting
+    loss,  # None where the sums are added up later
     residual,
     grad_weight,  # float32, zeroed; its row `spare_row` takes what belongs to no latent
     grad_values,  # float32, zeroed
     grad_bias,  # float32, zeroed: [bias_rows, D], parts
     grad_target,
-    suffix_sums,  # [B, K, BLOCK_D], of one slice
+    suffix_sums,  # [n_pairs, BLOCK_D], of one slice
     level_errors,  # float32, zeroed, like level_weights
     scale,  # factor / (B D), and / K without level_weights
     first_slice,
+    n_sums,
     bias_rows,
     spare_row,
     B,
@@ -154,6 +155,8 @@ def _hierarchical_kernel(  # an output that is None is not wanted
     WALKS_DOWN: tl.constexpr,
     OF_SAMPLES: tl.constexpr,
     SUMS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    COPIES: tl.constexpr,
 ):
     sample = tl.program_id(0).to(tl.int64) * 2
     slice_ = (first_slice + tl.program_id(1)).to(tl.int64)
@@ -233,8 +236,8 @@ def _hierarchical_kernel(  # an output that is None is not wanted
 
     s = tl.zeros([2 * BLOCK_D], tl.float32)
     has_copies = tl.full([LEVELS, 2], False, tl.int1)
-    if rows is not None:
-        has_copies = tl.load(n_copied + tl.zeros([LEVELS, 2], tl.int32)) > 0
+    if table is not None:
+        has_copies = has_copies | has_hot_latents(table, F, SLOTS)
     lowest = 0 if WALKS_DOWN else last
     for step in range(0, last - lowest + LEVELS, LEVELS):
         first = last - step
@@ -288,8 +291,10 @@ def _hierarchical_kernel(  # an output that is None is not wanted
                 tl.atomic_add(grad_values + pairs, dots, mask=exists, sem="relaxed")
             if grad_weight is not None:
                 row = f
-                if rows is not None:
-                    row = tl.load(rows + pairs, mask=(f >= 0) & has_copies, other=f)
+                if table is not None:
+                    slot = slots_of(f, table, F, (f >= 0) & has_copies)
+                    copy = ((sample + tl.arange(0, 2)) % COPIES).to(tl.int32)[None, :]
+                    row = tl.where(slot > 0, row_of_copy(slot, copy, F, COPIES), f)
                 row = tl.where(row >= 0, row, spare_row)
                 at = grad_weight + d[None, :] + offsets_of(row, D, BLOCK_D, WIDE)[0]
                 v_S = widened(2.0 * scale * v, BLOCK_D) * S
@@ -322,10 +327,9 @@ def _hierarchical_kernel(  # an output that is None is not wanted
             tl.atomic_add(level_errors + start + b, of_sample, mask=b < B, sem="relaxed")
 
     error = tl.where(bd_mask, error, 0.0)  # beyond the batch the bias is no error
-    if loss_sums is None:
-        store_losses(loss, error, scale, slice_, sample, B, BLOCK_D)
-    else:
-        _add_to_loss(loss, loss_sums, scale * tl.sum(error), SUMS)
+    add_to_loss(loss_sums, scale * tl.sum(error), n_sums)
+    if loss is not None:
+        _add_up_loss(loss, loss_sums, SUMS)
     if WALKS_DOWN:
         s *= 2.0 * scale
         if grad_bias is not None:
@@ -342,15 +346,15 @@ def _hierarchical_kernel(  # an output that is None is not wanted
 # was tried.
 BLOCK_D = 64
 NUM_WARPS = 1
-LOSS_SUMS = 32
+LOSS_SUMS = 256
 
 
 class Outputs(NamedTuple):
-    """The tensors that a walk writes, or adds to; None for one that is not wanted.
+    """The tensors that a walk adds to or writes; None for one that is not wanted.
 
     Attributes:
-        loss: a scalar with `loss_sums`; without, the parts of the loss, [slices, B].
-        loss_sums: [LOSS_SUMS + 1], float32, zeroed.
+        loss_sums: parts of the loss, [n_sums], float32, zeroed; with `loss` [LOSS_SUMS + 1].
+        loss: a scalar, float32: a walk of all slices can add up the sums itself.
         residual: r_K, [B, D], float32.
         grad_weight: [n_rows, D], float32, zeroed. Its last row takes what belongs to no latent.
         grad_values: [B, K], float32, zeroed.
@@ -361,8 +365,8 @@ class Outputs(NamedTuple):
             float32, zeroed: with such weights only.
     """
 
-    loss: torch.Tensor
-    loss_sums: torch.Tensor | None = None
+    loss_sums: torch.Tensor
+    loss: torch.Tensor | None = None
     residual: torch.Tensor | None = None
     grad_weight: torch.Tensor | None = None
     grad_values: torch.Tensor | None = None
@@ -373,62 +377,50 @@ class Outputs(NamedTuple):
 
 
 def walk(
-    batch: Batch,
-    outputs: Outputs,
-    levels: torch.Tensor | Literal["every", "last"],
+    sizes: Sizes,
     *,
-    scale: float,
+    last_level_alone: bool,
+    walks_down: bool,
     of_samples: bool = False,
-    rows: torch.Tensor | None = None,
-    n_copied: torch.Tensor | None = None,
+    is_ragged: bool = False,
+    n_rows: int = 0,
+    bias_rows: int = 1,
+    n_sums: int = LOSS_SUMS,
     slices: range | None = None,
-) -> None:
-    """Walk up and down the levels of a batch.
+) -> Launch:
+    """Return the launch that walks up and down the levels of a batch.
+
+    It takes the tensors of a `Batch`, which has a target; the level weights c_j, [K], contiguous,
+    or None for 1 each (or for 1 at level K alone), or with `of_samples` those of each sample, from
+    level 0 on; the table of copies or None; `Outputs`; and the scale of the loss.
 
     Args:
-        batch: what is read; it has a target.
-        outputs: what is written.
-        levels: the level weights c_j, [K], contiguous; "every" for 1 / K each; "last" for 1 at
-            level K alone. With `of_samples` those of each sample, from level 0 on, contiguous:
-            [B, K + 1], or for rows of different length [n + B].
-        scale: multiplies the loss.
-        of_samples: whether `levels` are those of each sample. Rows of different length need it.
-        rows: the row of `grad_weight` to which each pair adds, [B, K], int32. None for the row of
-            its latent.
-        n_copied: the number of latents with copies, [1], int32; given with `rows`.
+        sizes: of the batch.
+        last_level_alone: whether only level K counts.
+        walks_down: whether any gradient, or suffix_sums, is wanted.
+        of_samples: whether level weights are those of each sample: [B, K + 1], or [n + B].
+        is_ragged: whether rows have different lengths, which takes weights of each sample.
+        n_rows: rows of grad_weight.
+        bias_rows: rows of grad_bias.
+        n_sums: sums of the loss.
         slices: the slices of D, of BLOCK_D columns each; None for all.
     """
-    n_samples, k, n_latents, d_in = batch.sizes()
-    slices = range(cdiv(d_in, BLOCK_D)) if slices is None else slices
-    tile = levels_in_a_tile(k)
-    n_rows = 0 if outputs.grad_weight is None else outputs.grad_weight.shape[0]
-    gradients = outputs.grad_weight, outputs.grad_values, outputs.grad_bias, outputs.grad_target
+    slices = range(cdiv(sizes.d_in, BLOCK_D)) if slices is None else slices
+    tile = levels_in_a_tile(sizes.k)
     # The slices vary slowest, so the slice at work stays in the second-level cache.
-    launch(
+    return Launch(
         _hierarchical_kernel,
-        (cdiv(n_samples, 2), len(slices)),
-        (
-            *batch,
-            levels if isinstance(levels, torch.Tensor) else None,
-            rows,
-            n_copied,
-            *outputs,
-        ),
-        (scale / k if isinstance(levels, str) and levels == "every" else scale,),
-        (
-            slices.start,
-            1 if outputs.grad_bias is None else outputs.grad_bias.shape[0],
-            n_rows - 1,
-            *(n_samples, k, n_latents, d_in),
-            *batch.weight.stride(),
-        ),
+        (cdiv(sizes.n_samples, 2), len(slices)),
+        (slices.start, n_sums, bias_rows, n_rows - 1, *sizes),
         BLOCK_D=BLOCK_D,
         LEVELS=tile,
-        EVEN=batch.is_even(tile, BLOCK_D),
-        WIDE=is_wide(batch.weight, n_rows),
-        LAST_ALONE=isinstance(levels, str) and levels == "last",
-        WALKS_DOWN=outputs.suffix_sums is not None or any(g is not None for g in gradients),
+        EVEN=not is_ragged and sizes.are_even(tile, BLOCK_D),
+        WIDE=sizes.is_wide(n_rows),
+        LAST_ALONE=last_level_alone,
+        WALKS_DOWN=walks_down,
         OF_SAMPLES=of_samples,
         SUMS=LOSS_SUMS,
+        SLOTS=SLOTS,
+        COPIES=COPIES,
         num_warps=NUM_WARPS,
     )

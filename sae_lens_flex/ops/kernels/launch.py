@@ -67,8 +67,69 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-_compiled: dict[tuple[Any, ...], Any] = {}
-MOST_COMPILED = 4096  # entries: one a kernel and set of sizes. Beyond them Triton is asked.
+class Launch:
+    """A kernel with all that does not change from call to call: its grid, sizes and constants.
+
+    Calling it does what `kernel[grid](*tensors, *floats, *ints, **constants)` does, in a third of
+    the host's time. Triton inspects every argument of every call to find the compiled program. Here
+    the program is kept, so all calls take tensors of the same dtypes, on one device.
+
+    Args:
+        kernel: its parameters come in the order tensors, floats, ints, constants.
+        grid: number of programs along each axis.
+        ints: sizes and strides.
+        num_warps: warps a program.
+        constants: values that are compiled in.
+    """
+
+    def __init__(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        ints: Sequence[int] = (),
+        *,
+        num_warps: int = 4,
+        **constants: Any,
+    ) -> None:
+        self._kernel = kernel
+        self._grid = grid
+        self._ints = ints
+        self._constants = {**constants, "num_warps": num_warps}
+        self._after_floats = (*ints, *constants.values())
+        self._run: Any = None
+
+    def __call__(
+        self, tensors: Sequence[torch.Tensor | None], floats: Sequence[float] = ()
+    ) -> None:
+        """Launch the kernel on the device of the tensors, of which the first is not None.
+
+        No program depends on the value of a float.
+        """
+        if INTERPRETED:
+            self._kernel[self._grid](*tensors, *floats, *self._ints, **self._constants)
+            return
+        first = tensors[0]
+        assert first is not None
+        device = first.get_device()
+        if device >= 0 and device != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                self(tensors, floats)
+            return
+        # Triton takes addresses too. Of a tensor it would ask the address, and the driver about it.
+        addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+        # Triton compiles a program of its own for aligned addresses. Nearly all are, so only this
+        # program is kept.
+        is_aligned = reduce(or_, filter(None, addresses), 0) % 16 == 0
+        if is_aligned and self._run is not None:
+            self._run(*addresses, *floats, *self._after_floats)
+            return
+        compiled = self._kernel[self._grid](*tensors, *floats, *self._ints, **self._constants)
+        if is_aligned and MOST_KEPT > 0:
+            self._run = compiled[(*self._grid, 1, 1)[:3]]
+
+
+_launches: dict[tuple[Any, ...], Launch] = {}
+MOST_KEPT = 4096  # launches: one a kernel and set of sizes. Beyond them Triton is asked.
 
 
 def launch(
@@ -77,55 +138,33 @@ def launch(
     tensors: Sequence[torch.Tensor | None],
     floats: Sequence[float] = (),
     ints: Sequence[int] = (),
-    *,
-    num_warps: int = 4,
-    **constants: Any,
+    **options: Any,
 ) -> None:
-    """Launch a kernel on the device of its tensors.
-
-    It does what `kernel[grid](*tensors, *floats, *ints, **constants)` does, in half the host's
-    time. Triton inspects every argument of every launch to find the compiled program; here the
-    program is looked up by the arguments' types and sizes.
+    """Launch a kernel by a `Launch`, which is looked up by the arguments' types and sizes.
 
     Args:
-        kernel: its parameters come in the order tensors, floats, ints, constants.
-        grid: number of programs along each axis.
-        tensors: the first is not None.
-        floats: numbers whose value no program depends on.
-        ints: sizes and strides.
-        num_warps: warps a program.
-        constants: values that are compiled in.
+        tensors, floats: as a `Launch` is called with.
+        kernel, grid, ints, options: as it is made of.
     """
-    arguments = (*tensors, *floats, *ints)
     if INTERPRETED:
-        kernel[grid](*arguments, **constants, num_warps=num_warps)
+        Launch(kernel, grid, ints, **options)(tensors, floats)
         return
     first = tensors[0]
     assert first is not None
-    device = first.get_device()
-    if device >= 0 and device != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            launch(kernel, grid, tensors, floats, ints, num_warps=num_warps, **constants)
-        return
-    # Triton takes addresses too. Of a tensor it would ask the address, and the driver about it.
-    addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
     dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
-    # Triton compiles a program of its own for aligned addresses. Nearly all are, so only these
-    # programs are kept.
-    is_aligned = reduce(or_, filter(None, addresses), 0) % 16 == 0
-    key = (kernel.fn, device, grid, num_warps, *ints, *dtypes, *constants.values())
-    run = _compiled.get(key) if is_aligned else None
-    if run is not None:
-        run(*addresses, *floats, *ints, *constants.values())
-        return
-    compiled = kernel[grid](*arguments, **constants, num_warps=num_warps)
-    if is_aligned and len(_compiled) < MOST_COMPILED:
-        _compiled[key] = compiled[(*grid, 1, 1)[:3]]
+    key = (kernel.fn, first.get_device(), grid, *ints, *dtypes, *options.values())
+    kept = _launches.get(key)
+    if kept is None:
+        kept = Launch(kernel, grid, ints, **options)
+        if len(_launches) < MOST_KEPT:
+            _launches[key] = kept
+    kept(tensors, floats)
 
 
 __all__ = [
     "INTERPRETED",
     "IS_INSTALLED",
+    "Launch",
     "cdiv",
     "is_available",
     "launch",

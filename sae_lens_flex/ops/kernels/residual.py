@@ -16,16 +16,15 @@ from .launch import cdiv, launch, tl, triton
 from .tiles import (
     Batch,
     add_to_bias,
+    add_to_loss,
     gather_levels,
     highest_level,
-    is_wide,
     levels_in_a_tile,
-    store_losses,
     widened,
 )
 
 
-@triton.jit(do_not_specialize=["bias_rows", "B", "K", "F"])
+@triton.jit(do_not_specialize=["n_sums", "bias_rows", "B", "K", "F"])
 def _residual_kernel(
     latents,
     values,
@@ -33,11 +32,12 @@ def _residual_kernel(
     bias,  # or None
     target,  # or None
     starts,  # or None
-    loss_parts,  # [slices, B], or None
+    loss_sums,  # or None; float32, zeroed: [n_sums], parts
     residual,  # or None
     grad_bias,  # or None; float32, zeroed: [bias_rows, D], parts
     grad_target,  # or None
     scale,
+    n_sums,
     bias_rows,
     B,
     K,
@@ -85,8 +85,8 @@ def _residual_kernel(
         )
         r += tl.sum(widened(v, BLOCK_D) * w, 0)
     r = tl.where(bd_mask, r, 0.0)  # beyond the batch the bias is no error
-    if loss_parts is not None:
-        store_losses(loss_parts, r * r, scale, slice_, sample, B, BLOCK_D)
+    if loss_sums is not None:
+        add_to_loss(loss_sums, scale * tl.sum(r * r), n_sums)
     if residual is not None:
         tl.store(residual + bd, r, mask=bd_mask)
     if grad_target is not None:
@@ -108,13 +108,13 @@ class Outputs(NamedTuple):
     """The tensors that are written, or added to; None for one that is not wanted.
 
     Attributes:
-        loss_parts: parts of the loss, [slices, B], float32.
+        loss_sums: [n_sums], float32, zeroed: parts of the loss.
         residual: r, [B, D], float32.
-        grad_bias: [bias_rows, D], float32, zeroed: parts of the gradient.
+        grad_bias: [bias_rows * D], float32, zeroed: parts of the gradient.
         grad_target: [B, D].
     """
 
-    loss_parts: torch.Tensor | None = None
+    loss_sums: torch.Tensor | None = None
     residual: torch.Tensor | None = None
     grad_bias: torch.Tensor | None = None
     grad_target: torch.Tensor | None = None
@@ -122,22 +122,22 @@ class Outputs(NamedTuple):
 
 def residual(batch: Batch, outputs: Outputs, *, scale: float = 1.0) -> None:
     """Write a batch's residual, and what comes with it."""
-    n_samples, k, n_latents, d_in = batch.sizes()
+    sizes = batch.sizes()
     block = slice_width(batch.weight)
-    levels = levels_in_a_tile(k)
+    levels = levels_in_a_tile(sizes.k)
     launch(
         _residual_kernel,
-        (cdiv(n_samples, 2), cdiv(d_in, block)),
+        (cdiv(sizes.n_samples, 2), cdiv(sizes.d_in, block)),
         (*batch, *outputs),
         (scale,),
         (
-            1 if outputs.grad_bias is None else outputs.grad_bias.shape[0],
-            *(n_samples, k, n_latents, d_in),
-            *batch.weight.stride(),
+            1 if outputs.loss_sums is None else len(outputs.loss_sums),
+            1 if outputs.grad_bias is None else outputs.grad_bias.numel() // sizes.d_in,
+            *sizes,
         ),
         BLOCK_D=block,
         LEVELS=levels,
-        EVEN=batch.is_even(levels, block),
-        WIDE=is_wide(batch.weight),
+        EVEN=batch.starts is None and sizes.are_even(levels, block),
+        WIDE=sizes.is_wide(),
         num_warps=NUM_WARPS,
     )

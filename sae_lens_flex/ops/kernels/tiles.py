@@ -12,6 +12,40 @@ import torch
 
 from .launch import cdiv, tl, triton
 
+# Latents that fire often have copies of their row of the gradient (see `copies`): COPIES rows for
+# each of up to SLOTS latents, behind the F rows. Which latents have copies stands in a table,
+# int32, whose parts are, one after the other,
+#     counts  [F]      how often each latent came,
+#     slots   [F]      1 + the slot of a latent with copies, or 0,
+#     hot     [SLOTS]  1 + the latent of each slot, or 0,
+#     n_hot   [1]      the number of latents that fire often enough, also beyond SLOTS.
+SLOTS = 256
+COPIES = 16
+
+
+def table_size(n_latents: int) -> int:
+    """Return the number of elements of the table of copies."""
+    return 2 * n_latents + SLOTS + 1
+
+
+class Sizes(NamedTuple):
+    """B, K, F, D and the strides of weight."""
+
+    n_samples: int
+    k: int
+    n_latents: int
+    d_in: int
+    stride_wf: int
+    stride_wd: int
+
+    def is_wide(self, n_rows: int = 0) -> bool:
+        """Return whether an offset in weight, or in n_rows rows of its width, takes 64 bits."""
+        return max(self.n_latents * self.stride_wf, n_rows * self.d_in) >= 2**31
+
+    def are_even(self, levels: int, columns: int) -> bool:
+        """Return whether pairs of samples, and tiles of these levels and columns, divide all."""
+        return self.n_samples % 2 == 0 and self.k % levels == 0 and self.d_in % columns == 0
+
 
 class Batch(NamedTuple):
     """The tensors that a kernel reads.
@@ -34,27 +68,14 @@ class Batch(NamedTuple):
     target: torch.Tensor | None
     starts: torch.Tensor | None = None
 
-    def sizes(self) -> tuple[int, int, int, int]:
-        """Return B, K, F and D; with `starts` K is the mean length of a row, rounded up."""
-        n_latents, d_in = self.weight.shape
+    def sizes(self) -> Sizes:
+        """Return the sizes; with `starts` K is the mean length of a row, rounded up."""
         if self.starts is None:
             n_samples, k = self.latents.shape
         else:
             n_samples = len(self.starts) - 1
             k = max(1, cdiv(len(self.latents), n_samples))
-        return n_samples, k, n_latents, d_in
-
-    def is_even(self, levels: int, block_d: int) -> bool:
-        """Return whether tiles of so many levels and columns divide the batch."""
-        n_samples, k, _, d_in = self.sizes()
-        is_rectangle = self.starts is None
-        return is_rectangle and n_samples % 2 == 0 and k % levels == 0 and d_in % block_d == 0
-
-
-def is_wide(weight: torch.Tensor, n_rows: int = 0) -> bool:
-    """Return whether an offset in `weight`, or in n_rows rows of its width, takes 64 bits."""
-    n_latents, d_in = weight.shape
-    return max(n_latents * weight.stride(0), n_rows * d_in) >= 2**31
+        return Sizes(n_samples, k, *self.weight.shape, *self.weight.stride())
 
 
 LEVELS = 16
@@ -163,11 +184,31 @@ def gather_levels(
 
 
 @triton.jit
-def store_losses(loss_parts, error, scale, slice_, sample, B, BLOCK_D: tl.constexpr):
-    """Store scale times the sums of two samples' columns, [2 BLOCK_D], in [slices, B] parts."""
-    b = sample + tl.arange(0, 2)
-    of_sample = tl.sum(tl.reshape(error, [2, BLOCK_D]), 1)
-    tl.store(loss_parts + slice_ * B + b, scale * of_sample, mask=b < B)
+def has_hot_latents(table, F, SLOTS: tl.constexpr):
+    """Return whether any latent has copies, by the table of copies."""
+    return tl.load(table + F + F + SLOTS) > 0
+
+
+@triton.jit
+def slots_of(f, table, F, mask):
+    """Return 1 + the slot of latents, or 0; `f` is within [0, F) where `mask` is true."""
+    return tl.load(table + F + f, mask=mask, other=0)
+
+
+@triton.jit
+def row_of_copy(slot, copy, F, COPIES: tl.constexpr):
+    """Return the row of a slot's copy; `slot` counts from 1."""
+    return F + (slot - 1) * COPIES + copy
+
+
+@triton.jit
+def add_to_loss(loss_sums, part, n_sums):
+    """Add a program's part of the loss to one of the sums, [n_sums].
+
+    The programs take the sums in turn. A single sum of thousands of parts would lose digits.
+    """
+    program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    tl.atomic_add(loss_sums + program % n_sums, part, sem="relaxed")
 
 
 @triton.jit
