@@ -122,7 +122,7 @@ def _plan_walk(
     *_: object,
 ) -> _WalkPlan:
     """Make a plan, another one for each device and for each set of dtypes, the last arguments."""
-    n_samples, _, n_latents, d_in = sizes[:4]
+    n_samples, n_latents, d_in = sizes.n_samples, sizes.n_latents, sizes.d_in
     n_rows = n_latents + (SLOTS * COPIES if has_copies else 0) + 1 if wanted.weight else 0
     bias_rows = 1 if is_small else BIAS_ROWS
     n_of_weight = n_latents * d_in if wanted.weight else 0
