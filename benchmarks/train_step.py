@@ -77,6 +77,7 @@ class Case:
     firing: str = "uniform"
     device: str = "cuda"
     competitors: tuple[str, ...] = (STOCK,)
+    ours: tuple[str, ...] = OURS
     within: tuple[str, ...] = ()  # blocks of ours around the trainer, beside none
     use_cuda_graph: bool = True  # in ours, where the size is small enough
     doubling_budgets: bool = False  # in ours: level weights in place of equal ones
@@ -87,6 +88,10 @@ class Case:
 
 
 ADAM, ACCELERATE = ("fused_adam",), ("accelerate",)
+BATCH: dict[str, Any] = {
+    "competitors": ("batchtopk", MATRYOSHKA),
+    "ours": ("flex_batchtopk", "flex_matryoshka_batchtopk"),
+}
 GEMMA = {"d_in": 2304, "d_sae": 65536, "k": 128, "batch": 4096}
 GPT2 = {"d_in": 768, "d_sae": 24576, "k": 64, "batch": 4096}
 SMALL = {"d_in": 256, "d_sae": 8192, "k": 32, "batch": 1024}
@@ -103,6 +108,9 @@ GPU_CASES = [
     Case("gemma_dead", **GEMMA, n_dead=20_000, within=ACCELERATE),
     Case("gemma_budgets", **GEMMA, doubling_budgets=True, competitors=()),
     Case("gemma_deterministic", **GEMMA, deterministic=True, competitors=(), n_steps=10),
+    Case("gemma_batch", **GEMMA, **BATCH, within=ACCELERATE),
+    Case("gemma_batch_fp32", **GEMMA, **BATCH, autocast=False, within=ACCELERATE),
+    Case("gpt2_batch", **GPT2, **BATCH, within=ACCELERATE, n_steps=100),
     # The host's time, which varies, is a good part of these steps': more of them.
     Case("gpt2", **GPT2, within=ADAM + ACCELERATE, with_stages=True, n_steps=300),
     Case("gpt2_no_graph", **GPT2, use_cuda_graph=False, competitors=(), n_steps=300),
@@ -159,7 +167,7 @@ def config(case: Case, architecture: str) -> TrainingSAEConfig:
     }
     if case.doubling_budgets and architecture == OURS[0]:
         fields["budgets"] = doubling_budgets(case.k)
-    if architecture == MATRYOSHKA:
+    if "matryoshka" in architecture:
         fields["matryoshka_widths"] = [case.d_sae // 2**n for n in (4, 3, 2, 1, 0)]
     return TrainingSAEConfig.from_dict(fields)
 
@@ -384,9 +392,9 @@ def measure_stages(case: Case, gb_per_s: float) -> list[dict[str, Any]]:
 
 def measure_case(case: Case, gb_per_s: float) -> dict[str, Any]:
     results = []
-    for architecture in (*case.competitors, *OURS):
+    for architecture in (*case.competitors, *case.ours):
         # Stock is SAELens as it is; with another optimizer it shows what else that does.
-        within = case.within if architecture in OURS else [b for b in case.within if b in ADAM]
+        within = case.within if architecture in case.ours else [b for b in case.within if b in ADAM]
         for block in ("", *within):
             result = measure(case, architecture, block)
             stock_ms = results[0]["ms"] if results else result["ms"]

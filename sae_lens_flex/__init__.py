@@ -1,6 +1,7 @@
 """One sparse autoencoder for every sparsity, trained with SAELens.
 
-Importing this package registers the architectures "hierarchical_topk" and "flex_topk" in SAELens.
+Importing this package registers the architectures "hierarchical_topk", "flex_topk",
+"flex_batchtopk" and "flex_matryoshka_batchtopk" in SAELens.
 """
 
 from .acceleration import accelerate, fused_adam
@@ -13,6 +14,10 @@ from .ops import (
     triton_topk_sae_loss,
 )
 from .saes import (
+    FlexBatchTopKTrainingSAE,
+    FlexBatchTopKTrainingSAEConfig,
+    FlexMatryoshkaBatchTopKTrainingSAE,
+    FlexMatryoshkaBatchTopKTrainingSAEConfig,
     FlexTopKTrainingSAE,
     FlexTopKTrainingSAEConfig,
     HierarchicalTopKSAE,
@@ -29,6 +34,10 @@ __version__ = "0.2.0"
 __all__ = [
     "BudgetMetrics",
     "BudgetSweep",
+    "FlexBatchTopKTrainingSAE",
+    "FlexBatchTopKTrainingSAEConfig",
+    "FlexMatryoshkaBatchTopKTrainingSAE",
+    "FlexMatryoshkaBatchTopKTrainingSAEConfig",
     "FlexTopKTrainingSAE",
     "FlexTopKTrainingSAEConfig",
     "HierarchicalTopKSAE",

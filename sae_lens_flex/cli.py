@@ -35,7 +35,7 @@ from .evals import sweep_budgets
 from .evals.batches import flat_activations
 from .ops.policy import uses_triton
 from .saes.budgets import RuntimeBudget, check_budgets
-from .saes.registration import TRAINING_CLASSES
+from .saes.registration import TOPK_TRAINING_CLASSES
 from .sharing import SETTLED, export_topk, start_training, trained_with
 
 SUMMARY = """\
@@ -60,9 +60,13 @@ Train an SAE with SAELens. The flags are SAELens's own. Those that matter first:
 
   --architecture    hierarchical_topk: one SAE for every budget up to k
                     flex_topk: a TopK SAE for one k, trained by the same kernels
+                    flex_batchtopk, flex_matryoshka_batchtopk: SAELens's batchtopk and
+                    matryoshka_batchtopk, trained by the same kernels
                     (left out: "standard", as in SAELens)
   --d_in, --d_sae   width of the activations, number of latents
   --k               the largest budget: latents kept per activation
+  --matryoshka_widths
+                    of flex_matryoshka_batchtopk, such as 1024 4096 24576
   --budgets         levels in the loss, such as 1 8 64; left out: every one of 1..k
   --level_weights   how much each of them counts, such as 1 1 2; left out: all alike
   --model_name, --hook_name, --dataset_path, --is_dataset_tokenized
@@ -259,8 +263,8 @@ def _pretrained(argv: list[str]) -> tuple[Any, list[str]]:
     if architecture is None:
         # A flex_topk SAE is saved as "topk" for inference.
         architecture = "flex_topk" if saved_as == "topk" and is_flex else saved_as
-    if architecture not in TRAINING_CLASSES:
-        if saved_as in TRAINING_CLASSES:
+    if architecture not in TOPK_TRAINING_CLASSES:
+        if saved_as in TOPK_TRAINING_CLASSES:
             raise ValueError(
                 f"architecture is {architecture!r}, expected {saved_as!r} as the SAE in {path!r}"
             )
@@ -269,7 +273,7 @@ def _pretrained(argv: list[str]) -> tuple[Any, list[str]]:
         sae = SAE.load_from_disk(path)
         if not isinstance(sae, TopKSAE):
             raise ValueError(f"it holds a {type(sae).__name__}, expected a TopKSAE")
-        known = trained_with(sae, TRAINING_CLASSES[architecture][1])
+        known = trained_with(sae, TOPK_TRAINING_CLASSES[architecture][1])
     known |= {name: getattr(sae.cfg, name) for name in SETTLED}
     if budgets is not None:
         known.pop("level_weights", None)  # They were those of other budgets.

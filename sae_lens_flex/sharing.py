@@ -20,7 +20,7 @@ from .saes.hierarchical_topk import (
     HierarchicalTopKTrainingSAE,
     HierarchicalTopKTrainingSAEConfig,
 )
-from .saes.registration import TRAINING_CLASSES
+from .saes.registration import TOPK_TRAINING_CLASSES
 
 # Metadata that SAELens's trainer measured at the SAE's own k. At another budget it is wrong.
 MEASURED_AT_K = ("l0", "num_dead_features")
@@ -129,10 +129,10 @@ def from_topk(
     """
     # SAELens's BatchTopK and Matryoshka SAEs in training derive from its TopK ones.
     is_topk = isinstance(sae, (TopKSAE, TopKTrainingSAE))
-    if not is_topk or sae.cfg.architecture() not in ("topk", *TRAINING_CLASSES):
+    if not is_topk or sae.cfg.architecture() not in ("topk", *TOPK_TRAINING_CLASSES):
         raise TypeError(
             f"sae is a {type(sae).__name__}, expected an SAE of one of the architectures topk, "
-            f"{', '.join(TRAINING_CLASSES)}"
+            f"{', '.join(TOPK_TRAINING_CLASSES)}"
         )
     own = {name: getattr(sae.cfg, name) for name in (*SETTLED, "device")}
     for name in training_fields:
@@ -167,7 +167,7 @@ def trained_with(sae: TopKSAE | TopKTrainingSAE, config_class: type[Any]) -> dic
                 f"training_architecture_details is {known!r} in the SAE's metadata, expected a "
                 "dictionary"
             )
-    if architecture not in TRAINING_CLASSES:
+    if architecture not in TOPK_TRAINING_CLASSES:
         # Of a topk SAE of SAELens only this field is taken over. The others either belong to the
         # weights, or would make our training slower, as its dense activations would.
         is_topk = architecture == "topk" or isinstance(sae, TopKTrainingSAE)
@@ -200,7 +200,7 @@ def start_training(sae: TopKSAE | TopKTrainingSAE, cfg: Any) -> TrainingSAE[Any]
                 f"{getattr(sae.cfg, name)!r}"
             )
     cfg = replace(cfg, metadata=_metadata_without(sae, *MEASURED_AT_K, EXPORT_KEY))
-    started = TRAINING_CLASSES[cfg.architecture()][0](cfg)
+    started = TOPK_TRAINING_CLASSES[cfg.architecture()][0](cfg)
     with torch.no_grad():
         started.load_state_dict(sae.state_dict())
     return started

@@ -110,7 +110,8 @@ class RecordedSteps:
         self._bound.after_step()
         trainer.act_freq_scores += result.counts
         trainer.n_frac_active_samples += trainer.cfg.train_batch_size_samples
-        return sae._output(reported, Losses(*losses.unbind()))
+        total, mse, auxiliary = losses.unbind()
+        return sae._output(reported, Losses(total, mse, auxiliary))
 
     def after_step(self) -> None:
         """Take note that an ordinary step has counted what fired."""

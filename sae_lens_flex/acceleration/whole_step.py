@@ -139,7 +139,7 @@ def whole_step(
         counts = fired(main.code.with_values(main.hidden_pre), len(since_fired))
         since_fired.add_(1).masked_fill_(counts.bool(), 0)
         losses = torch.stack((total, main.mse_loss, auxiliary))
-        at = coordinates(main.code.latents)
+        at = coordinates(main.code)
     return WholeStep(main._replace(gradients=Gradients()), losses, counts, at)
 
 

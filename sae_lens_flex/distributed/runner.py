@@ -26,7 +26,7 @@ from sae_lens.training.types import DataProvider
 from safetensors.torch import load_file, save_file
 from typing_extensions import override
 
-from ..saes.registration import TRAINING_CLASSES
+from ..saes.registration import TOPK_TRAINING_CLASSES
 from ..saes.sharded import shard, unshard
 from .processes import Processes, join
 from .trainer import ShardedSAETrainer
@@ -215,10 +215,10 @@ def check_settings(
     """Raise ValueError, in every process, if they cannot train together with their configs."""
     processes.check_equal(_settings(cfg, dataset))
     architecture = cfg.sae.architecture()
-    if architecture not in TRAINING_CLASSES:
+    if architecture not in TOPK_TRAINING_CLASSES:
         raise ValueError(
-            f"architecture is {architecture!r}, expected one of {', '.join(TRAINING_CLASSES)} to "
-            "train in several processes"
+            f"architecture is {architecture!r}, expected one of "
+            f"{', '.join(TOPK_TRAINING_CLASSES)} to train in several processes"
         )
     if cfg.compile_sae:
         raise ValueError("compile_sae is True, expected False in several processes")

@@ -25,7 +25,7 @@ from .kernels.launch import Launch, cdiv
 from .kernels.sums import sum_by_latent
 from .kernels.tiles import COPIES, SLOTS, Batch, Sizes, table_size
 from .policy import CHECKS_INDICES, in_dtype
-from .requests import DecoderLoss, LossAndGradients, Wanted
+from .requests import DecoderLoss, LossAndGradients, Wanted, are_of_samples
 
 # B K D from which an index is worth its launches. To the device alone it mostly is from 2^24 on: at
 # B=4096, K=64, F=24576, D=768 an H200 takes 0.29 ms with it, and 0.36 with the one kernel (with
@@ -45,10 +45,15 @@ def decoder_loss(request: DecoderLoss) -> LossAndGradients:
     Raises:
         IndexError: for such a latent, where SAE_LENS_FLEX_CHECK_INDICES is 1.
     """
-    if CHECKS_INDICES:
+    if CHECKS_INDICES and request.code.latents.numel() > 0:
         check_range(request.code.latents, request.weight.shape[0])
     n_elements = request.code.latents.numel() * request.weight.shape[1]
-    by_index = n_elements >= FEWEST_ELEMENTS or request.index is not None or request.deterministic
+    by_index = (
+        n_elements >= FEWEST_ELEMENTS
+        or request.index is not None
+        or request.deterministic
+        or request.code.starts is not None  # the walk knows no last level of each sample
+    )
     if _is_last_level(request) and by_index:
         return _by_latent(request)
     return (_by_walk_slice_by_slice if request.deterministic else _by_walk)(request)
@@ -62,6 +67,7 @@ def _batch(request: DecoderLoss) -> Batch:
         request.weight,
         None if request.bias is None else request.bias.contiguous(),
         request.target.contiguous(),
+        code.starts,
     )
 
 
@@ -104,14 +110,23 @@ class _WalkPlan(NamedTuple):
 
 @lru_cache(PLANS)
 def _plan_walk(
-    sizes: Sizes, is_last_level: bool, wanted: Wanted, has_copies: bool, is_small: bool, *_: object
+    sizes: Sizes,
+    n_pairs: int,
+    is_last_level: bool,
+    of_samples: bool,
+    wanted: Wanted,
+    wants_level_errors: bool,
+    has_copies: bool,
+    is_small: bool,
+    is_ragged: bool,
+    *_: object,
 ) -> _WalkPlan:
     """Make a plan, another one for each device and for each set of dtypes, the last arguments."""
-    n_samples, k, n_latents, d_in = sizes[:4]
+    n_samples, n_latents, d_in = sizes.n_samples, sizes.n_latents, sizes.d_in
     n_rows = n_latents + (SLOTS * COPIES if has_copies else 0) + 1 if wanted.weight else 0
     bias_rows = 1 if is_small else BIAS_ROWS
     n_of_weight = n_latents * d_in if wanted.weight else 0
-    n_values = n_samples * k if wanted.values else 0
+    n_values = n_pairs if wanted.values else 0
     # The address of each part that a kernel is given is a multiple of 16 bytes.
     parts = {
         "weight": n_of_weight,
@@ -120,13 +135,16 @@ def _plan_walk(
         "behind values": -n_values % 4,
         "loss": _to_16_bytes(hierarchical.LOSS_SUMS + 1),
         "table": _to_16_bytes(table_size(n_latents)) if has_copies else 0,
+        "level errors": _to_16_bytes(n_pairs + n_samples) if wants_level_errors else 0,
         "bias": bias_rows * d_in if wanted.bias else 0,
     }
-    choose = copies.choose(n_samples * k, n_latents) if has_copies else None
+    choose = copies.choose(n_pairs, n_latents) if has_copies else None
     walk = hierarchical.walk(
         sizes,
         last_level_alone=is_last_level,
         walks_down=any(wanted[1:]),
+        of_samples=of_samples,
+        is_ragged=is_ragged,
         n_rows=n_rows,
         bias_rows=bias_rows,
     )
@@ -138,7 +156,7 @@ def _plan_walk(
             n_sums=hierarchical.LOSS_SUMS,
             has_copies=has_copies,
             casts_weight=wanted.weight not in (None, torch.float32),
-            has_values=wanted.values is not None,
+            n_values=n_values,
             bias_rows=bias_rows if wanted.bias else 0,
         )
     present = {name: size for name, size in parts.items() if size > 0}
@@ -151,14 +169,19 @@ def _to_16_bytes(n_floats: int) -> int:
 
 def _by_walk(request: DecoderLoss) -> LossAndGradients:
     batch, wanted, level_weights = _batch(request), request.wanted, _level_weights(request)
-    sizes = batch.sizes()
-    n_samples, k, n_latents, d_in = sizes[:4]
+    sizes, n_pairs = batch.sizes(), batch.latents.numel()
+    n_samples, _, n_latents, d_in = sizes[:4]
+    of_samples = are_of_samples(request.levels, request.code)
     plan = _plan_walk(
         sizes,
+        n_pairs,
         _is_last_level(request),
+        of_samples,
         wanted,
-        wanted.weight is not None and copies.is_worth_copies(n_samples * k),
+        request.wants_level_errors and of_samples,
+        wanted.weight is not None and copies.is_worth_copies(n_pairs),
         n_samples <= SMALL_BATCH,
+        batch.starts is not None,
         request.target.device,
         *_dtypes(*batch, level_weights),
     )
@@ -178,18 +201,21 @@ def _by_walk(request: DecoderLoss) -> LossAndGradients:
         grad_values=part.get("values"),
         grad_bias=part.get("bias"),
         grad_target=new((n_samples, d_in), dtype=wanted.target) if wanted.target else None,
+        level_errors=part.get("level errors"),
     )
     plan.walk((*batch, level_weights, table, *outputs), (_scale(request),))
     weight, values, bias = part.get("weight"), part.get("values"), part.get("bias")
     if weight is not None:
         weight = weight.view(n_latents, d_in)
+    shape = request.code.values.shape
     if plan.finish is None:
-        values = None if values is None else values.view(n_samples, k)
+        if wanted.values:
+            values = new(shape, dtype=torch.float32) if values is None else values.view(shape)
     else:
         cast = None
         if wanted.weight not in (None, torch.float32):
             weight = cast = new((n_latents, d_in), dtype=wanted.weight)
-        values = new((n_samples, k), dtype=wanted.values) if wanted.values else None
+        values = new(shape, dtype=wanted.values) if wanted.values else None
         bias = new((d_in,), dtype=wanted.bias) if wanted.bias else None
         is_left = table is not None or cast is not None
         plan.finish(
@@ -198,11 +224,24 @@ def _by_walk(request: DecoderLoss) -> LossAndGradients:
                 *(part.get("values"), values, part.get("bias"), bias),
             )
         )
-    return LossAndGradients(loss, outputs.residual, weight, values, bias, outputs.grad_target)
+    errors = outputs.level_errors
+    if errors is not None and level_weights is not None:
+        errors = errors[: level_weights.numel()].view(level_weights.shape)
+    return LossAndGradients(
+        loss, outputs.residual, weight, values, bias, outputs.grad_target, errors
+    )
 
 
 @lru_cache(PLANS)
-def _plan_slices(sizes: Sizes, is_last_level: bool, wanted: Wanted, *_: object) -> list[Launch]:
+def _plan_slices(
+    sizes: Sizes,
+    is_last_level: bool,
+    of_samples: bool,
+    wanted: Wanted,
+    wants_level_errors: bool,
+    is_ragged: bool,
+    *_: object,
+) -> list[Launch]:
     """Return a walk for each slice, others for each device and for each set of dtypes."""
     n_programs = cdiv(sizes.n_samples, 2)
     return [
@@ -210,6 +249,8 @@ def _plan_slices(sizes: Sizes, is_last_level: bool, wanted: Wanted, *_: object) 
             sizes,
             last_level_alone=is_last_level,
             walks_down=any(wanted[1:]),
+            of_samples=of_samples,
+            is_ragged=is_ragged,
             bias_rows=n_programs,  # No row and no sum is then added to twice.
             n_sums=n_programs,
             slices=range(slice_, slice_ + 1),
@@ -226,7 +267,11 @@ def _by_walk_slice_by_slice(request: DecoderLoss) -> LossAndGradients:
     """
     batch, wanted, level_weights = _batch(request), request.wanted, _level_weights(request)
     sizes, target = batch.sizes(), request.target
-    n_samples, k, n_latents, d_in = sizes[:4]
+    n_samples, _, n_latents, d_in = sizes[:4]
+    of_samples = are_of_samples(request.levels, request.code)
+    level_errors = None
+    if request.wants_level_errors and of_samples and level_weights is not None:
+        level_errors = torch.zeros_like(level_weights, dtype=torch.float32)
     n_programs = cdiv(n_samples, 2)
 
     def new(is_wanted: object, *shape: int, dtype: torch.dtype | None = torch.float32):
@@ -239,17 +284,27 @@ def _by_walk_slice_by_slice(request: DecoderLoss) -> LossAndGradients:
             n_latents, use_triton=True, deterministic=True
         )
         values_in_order = batch.values.flatten()[index.pairs]
-        suffix_sums = new(True, n_samples * k, hierarchical.BLOCK_D)
+        suffix_sums = new(True, batch.latents.numel(), hierarchical.BLOCK_D)
     outputs = hierarchical.Outputs(
         loss_sums=target.new_zeros(n_programs, dtype=torch.float32),
         residual=new(wanted.residual, n_samples, d_in),
-        grad_values=new(wanted.values, n_samples, k),
+        grad_values=new(wanted.values, *batch.values.shape),
         grad_bias=new(wanted.bias, n_programs, d_in),
         grad_target=new(wanted.target, n_samples, d_in, dtype=wanted.target),
         suffix_sums=suffix_sums,
+        level_errors=level_errors,
     )
     dtypes = _dtypes(*batch, level_weights)
-    walks = _plan_slices(sizes, _is_last_level(request), wanted, target.device, *dtypes)
+    walks = _plan_slices(
+        sizes,
+        _is_last_level(request),
+        of_samples,
+        wanted,
+        level_errors is not None,
+        batch.starts is not None,
+        target.device,
+        *dtypes,
+    )
     for slice_, walk in enumerate(walks):
         walk((*batch, level_weights, None, *outputs), (_scale(request),))
         if index is not None and values_in_order is not None and suffix_sums is not None:
@@ -260,6 +315,8 @@ def _by_walk_slice_by_slice(request: DecoderLoss) -> LossAndGradients:
                 values_in_order,
                 suffix_sums[:, :n_columns].contiguous(),
                 sums=grad_weight,
+                in_order=True,
+                rows_of_pairs=True,
                 first_column=first,
                 zero_absent=False,
             )
@@ -271,6 +328,7 @@ def _by_walk_slice_by_slice(request: DecoderLoss) -> LossAndGradients:
         values=None if values is None else in_dtype(values, wanted.values),
         bias=None if bias is None else in_dtype(bias.sum(0), wanted.bias),
         target=outputs.grad_target,
+        level_errors=level_errors,
     )
 
 
@@ -282,7 +340,7 @@ def _plan_finish(sizes: Sizes, bias_rows: int, *_: object) -> Launch:
         n_sums=hierarchical.LOSS_SUMS,
         has_copies=False,
         casts_weight=False,
-        has_values=False,
+        n_values=0,
         bias_rows=bias_rows,
     )
 
@@ -328,6 +386,10 @@ def _by_latent(request: DecoderLoss) -> LossAndGradients:
             weight=batch.weight if wanted.values else None,
             scale=scale_of_rows,
         )
+        starts = request.code.starts
+        if grad_values is not None and starts is not None:
+            pairs = torch.arange(len(grad_values), device=grad_values.device)
+            grad_values.masked_fill_(pairs >= starts[-1], 0)  # those of no sample
     grad_bias = None
     if request.deterministic:
         loss = loss_sums.sum()

@@ -34,6 +34,13 @@ def for_each_chunk(
         device: where the chunks are computed.
     """
     chunks = [slice(start, start + n_rows) for start in range(0, n_samples, n_rows)]
+    for_each(compute, chunks, device)
+
+
+def for_each(
+    compute: Callable[[slice], Add | None], chunks: list[slice], device: torch.device
+) -> None:
+    """Compute chunks of a batch, as `for_each_chunk` does, of whichever sizes."""
     n_threads = min(torch.get_num_threads(), len(chunks)) if device.type == "cpu" else 1
     if n_threads <= 1:
         for chunk in chunks:

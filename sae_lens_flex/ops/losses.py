@@ -10,9 +10,10 @@ import torch
 
 from . import by_torch, by_triton
 from .autograd import attach, check_is_first_derivative, scale_in_place
-from .checks import check_arguments
+from .checks import check_arguments, check_starts
 from .codes import Code
 from .policy import (
+    CHECKS_INDICES,
     accumulation_dtype,
     computes_by_triton,
     gradient_dtype,
@@ -80,6 +81,7 @@ def differentiable_loss(
     backend: str = "auto",
     name: str = "the decoder loss",
     repeats: bool = False,
+    starts: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return a decoder loss that autograd can differentiate once.
 
@@ -92,6 +94,8 @@ def differentiable_loss(
         name: of the function that the user called, for errors.
         repeats: whether a second backward pass computes the gradients again. Without, it raises,
             and autograd keeps no input for it.
+        starts: for rows of different length (see `codes.Code`); the levels are then "last", or
+            weights of each sample.
 
     Returns:
         A scalar, differentiable in weight, vals, bias and target.
@@ -104,7 +108,7 @@ def differentiable_loss(
     level_weights = levels.detach() if isinstance(levels, torch.Tensor) else None
     if is_traced(indices, *inputs):
         is_last = isinstance(levels, str) and levels == "last"
-        arguments = (*inputs, level_weights, is_last, scale, use_triton, flags)
+        arguments = (*inputs, level_weights, starts, is_last, scale, use_triton, flags)
         return getattr(torch.ops, NAMESPACE).decoder_loss(indices, *arguments)[0]
 
     def compute(
@@ -115,7 +119,7 @@ def differentiable_loss(
     ) -> LossAndGradients:
         tensors = (weight, vals, bias, target)
         request = DecoderLoss(
-            code=Code(indices, vals),
+            code=Code(indices, vals, starts),
             weight=weight,
             bias=bias,
             target=target,
@@ -139,9 +143,9 @@ def differentiable_loss(
         if factor is None:  # Nothing depends on the loss.
             return (None,) * len(inputs)
         if held:
-            gradients = held.pop()[2:]
+            gradients = held.pop().gradients
         elif repeats:
-            gradients = compute(*saved())[2:]
+            gradients = compute(*saved()).gradients
         else:
             raise RuntimeError(
                 f"{name} has been differentiated already, and its gradients were given away: "
@@ -171,6 +175,7 @@ def triton_hierarchical_sae_loss(
     target: torch.Tensor,
     *,
     level_weights: torch.Tensor | None = None,
+    starts: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the squared error of every level, averaged over B, K and D, by fused kernels.
 
@@ -182,10 +187,15 @@ def triton_hierarchical_sae_loss(
     run.
 
     Args:
-        indices: [B, K], int32 or int64. A latent outside [0, F) is ignored; with the environment
-            variable SAE_LENS_FLEX_CHECK_INDICES=1, set before the import, it is an IndexError.
-        weight: [F, D], vals: [B, K], bias: [D], target: [B, D]: float32, bfloat16 or float16.
-        level_weights: [K], not differentiated. None weighs each level 1 / K.
+        indices: [B, K] (with `starts` [n]), int32 or int64. A latent outside [0, F) is ignored;
+            with the environment variable SAE_LENS_FLEX_CHECK_INDICES=1, set before the import, it
+            is an IndexError.
+        weight: [F, D], vals: as indices, bias: [D], target: [B, D]: float32, bfloat16 or float16.
+        level_weights: [K], or those of each sample from level 0 on, [B, K + 1] (with `starts`
+            [n + B]); not differentiated. None weighs each level 1 / K.
+        starts: [B + 1], int32 or int64, for rows of different length. Whether it ascends from 0 to
+            at most n is only checked on a CPU and with SAE_LENS_FLEX_CHECK_INDICES=1: other numbers
+            make the kernels read beyond the arguments.
 
     Returns:
         The loss, a float32 scalar, differentiable in weight, vals, bias and target by one backward
@@ -196,12 +206,38 @@ def triton_hierarchical_sae_loss(
         RuntimeError: where Triton or its device is missing, for a second backward pass through the
             same graph, and for a second derivative.
     """
-    check_arguments(indices, weight, vals, bias, target, level_weights)
+    check_arguments(indices, weight, vals, bias, target, level_weights, starts)
+    starts = _checked(starts, indices)
+    if starts is not None and level_weights is None:
+        level_weights = _equal_weights(starts, indices)
     return differentiable_loss(
         *(indices, weight, vals, bias, target),
         levels="every" if level_weights is None else level_weights,
         backend="triton",
         name="triton_hierarchical_sae_loss",
+        starts=starts,
+    )
+
+
+def _checked(starts: torch.Tensor | None, indices: torch.Tensor) -> torch.Tensor | None:
+    """Return `starts` as a `Code` has them. Where that waits for nothing, check them."""
+    if starts is None:
+        return None
+    if not is_traced(starts) and (CHECKS_INDICES or not starts.is_cuda):
+        check_starts(starts, len(indices))
+    return starts.long().contiguous()
+
+
+def _equal_weights(starts: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """Return weights of each sample's levels, [n + B]: equal, in an empty row 1 for level 0."""
+    code = Code(indices, indices, starts)
+    lengths, pairs = starts.diff(), torch.arange(len(indices), device=starts.device)
+    samples = code.samples()
+    weights = torch.zeros(len(indices) + len(lengths), device=starts.device)
+    weights[pairs + samples + 1] = 1 / lengths[samples].clamp_min(1)
+    of_empty = (lengths == 0).to(weights.dtype)
+    return weights.index_copy(
+        0, starts[:-1] + torch.arange(len(lengths), device=starts.device), of_empty
     )
 
 
@@ -211,18 +247,21 @@ def triton_topk_sae_loss(
     vals: torch.Tensor,
     bias: torch.Tensor,
     target: torch.Tensor,
+    *,
+    starts: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the squared error of the K-latent reconstruction, averaged over B and D.
 
     The same function as `topk_sae_loss`, by fused kernels; arguments, result and errors as in
     `triton_hierarchical_sae_loss`.
     """
-    check_arguments(indices, weight, vals, bias, target)
+    check_arguments(indices, weight, vals, bias, target, None, starts)
     return differentiable_loss(
         *(indices, weight, vals, bias, target),
         levels="last",
         backend="triton",
         name="triton_topk_sae_loss",
+        starts=_checked(starts, indices),
     )
 
 
@@ -236,6 +275,7 @@ def _operate(
     bias: torch.Tensor | None,
     target: torch.Tensor,
     level_weights: torch.Tensor | None,
+    starts: torch.Tensor | None,
     last_level: bool,
     scale: float,
     use_triton: bool,
@@ -245,7 +285,7 @@ def _operate(
     if levels is None:
         levels = "last" if last_level else "every"
     request = DecoderLoss(
-        code=Code(indices, vals),
+        code=Code(indices, vals, starts),
         weight=weight,
         bias=bias,
         target=target,
@@ -256,7 +296,7 @@ def _operate(
     )
     result = decoder_loss(request, use_triton=use_triton)
     outputs = [result.loss]
-    for gradient in result[2:]:
+    for gradient in result.gradients:
         if gradient is None:  # An operator returns tensors.
             gradient = target.new_empty(0, dtype=result.loss.dtype)
         elif gradient.storage_offset():  # Outputs of an operator share no memory.
@@ -297,15 +337,15 @@ def _differentiate(ctx, *grad_outputs):
         # pass through the same graph.
         some = [gradient for gradient in gradients if gradient is not None]
         torch.autograd.graph.increment_version(some)
-    return None, *gradients, None, None, None, None, None
+    return None, *gradients, None, None, None, None, None, None
 
 
 if not hasattr(getattr(torch.ops, NAMESPACE), "decoder_loss"):
     _library = torch.library.Library(NAMESPACE, "FRAGMENT")
     _library.define(
         "decoder_loss(Tensor indices, Tensor weight, Tensor vals, Tensor? bias, Tensor target, "
-        "Tensor? level_weights, bool last_level, float scale, bool use_triton, bool[] wanted) "
-        "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+        "Tensor? level_weights, Tensor? starts, bool last_level, float scale, bool use_triton, "
+        "bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
     )
     _library.impl("decoder_loss", _operate, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::decoder_loss", _shapes)

@@ -12,8 +12,8 @@ Whether Triton or PyTorch computes a product is decided here.
 
 import torch
 
-from .chunks import for_each_chunk
-from .codes import Code, InvertedIndex
+from .chunks import for_each
+from .codes import Code, InvertedIndex, Rows
 from .kernels import residual as residual_kernel
 from .kernels.sums import sum_by_latent
 from .kernels.tiles import Batch
@@ -25,11 +25,17 @@ CPU_CHUNK_ELEMENTS = 2**18
 GPU_CHUNK_ELEMENTS = 2**24
 
 
-def chunk_samples(code: Code, width: int) -> int:
-    """Return of how many samples the rows of weight, [b, K, width], are held at once."""
+def chunks_of(code: Code, width: int) -> list[slice]:
+    """Return the samples of which the rows of weight, [b, K, width], are held at once."""
     is_cpu = code.latents.device.type == "cpu"
     elements = CPU_CHUNK_ELEMENTS if is_cpu else GPU_CHUNK_ELEMENTS
-    return max(1, elements // (code.latents.shape[1] * width))
+    return code.chunks(elements // width)
+
+
+def rows_of_weight(rows: Rows, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return the row of weight of each pair, [b, K, D]; zeros where there is no pair."""
+    w = weight[rows.latents.long()].to(dtype)
+    return w if rows.exists is None else w.masked_fill_(~rows.exists.unsqueeze(-1), 0)
 
 
 def gather(
@@ -48,7 +54,7 @@ def gather(
     """
     tensors = [weight, code.values] if target is None else [weight, code.values, target]
     dtype = accumulation_dtype(*tensors)
-    n_samples, d_in = len(code.latents), weight.shape[1]
+    n_samples, d_in = code.n_samples, weight.shape[1]
     out = weight.new_empty((n_samples, d_in), dtype=dtype)
     if use_triton:
         batch = Batch(
@@ -57,17 +63,19 @@ def gather(
             weight,
             None,
             None if target is None else target.contiguous(),
+            code.starts,
         )
         residual_kernel.residual(batch, residual_kernel.Outputs(residual=out))
         return out
 
     def walk(chunk: slice) -> None:
-        rows = weight[code.latents[chunk].long()].to(dtype)  # [b, K, D]
-        sums = torch.bmm(code.values[chunk].to(dtype).unsqueeze(1), rows).squeeze(1)
+        rows = code.rows(chunk)
+        w = rows_of_weight(rows, weight, dtype)  # [b, K, D]
+        sums = torch.bmm(rows.values.to(dtype).unsqueeze(1), w).squeeze(1)
         out[chunk] = sums if target is None else sums - target[chunk].to(dtype)
 
     with no_autocast(weight.device):
-        for_each_chunk(walk, n_samples, chunk_samples(code, d_in), weight.device)
+        for_each(walk, chunks_of(code, d_in), weight.device)
     return out
 
 
@@ -84,7 +92,7 @@ def scatter(
     Args:
         index: of a code of B samples and F latents or more. Those from F on are ignored, and none
             is below 0.
-        values: [B, K].
+        values: one for each pair, [B, K] or [n].
         rows: [B, D], contiguous.
         out: [F, D], contiguous, of any floating dtype.
         use_triton: whether the kernels compute it.

@@ -10,10 +10,13 @@ latents:
     x_hat_j = bias + sum_{i <= j} vals[i] * weight[indices[i]]
 """
 
+from collections.abc import Iterator
+from itertools import pairwise
+
 import torch
 from torch.nn.functional import embedding
 
-from .checks import FLOAT_DTYPES, check_arguments, check_range
+from .checks import FLOAT_DTYPES, check_arguments, check_range, check_starts
 from .policy import accumulation_dtype
 
 DTYPES = (*FLOAT_DTYPES, torch.float64)
@@ -43,6 +46,7 @@ def hierarchical_sae_loss(
     target: torch.Tensor,
     *,
     level_weights: torch.Tensor | None = None,
+    starts: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the squared error of every level, averaged over B, K and D.
 
@@ -55,13 +59,18 @@ def hierarchical_sae_loss(
 
     Args:
         indices: kept latents, [B, K], integers in [0, F), in the order of the levels. A latent that
-            comes twice in a row counts twice.
+            comes twice in a row counts twice. With `starts` [n].
         weight: decoder rows, [F, D].
-        vals: decode coefficients, [B, K], of any sign and order.
+        vals: decode coefficients, [B, K], of any sign and order. With `starts` [n].
         bias: decoder bias, [D].
         target: activations to reconstruct, [B, D].
         level_weights: weight of each level's mean squared error, [K], not differentiated. None
-            weighs each 1 / K.
+            weighs each 1 / K. Or the weights of each sample, from level 0 on, where x_hat_0 = bias:
+            [B, K + 1], with `starts` [n + B], sample after sample.
+        starts: for rows of different length: those of sample b are the pairs starts[b] to
+            starts[b + 1], [B + 1], ascending integers from 0 on. A row may be empty. Pairs from
+            starts[B] on are ignored. Without `level_weights` a row of length l weighs each level
+            1 / l, and an empty row level 0.
 
     Returns:
         The loss, a float32 (float64) scalar, differentiable in weight, vals, bias and target.
@@ -70,13 +79,48 @@ def hierarchical_sae_loss(
         TypeError, ValueError: for an argument of the wrong type, dtype, shape or device.
         IndexError: for a latent outside [0, F), where the device can tell.
     """
-    check_arguments(indices, weight, vals, bias, target, level_weights, DTYPES)
+    check_arguments(indices, weight, vals, bias, target, level_weights, starts, DTYPES)
     dtype = accumulation_dtype(weight, vals, bias, target)
-    x_hat = _terms(indices, weight, vals, dtype).cumsum(dim=1) + bias.to(dtype)  # [B, K, D]
-    error = (x_hat - target.to(dtype).unsqueeze(1)).square().mean(dim=(0, 2))  # [K]
-    if level_weights is None:
-        return error.mean()
-    return (error * level_weights.detach().to(dtype)).sum()
+    if level_weights is not None:
+        level_weights = level_weights.detach().to(dtype)
+    if starts is None and (level_weights is None or level_weights.ndim == 1):
+        x_hat = _terms(indices, weight, vals, dtype).cumsum(dim=1) + bias.to(dtype)  # [B, K, D]
+        error = (x_hat - target.to(dtype).unsqueeze(1)).square().mean(dim=(0, 2))  # [K]
+        return error.mean() if level_weights is None else (error * level_weights).sum()
+    loss = weight.new_zeros((), dtype=dtype)
+    for first, residuals in _residuals_of_samples(
+        indices, weight, vals, bias, target, starts, dtype
+    ):
+        error = residuals.square().mean(-1)  # [l + 1]
+        if level_weights is None:
+            loss = loss + (error[1:].mean() if len(error) > 1 else error[0])
+        else:
+            loss = loss + (error * level_weights.flatten()[first : first + len(error)]).sum()
+    return loss / len(target)
+
+
+def _residuals_of_samples(
+    indices: torch.Tensor,
+    weight: torch.Tensor,
+    vals: torch.Tensor,
+    bias: torch.Tensor,
+    target: torch.Tensor,
+    starts: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> Iterator[tuple[int, torch.Tensor]]:
+    # Of each sample: where its level weights begin, and x_hat_j - target from level 0 on,
+    # [l + 1, D].
+    terms = _terms(indices, weight, vals, dtype)  # [n, D], or [B, K, D]
+    if starts is None:
+        rows = list(terms)
+    else:
+        check_starts(starts, len(indices))
+        rows = [terms[start:end] for start, end in pairwise(starts.tolist())]
+    first = 0
+    for row, x in zip(rows, target.to(dtype), strict=True):
+        x_hat = torch.cat((torch.zeros_like(x).unsqueeze(0), row.cumsum(0))) + bias.to(dtype)
+        yield first, x_hat - x
+        first += len(x_hat)
 
 
 def topk_sae_loss(
@@ -85,6 +129,8 @@ def topk_sae_loss(
     vals: torch.Tensor,
     bias: torch.Tensor,
     target: torch.Tensor,
+    *,
+    starts: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the squared error of the reconstruction from all K latents, averaged over B and D.
 
@@ -92,8 +138,11 @@ def topk_sae_loss(
 
     Arguments as in `hierarchical_sae_loss`.
     """
-    check_arguments(indices, weight, vals, bias, target, float_dtypes=DTYPES)
+    check_arguments(indices, weight, vals, bias, target, None, starts, DTYPES)
     dtype = accumulation_dtype(weight, vals, bias, target)
+    if starts is not None:
+        of_samples = _residuals_of_samples(indices, weight, vals, bias, target, starts, dtype)
+        return torch.stack([residuals[-1] for _, residuals in of_samples]).square().mean()
     x_hat = _terms(indices, weight, vals, dtype).sum(dim=1) + bias.to(dtype)  # [B, D]
     return (x_hat - target.to(dtype)).square().mean()
 

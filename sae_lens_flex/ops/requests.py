@@ -11,6 +11,10 @@ the gradients are
     dL/dvalues[b, t] = weight[latents[b, t]] . S_t,
     dL/dtarget[b] = -S_1,      dL/dbias = sum_b S_1[b].
 
+A level 0 may count, too, with r_0 = bias - target and g_0 = 2 scale c_0 r_0. Then
+
+    dL/dtarget[b] = -(g_0 + S_1),      dL/dbias = sum_b (g_0 + S_1)[b].
+
 L is a scalar, so all of them are known in the forward pass, up to the factor that arrives in the
 backward pass.
 """
@@ -23,7 +27,14 @@ import torch
 from .codes import Code, InvertedIndex
 
 Levels = torch.Tensor | Literal["every", "last"]
-"""The level weights c_j: [K]; or "every" for 1 / K each; or "last" for 1 at level K alone."""
+"""The level weights c_j: [K]; or "every" for 1 / K each; or "last" for 1 at level K alone. Or those
+of each sample, from level 0 on: [B, K + 1]; for rows of different length [n + B], sample after
+sample. The weight of the level that pair p of sample b ends is then at p + b + 1."""
+
+
+def are_of_samples(levels: Levels, code: Code) -> bool:
+    """Return whether level weights are those of each sample."""
+    return isinstance(levels, torch.Tensor) and (code.starts is not None or levels.ndim == 2)
 
 
 class Wanted(NamedTuple):
@@ -41,7 +52,8 @@ class DecoderLoss:
     """The request: a loss and which of its gradients to compute.
 
     Attributes:
-        code: latents and decode coefficients, [B, K] each, in the order of the levels.
+        code: latents and decode coefficients, in the order of the levels. Of rows of different
+            length the levels are "last", or have weights of each sample.
         weight: what is read of the decoder, [F, D]: itself, or a copy in a lower precision, since
             reading is most of what a loss does.
         bias: [D], or None for no bias.
@@ -52,6 +64,8 @@ class DecoderLoss:
         wanted: which outputs to compute.
         index: the inverted index of the code, where it is at hand.
         deterministic: whether the results must be the same from run to run.
+        wants_level_errors: whether to return the errors of the levels, given weights of each
+            sample.
     """
 
     code: Code
@@ -63,6 +77,7 @@ class DecoderLoss:
     wanted: Wanted
     index: InvertedIndex | None = None
     deterministic: bool = False
+    wants_level_errors: bool = False
 
 
 class LossAndGradients(NamedTuple):
@@ -71,8 +86,10 @@ class LossAndGradients(NamedTuple):
     Attributes:
         loss: scalar, float32 (float64 for float64 inputs).
         residual: r_K, [B, D], in the loss's dtype.
-        weight: the gradient of weight, [F, D]; values: of the coefficients, [B, K]; bias: [D];
-            target: [B, D].
+        weight: the gradient of weight, [F, D]; values: of the coefficients, [B, K] or [n]; bias:
+            [D]; target: [B, D].
+        level_errors: |r_j|^2 of each level of each sample, as level weights of each sample are laid
+            out, where the level's weight is not 0; elsewhere 0. There are none of other weights.
     """
 
     loss: torch.Tensor
@@ -81,3 +98,9 @@ class LossAndGradients(NamedTuple):
     values: torch.Tensor | None = None
     bias: torch.Tensor | None = None
     target: torch.Tensor | None = None
+    level_errors: torch.Tensor | None = None
+
+    @property
+    def gradients(self) -> tuple[torch.Tensor | None, ...]:
+        """Those of weight, values, bias and target."""
+        return self.weight, self.values, self.bias, self.target

@@ -1,5 +1,10 @@
 """The architectures as SAELens classes."""
 
+from .flex_batchtopk import FlexBatchTopKTrainingSAE, FlexBatchTopKTrainingSAEConfig
+from .flex_matryoshka_batchtopk import (
+    FlexMatryoshkaBatchTopKTrainingSAE,
+    FlexMatryoshkaBatchTopKTrainingSAEConfig,
+)
 from .flex_topk import FlexTopKTrainingSAE, FlexTopKTrainingSAEConfig
 from .hierarchical_topk import (
     HierarchicalTopKSAE,
@@ -9,6 +14,10 @@ from .hierarchical_topk import (
 )
 
 __all__ = [
+    "FlexBatchTopKTrainingSAE",
+    "FlexBatchTopKTrainingSAEConfig",
+    "FlexMatryoshkaBatchTopKTrainingSAE",
+    "FlexMatryoshkaBatchTopKTrainingSAEConfig",
     "FlexTopKTrainingSAE",
     "FlexTopKTrainingSAEConfig",
     "HierarchicalTopKSAE",

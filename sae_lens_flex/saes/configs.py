@@ -101,7 +101,7 @@ class FusedTopKTrainingSAEConfig(TopKTrainingSAEConfig):
     def __post_init__(self) -> None:
         self.d_in = check_integer("d_in", self.d_in)
         self.d_sae = check_integer("d_sae", self.d_sae)
-        self.k = check_integer("k", self.k, self.d_sae, "d_sae")
+        self._check_k()
         check_bool("rescale_acts_by_decoder_norm", self.rescale_acts_by_decoder_norm)
         check_bool("use_sparse_activations", self.use_sparse_activations)
         check_bool("apply_b_dec_to_input", self.apply_b_dec_to_input)
@@ -117,6 +117,9 @@ class FusedTopKTrainingSAEConfig(TopKTrainingSAEConfig):
             )
         check_auxiliary_loss(self)
         super().__post_init__()
+
+    def _check_k(self) -> None:
+        self.k = check_integer("k", self.k, self.d_sae, "d_sae")
 
     @override
     @classmethod

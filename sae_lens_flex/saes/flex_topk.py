@@ -34,6 +34,6 @@ class FlexTopKTrainingSAE(FusedTopKTrainingSAE):
     """
 
     @override
-    def _step_k(self) -> int:
+    def _step_k(self, n_samples: int) -> int:
         activation_fn: Any = self.activation_fn
         return check_integer("activation_fn.k", activation_fn.k, len(self.W_dec), "d_sae")

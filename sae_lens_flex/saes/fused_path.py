@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from sae_lens.saes import sae as saelens
+from sae_lens.saes.batchtopk_sae import BatchTopK
 from sae_lens.saes.topk_sae import SparseHookPoint, TopK
 from transformer_lens.hook_points import HookPoint
 
@@ -33,24 +34,28 @@ FUNCTIONS = {
 OF_DECODING = ("decode", "mse_loss_fn", "reshape_fn_out", "run_time_activation_norm_fn_out")
 SKIPPED_HOOK_POINTS = ("hook_sae_acts_pre", "hook_sae_acts_post", "hook_sae_recons")
 
-_TOPK_FORWARD = TopK.forward
+OF_SAMPLES = (TopK, RuntimeTopK)
+OF_BATCHES = (BatchTopK,)
+_FORWARD = {activation: activation.forward for activation in (*OF_SAMPLES, *OF_BATCHES)}
 
 
-def replaced(sae: Any, own: dict[str, Any]) -> list[str]:
+def replaced(sae: Any, own: dict[str, Any], activations: tuple[type, ...]) -> list[str]:
     """Return the names of what is not SAELens's own, or ours, any more.
 
     Args:
         sae: a training SAE.
-        own: our architectures' functions for each name of METHODS.
+        own: our architecture's functions for each name of METHODS, and for what else it computes
+            instead of calling.
+        activations: OF_SAMPLES or OF_BATCHES: the classes of which its activation function is.
     """
     attributes = vars(sae)
     names = [
-        name for name in METHODS if name in attributes or getattr(type(sae), name) is not own[name]
+        name for name in own if name in attributes or getattr(type(sae), name) is not own[name]
     ]
     names += [name for name, maker in FUNCTIONS.items() if not is_own_function(sae, name, maker)]
     if sae.mse_loss_fn is not saelens.mse_loss:
         names.append("mse_loss_fn")
-    if not _is_topk(sae.activation_fn):
+    if not _is_own(sae.activation_fn, activations):
         names.append("activation_fn")
     return names
 
@@ -60,10 +65,10 @@ def hooked(sae: Any) -> list[str]:
     return [name for name in SKIPPED_HOOK_POINTS if not _is_bare(getattr(sae, name))]
 
 
-def _is_topk(activation_fn: Any) -> bool:
+def _is_own(activation_fn: Any, activations: tuple[type, ...]) -> bool:
     return (
-        type(activation_fn) in (TopK, RuntimeTopK)
-        and TopK.forward is _TOPK_FORWARD
+        type(activation_fn) in activations
+        and type(activation_fn).forward is _FORWARD[type(activation_fn)]
         and "forward" not in vars(activation_fn)
         and not _has_hooks(activation_fn)
     )

@@ -1,4 +1,4 @@
-"""What the two fused architectures share: the training step, seen from SAELens."""
+"""What the fused architectures share: the training step, seen from SAELens."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ from ..training.requests import Inputs, Spec, WantedGradients, Weights
 from ..training.shards import WHOLE, Whole
 from ..training.step import Reconstruction, begin_step, finish_step
 from .configs import FusedTopKTrainingSAEConfig, check_auxiliary_loss
-from .fused_path import METHODS, hooked, replaced
+from .fused_path import METHODS, OF_SAMPLES, hooked, replaced
 from .normalization import OutputMap, OwnNormalization, take_output_map
 
 
@@ -187,12 +187,14 @@ class FusedTopKTrainingSAE(OwnNormalization, TopKTrainingSAE):
                 "activation at least"
             )
         inputs, output_map = self._inputs(x)
-        k = self._step_k()
+        k = self._step_k(len(x))
         levels = self._levels(k, inputs.target)
         if isinstance(levels, torch.Tensor):
             inputs, levels = inputs._replace(level_weights=levels), "every"
         spec = Spec(
             k=k,
+            over_batch=self._over_batch,
+            widths=self._widths(),
             levels=levels,
             n_samples=shards.n_samples(len(x)),
             rescale_acts_by_decoder_norm=self.cfg.rescale_acts_by_decoder_norm,
@@ -259,19 +261,35 @@ class FusedTopKTrainingSAE(OwnNormalization, TopKTrainingSAE):
             auxiliary = reported["sae_out"].new_zeros(())
         return TrainStepOutput(
             loss=losses.total,
-            losses={"mse_loss": losses.mse, "auxiliary_reconstruction_loss": auxiliary},
+            losses={
+                "mse_loss": losses.mse,
+                "auxiliary_reconstruction_loss": auxiliary,
+                **{
+                    f"inner_mse_loss_{width}": loss
+                    for width, loss in zip(self._widths()[:-1], losses.of_widths, strict=True)
+                },
+            },
             **reported,
         )
 
     # --- what the architectures settle
 
-    def _step_k(self) -> int:
-        """Return the number of latents that a training step keeps."""
+    _over_batch = False
+
+    def _step_k(self, n_samples: int) -> int:
+        """Return the number of latents that a training step keeps of each sample.
+
+        With `_over_batch` it is that of all samples together.
+        """
         raise NotImplementedError
 
     def _levels(self, k: int, like: torch.Tensor) -> Levels:
         """Return how the loss weighs its levels; level weights have dtype and device of `like`."""
         return "last"
+
+    def _widths(self) -> tuple[int, ...]:
+        """Return the widths over which the loss is a sum, the last d_sae, or none."""
+        return ()
 
     def _logging_metrics(
         self, x: torch.Tensor, code: Code, output_map: OutputMap, shards: Whole
@@ -294,6 +312,10 @@ class FusedTopKTrainingSAE(OwnNormalization, TopKTrainingSAE):
         return (x.detach() + shards.by_sample(residual)).to(self.dtype)
 
     # --- what a step is made of
+
+    def _replaced(self) -> list[str]:
+        """Return the names of what a fused step computes and a user replaced."""
+        return replaced(self, OWN, OF_SAMPLES)
 
     def _weights(self) -> Weights:
         return Weights(self.W_enc, self.b_enc, self.W_dec, self.b_dec)
@@ -335,6 +357,7 @@ class FusedTopKTrainingSAE(OwnNormalization, TopKTrainingSAE):
         """Return what records the step as a CUDA graph, or None where it is not to be recorded."""
         if not (
             self.use_cuda_graph
+            and not request.spec.over_batch  # whose codes a recording does not hold
             and request.spec.use_triton
             and any(request.wanted)
             and not request.shards.is_sharded
@@ -354,7 +377,7 @@ class FusedTopKTrainingSAE(OwnNormalization, TopKTrainingSAE):
         if step_input.sae_in.ndim != 2:
             reasons.append(f"sae_in has {step_input.sae_in.ndim} dimensions, not 2")
         if self.use_fused_path is None:
-            reasons += [f"{name} is not SAELens's own" for name in replaced(self, OWN)]
+            reasons += [f"{name} is not SAELens's own" for name in self._replaced()]
         self._warn_of_unfused(reasons)
         return not reasons
 

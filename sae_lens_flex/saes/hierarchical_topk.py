@@ -28,8 +28,8 @@ from .budgets import (
 )
 from .checks import check_integer
 from .configs import CheckedTopKSAEConfig, FusedTopKTrainingSAEConfig
-from .fused_path import OF_DECODING, replaced
-from .fused_topk import OWN, FusedTopKTrainingSAE
+from .fused_path import OF_DECODING
+from .fused_topk import FusedTopKTrainingSAE
 from .normalization import OutputMap, read_output_map
 
 
@@ -135,7 +135,7 @@ class HierarchicalTopKTrainingSAE(RuntimeBudget, FusedTopKTrainingSAE):
     cfg: HierarchicalTopKTrainingSAEConfig  # type: ignore[assignment]
 
     @override
-    def _step_k(self) -> int:
+    def _step_k(self, n_samples: int) -> int:
         return check_integer("k", self.cfg.k, len(self.W_dec), "d_sae")
 
     @override
@@ -201,7 +201,8 @@ class HierarchicalTopKTrainingSAE(RuntimeBudget, FusedTopKTrainingSAE):
 
     @override
     def _unfused_training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
-        x, k, d_in = step_input.sae_in, self._step_k(), self.W_dec.shape[1]
+        x, d_in = step_input.sae_in, self.W_dec.shape[1]
+        k = self._step_k(x.shape[:-1].numel())
         with self.at_budget(k):
             feature_acts, hidden_pre = self.encode_with_hidden_pre(x)  # [..., d_sae]
         output_map = read_output_map(self)
@@ -217,7 +218,7 @@ class HierarchicalTopKTrainingSAE(RuntimeBudget, FusedTopKTrainingSAE):
         level_weights = levels if weighted else sae_out.new_full((k,), 1 / k)
         loss_at_k = self.mse_loss_fn(sae_out, x).sum(dim=-1).mean()
         metrics = {}
-        if set(OF_DECODING) & set(replaced(self, OWN)):
+        if set(OF_DECODING) & set(self._replaced()):
             outputs = _OutputsByDecode(self, x, feature_acts, latents)
             below_k = level_weights.new_zeros(())
             for level, weight in enumerate(level_weights[:-1].tolist(), start=1):

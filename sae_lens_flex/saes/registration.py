@@ -6,6 +6,11 @@ from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.topk_sae import TopKSAE
 
 from .configs import CheckedTopKSAEConfig
+from .flex_batchtopk import FlexBatchTopKTrainingSAE, FlexBatchTopKTrainingSAEConfig
+from .flex_matryoshka_batchtopk import (
+    FlexMatryoshkaBatchTopKTrainingSAE,
+    FlexMatryoshkaBatchTopKTrainingSAEConfig,
+)
 from .flex_topk import FlexTopKTrainingSAE, FlexTopKTrainingSAEConfig
 from .hierarchical_topk import (
     HierarchicalTopKSAE,
@@ -21,9 +26,18 @@ INFERENCE_CLASSES: dict[str, tuple[type, type]] = {
         CheckedTopKSAEConfig,
     ),  # so that SAE.load_from_disk takes its checkpoints
 }
-TRAINING_CLASSES: dict[str, tuple[type, type]] = {
+# Those that keep k latents of each sample.
+TOPK_TRAINING_CLASSES: dict[str, tuple[type, type]] = {
     "hierarchical_topk": (HierarchicalTopKTrainingSAE, HierarchicalTopKTrainingSAEConfig),
     "flex_topk": (FlexTopKTrainingSAE, FlexTopKTrainingSAEConfig),
+}
+TRAINING_CLASSES: dict[str, tuple[type, type]] = {
+    **TOPK_TRAINING_CLASSES,
+    "flex_batchtopk": (FlexBatchTopKTrainingSAE, FlexBatchTopKTrainingSAEConfig),
+    "flex_matryoshka_batchtopk": (
+        FlexMatryoshkaBatchTopKTrainingSAE,
+        FlexMatryoshkaBatchTopKTrainingSAEConfig,
+    ),
 }
 
 

@@ -23,7 +23,8 @@ from ..ops.policy import computes_by_triton, is_deterministic, product_dtype
 from ..training.dead import Dead, dead_counts_later
 from ..training.requests import Weights
 from ..training.shards import Shards, Split, Whole, gather_rows
-from .fused_path import hooked, replaced
+from .flex_batchtopk import FlexBatchTopKTrainingSAE
+from .fused_path import OF_SAMPLES, hooked, replaced
 from .fused_topk import OWN, FusedTopKTrainingSAE
 
 PLACEMENTS = {"W_enc": Shard(1), "b_enc": Shard(0), "W_dec": Shard(1), "b_dec": Replicate()}
@@ -70,11 +71,17 @@ def shard(sae: T, mesh: DeviceMesh | None = None) -> T:
         ValueError: for a mesh of more dimensions, or where a rank would hold no latent or no part
             of the width, or where the ranks' configs or versions differ.
         NotImplementedError: for an SAE with methods, functions or hooks that are not SAELens's own;
-            on "meta" also for an `initialize_weights` of its own.
+            on "meta" also for an `initialize_weights` of its own; and for an architecture that
+            selects over the batch, as flex_batchtopk.
     """
     if not isinstance(sae, FusedTopKTrainingSAE):
         raise TypeError(
             f"sae is a {type(sae).__name__}, expected a flex_topk or hierarchical_topk training SAE"
+        )
+    if isinstance(sae, FlexBatchTopKTrainingSAE):
+        raise NotImplementedError(
+            f"sae is a {type(sae).__name__}, which trains in one process only: expected a "
+            "flex_topk or hierarchical_topk training SAE"
         )
     if isinstance(sae, ShardedTrainingSAE):
         raise TypeError("sae has been sharded already")
@@ -227,7 +234,8 @@ class ShardedTrainingSAE(FusedTopKTrainingSAE):
     def _checked_settings(self, step_input: TrainStepInput) -> dict[str, Any]:
         """Return what must be the same on all ranks. Raises for what a step cannot do."""
         x, mask = step_input.sae_in, step_input.dead_neuron_mask
-        if names := _reasons(self, {**OWN, **_REFUSED}):
+        own = {name: _REFUSED.get(name, method) for name, method in OWN.items()}
+        if names := _reasons(self, own):
             raise NotImplementedError(
                 "a step of several processes calls SAELens's own methods alone, but "
                 + ", ".join(names)
@@ -247,7 +255,7 @@ class ShardedTrainingSAE(FusedTopKTrainingSAE):
                 "element a latent"
             )
         weights = self._weights()
-        k = self._step_k()
+        k = self._step_k(len(x))
         self._levels(k, weights.W_dec)  # raises where budgets or weights do not fit
         return {
             "is_logging_step": step_input.is_logging_step,
@@ -407,7 +415,7 @@ def _reasons(sae: Any, own: dict[str, Any]) -> list[str]:
     if sae.use_fused_path is False:
         reasons.append("use_fused_path is False")
     if sae.use_fused_path is None:
-        reasons += [f"{name} is not SAELens's own" for name in replaced(sae, own)]
+        reasons += [f"{name} is not SAELens's own" for name in replaced(sae, own, OF_SAMPLES)]
     return reasons
 
 

@@ -41,11 +41,14 @@ class Dead(NamedTuple):
         latents: returns them, [n], ascending. It may wait for the device.
         coefficient: SAELens's `aux_loss_coefficient`.
         split: returns by which the ranks hold them; None in one process.
+        by_width: whether there is a loss for each of the spec's `widths`, on the latents that it
+            adds to the one before.
     """
 
     latents: Callable[[], torch.Tensor]
     coefficient: float
     split: Callable[[], Split] | None = None
+    by_width: bool = False
 
 
 class Padded(NamedTuple):

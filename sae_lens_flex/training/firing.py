@@ -13,17 +13,21 @@ def feature_acts(
     """Return a code as a [B, F] tensor.
 
     Args:
-        code: latents and activations, [B, K] each.
+        code: latents and activations.
         n_latents: F.
         is_sparse: whether to return a sparse COO tensor where the device has them; elsewhere, as on
             MPS, a dense one.
         at: the `coordinates` of the code where they are at hand. The sparse tensor keeps them.
     """
-    shape = (len(code.latents), n_latents)
+    shape = (code.n_samples, n_latents)
     if is_sparse and code.latents.device.type in ("cpu", "cuda"):
-        at = coordinates(code.latents) if at is None else at
+        at = coordinates(code) if at is None else at
         return SparseActs.of(at, code.values.flatten(), shape)
-    return code.values.new_zeros(shape).scatter_(-1, code.latents, code.values)
+    acts = code.values.new_zeros(shape)
+    if code.starts is None:
+        return acts.scatter_(-1, code.latents, code.values)
+    # Pairs of no sample, of value 0, share a place with another one.
+    return acts.index_put_((code.samples(), code.latents), code.values, accumulate=True)
 
 
 def fired(code: Code, n_latents: int) -> torch.Tensor:
@@ -38,10 +42,12 @@ def fired(code: Code, n_latents: int) -> torch.Tensor:
     return has_fired.new_zeros(n_latents).index_add_(0, code.latents.flatten(), has_fired)
 
 
-def coordinates(latents: torch.Tensor) -> torch.Tensor:
-    """Return sample and latent of each pair, [2, B K], for latents [B, K]."""
-    samples = torch.arange(len(latents), device=latents.device).unsqueeze(-1)
-    return torch.stack((samples.expand_as(latents), latents)).flatten(1)
+def coordinates(code: Code) -> torch.Tensor:
+    """Return sample and latent of each pair, [2, n]."""
+    if code.starts is not None:
+        return torch.stack((code.samples(), code.latents))
+    samples = torch.arange(code.n_samples, device=code.latents.device).unsqueeze(-1)
+    return torch.stack((samples.expand_as(code.latents), code.latents)).flatten(1)
 
 
 class SparseActs(torch.Tensor):

@@ -33,7 +33,8 @@ class Inputs(NamedTuple):
         target: what is to be reconstructed, less the shift of the output, [B, D], float32 or
             float64.
         output_scale: by which the output is multiplied, [B, 1], or None for 1.
-        level_weights: c_j, [k], not differentiated. None for the weights that the spec names.
+        level_weights: c_j, [k], not differentiated. None for the weights that the spec names. With
+            the spec's `widths` the weight of each width, [n]; None for 1.
     """
 
     encoder_input: torch.Tensor
@@ -47,7 +48,7 @@ class Spec:
     """All else that a step reads: settings, which are compared to know whether a step is the same.
 
     Attributes:
-        k: latents to keep of each sample.
+        k: latents to keep of each sample; of all samples together with `over_batch`.
         levels: "every" weighs each level 1 / k, "last" level k alone. Level weights among the
             inputs take their place.
         n_samples: B of the batch that the losses average over.
@@ -57,6 +58,10 @@ class Spec:
         use_triton: whether the kernels compute.
         deterministic: whether results must be the same from run to run.
         matmul_precision: `torch.get_float32_matmul_precision()`.
+        over_batch: whether the largest positive pre-activations of the whole batch are kept. The
+            rows of the code then have different lengths.
+        widths: with `over_batch`, the widths over which the loss is a sum, ascending, the last F;
+            empty for no such sum. See `matryoshka`.
     """
 
     k: int
@@ -68,6 +73,8 @@ class Spec:
     use_triton: bool
     deterministic: bool
     matmul_precision: str
+    over_batch: bool = False
+    widths: tuple[int, ...] = ()
 
 
 class WantedGradients(NamedTuple):

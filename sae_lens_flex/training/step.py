@@ -3,7 +3,8 @@
     rows = x - b_dec                                        what is encoded (x alone without
                                                             `apply_b_dec_to_input`)
     h = rows @ W_enc + b_enc
-    latents[b] = the k largest of h[b] * norms              norms = |W_dec[f]|, or 1
+    latents[b] = the k largest of h[b] * norms              norms = |W_dec[f]|, or 1; or those of
+                                                            the largest of the whole batch
     v = relu(h[b, latents[b]])                              decode coefficients
     mse_loss = 1 / B sum_b sum_j c_j |x_hat_j[b] - target[b]|^2
     x_hat_j = output_scale (sum_{i <= j} v_i W_dec[latents_i] + b_dec)
@@ -33,6 +34,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..ops.batch_selection import select_over_batch
 from ..ops.codes import Code
 from ..ops.kernels.norms import norms_and_copy
 from ..ops.losses import decoder_loss
@@ -42,6 +44,7 @@ from ..ops.requests import DecoderLoss, Wanted
 from ..ops.selection import Encoder, select
 from .dead import Dead, DeadGradients, auxiliary_loss
 from .encoder import encoder_rows, minus_product
+from .matryoshka import auxiliary_loss_by_width, levels_of_widths
 from .requests import Gradients, Inputs, Spec, WantedGradients, Weights
 from .shards import WHOLE, Whole
 
@@ -54,9 +57,12 @@ class Reconstruction(NamedTuple):
         gradients: of `mse_loss`.
         residual: output minus input at level k, [B, D_r].
         rows: what was multiplied with W_enc, [B, D].
-        code: the kept latents and their pre-activations h, [B, k] each, in the order of the levels.
-        hidden_pre: h * norms of the kept latents, [B, k].
+        code: the kept latents and their pre-activations h, [B, k] each, in the order of the levels;
+            in rows of different length with `over_batch`.
+        hidden_pre: h * norms of the kept latents, in the shape of the code.
         norms: [F], or None for 1.
+        width_losses: with the spec's `widths`, the mean squared error of each, [n], whatever its
+            weight. `mse_loss` is their weighted sum.
     """
 
     mse_loss: torch.Tensor
@@ -66,6 +72,7 @@ class Reconstruction(NamedTuple):
     code: Code
     hidden_pre: torch.Tensor
     norms: torch.Tensor | None
+    width_losses: torch.Tensor | None = None
 
 
 class StepResult(NamedTuple):
@@ -152,6 +159,14 @@ def finish_step(
     latents = None if dead is None else dead.latents()
     if dead is None or latents is None or len(latents) == 0:
         return StepResult(main, None, None)
+    if dead.by_width:
+        part = auxiliary_loss_by_width(
+            *(weights, main.rows, main.code, inputs, dead),
+            norms=main.norms,
+            spec=spec,
+            wanted=wanted,
+        )
+        return StepResult(main, *part)
     loss, gradients = auxiliary_loss(
         weights,
         main.rows,
@@ -196,9 +211,14 @@ def _reconstruct(
     rows = shards.all_samples(encoder_rows(x, b_dec, spec))  # [B, D]
     bias = shards.bias_to_compare(b_enc, use_triton=use_triton)
     encoder = Encoder(W_enc, bias, None if norms is None else norms[own_latents])
-    code = select(rows, encoder, min(spec.k, n_own), use_triton=use_triton)  # of F_r
-    dtype = torch.promote_types(rows.dtype, b_enc.dtype)
-    code = shards.merge(code, norms, spec.k, dtype=dtype)  # [B, k], of F
+    if spec.over_batch:
+        code = select_over_batch(
+            rows, encoder, spec.k, use_triton=use_triton
+        )  # rows of different length
+    else:
+        code = select(rows, encoder, min(spec.k, n_own), use_triton=use_triton)  # of F_r
+        dtype = torch.promote_types(rows.dtype, b_enc.dtype)
+        code = shards.merge(code, norms, spec.k, dtype=dtype)  # [B, k], of F
     index = None
     if wanted.W_enc:
         index = shards.by_own_latent(
@@ -213,16 +233,23 @@ def _reconstruct(
     if scale is not None:
         scale = shards.all_samples(scale)  # [B, 1]
         target = target - scale * bias.to(target.dtype)
-        vals, bias = acts * scale, None
+        vals, bias = acts * code.of_pairs(scale), None
     wants_encoder = wanted.any_of_encoder(spec)
     wants_scaled = scale is not None and (wanted.b_dec or wanted.output_scale)
+    levels = spec.levels if level_weights is None else level_weights
+    of_widths = None
+    if spec.widths:
+        of_widths = levels_of_widths(code, spec.widths)
+        if level_weights is None:
+            level_weights = target.new_ones(len(spec.widths), dtype=sum_dtype)
+        levels = of_widths.weights(level_weights)
     decoded = decoder_loss(
         DecoderLoss(
             code=code.with_values(vals),
             weight=read,
             bias=bias,
             target=target,
-            levels=spec.levels if level_weights is None else level_weights,
+            levels=levels,
             scale=1 / spec.n_samples,  # SAELens sums over D and averages over samples
             wanted=Wanted(
                 residual=True,
@@ -231,6 +258,7 @@ def _reconstruct(
                 bias=sum_dtype if wanted.b_dec and scale is None else None,
                 target=target.dtype if wanted.target or wants_scaled else None,
             ),
+            wants_level_errors=of_widths is not None,
             index=None if shards.is_sharded else index,
             deterministic=spec.deterministic,
         ),
@@ -245,9 +273,9 @@ def _reconstruct(
         if wanted.b_dec and decoded.target is not None:
             grad_b_dec = -(scale * decoded.target).sum(0)  # [D_r]
         if wanted.output_scale and grad_vals is not None and decoded.target is not None:
-            grad_scale = (grad_vals * acts).sum(-1, keepdim=True)  # [B, 1]
+            grad_scale = code.sum_by_sample(grad_vals * acts)  # [B, 1]
             grad_scale -= (decoded.target * b_dec).sum(-1, keepdim=True)
-        grad_vals = None if grad_vals is None else grad_vals * scale
+        grad_vals = None if grad_vals is None else grad_vals * code.of_pairs(scale)
 
     if grad_b_dec is not None:
         grad_b_dec = shards.all_width(grad_b_dec)  # [D]
@@ -271,6 +299,9 @@ def _reconstruct(
             grad_x = gather(g, W_enc.T, use_triton=use_triton)  # [B, D]
     assert decoded.residual is not None
     loss, grad_b_dec = shards.sum_both(decoded.loss, grad_b_dec)
+    width_losses = None
+    if of_widths is not None and decoded.level_errors is not None:
+        width_losses = of_widths.sums(decoded.level_errors, len(spec.widths)) / spec.n_samples
     return Reconstruction(
         mse_loss=loss,
         gradients=Gradients(
@@ -287,6 +318,7 @@ def _reconstruct(
         code=code,
         hidden_pre=hidden_pre,
         norms=norms,
+        width_losses=width_losses,
     )
 
 

@@ -69,7 +69,9 @@ def compile_loss(loss: Any, dtype: torch.dtype) -> None:
     loss(torch.zeros(B, K, dtype=torch.int64), **inputs).backward()
 
 
-def compile_step(dtype: torch.dtype, is_deterministic: bool, rescales: bool) -> None:
+def compile_step(
+    dtype: torch.dtype, is_deterministic: bool, rescales: bool, **settings: Any
+) -> None:
     weights = Weights(
         W_enc=torch.zeros(F, D, dtype=dtype).T,
         b_enc=torch.zeros(F, dtype=dtype),
@@ -86,6 +88,7 @@ def compile_step(dtype: torch.dtype, is_deterministic: bool, rescales: bool) -> 
         use_triton=True,
         deterministic=is_deterministic,
         matmul_precision="highest",
+        **settings,
     )
     inputs = Inputs(torch.zeros(B, D, dtype=dtype), torch.zeros(B, D))
     step(weights, inputs, spec, wanted=WantedGradients(*[True] * 7))
@@ -101,6 +104,8 @@ for dtype in (torch.float32, torch.bfloat16):
         copies.FEWEST_PAIRS = 0
         for rescales in (False, True):
             compile_step(dtype, is_deterministic, rescales)
+        compile_step(dtype, is_deterministic, True, over_batch=True)
+        compile_step(dtype, is_deterministic, False, over_batch=True, widths=(F // 2, F))
 
 every_kernel = {
     name

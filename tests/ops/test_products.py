@@ -149,7 +149,7 @@ def test_gather_in_chunks(device, monkeypatch) -> None:
     monkeypatch.setattr(products, "CPU_CHUNK_ELEMENTS", 2 * 9 * 70)
     monkeypatch.setattr(products, "GPU_CHUNK_ELEMENTS", 2 * 9 * 70)
     code = random_code((5, 9, 40, 70), device=device)
-    assert products.chunk_samples(code, 70) == 2
+    assert products.chunks_of(code, 70) == [slice(0, 2), slice(2, 4), slice(4, 6)]
     target = random_matrix(5, 70, device=device, seed=2)
     assert_gathers(code, random_matrix(40, 70, device=device), ("torch", device), target)
 

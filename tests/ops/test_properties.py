@@ -4,7 +4,16 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from .comparison import TOLERANCE, assert_matches_definition, random_inputs
+from sae_lens_flex.ops.losses import decoder_loss
+
+from .comparison import (
+    TOLERANCE,
+    assert_matches_definition,
+    every_backend,
+    random_inputs,
+    relative_error,
+)
+from .ragged import exact, ragged_code, ragged_request, random_level_weights
 
 # The interpreter takes about half a second an example.
 N_EXAMPLES = 300 if torch.cuda.is_available() else 12
@@ -12,6 +21,11 @@ N_EXAMPLES = 300 if torch.cuda.is_available() else 12
 sizes = st.tuples(
     st.integers(1, 40), st.integers(1, 24), st.integers(1, 70), st.integers(1, 140)
 )  # B, K, F, D
+
+# Rows of different length: mostly short ones, empty ones and a long one among them.
+lengths = st.lists(
+    st.one_of(st.just(0), st.integers(0, 20), st.integers(0, 70)), min_size=1, max_size=9
+)
 
 
 @settings(
@@ -46,3 +60,42 @@ def test_any_input_matches_the_definition(
             implementation.device
         )
     assert_matches_definition(implementation, indices, inputs, **levels)
+
+
+@settings(
+    max_examples=N_EXAMPLES,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    lengths=lengths,
+    n_latents=st.integers(1, 70),
+    d_in=st.integers(1, 140),
+    dtype=st.sampled_from(list(TOLERANCE)),
+    n_spare=st.integers(0, 3),
+    is_last_level=st.booleans(),
+    deterministic=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+@every_backend
+def test_any_rows_match_the_definition(
+    on, lengths, n_latents, d_in, dtype, n_spare, is_last_level, deterministic, seed
+) -> None:
+    code = ragged_code(lengths, n_latents, device=on[1], n_spare=n_spare, seed=seed)
+    request = ragged_request(
+        code,
+        n_latents=n_latents,
+        d_in=d_in,
+        levels="last" if is_last_level else random_level_weights(code, seed),
+        dtype=dtype,
+        deterministic=deterministic,
+    )
+    result = decoder_loss(request, use_triton=on[0] == "triton")
+    magnitudes = exact(request, magnitude=True)
+    for name, value in exact(request).items():
+        mine = getattr(result, name)
+        if value is not None and value.numel() > 0:
+            mine = mine[: len(value)] if mine.ndim == 1 else mine
+            error = relative_error(mine, value, magnitudes[name])
+            assert error < TOLERANCE[torch.float32], f"{name}: {error}"

@@ -4,10 +4,19 @@ from typing import Any
 
 import pytest
 import torch
+from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
+from sae_lens.saes.matryoshka_batchtopk_sae import (
+    MatryoshkaBatchTopKTrainingSAE,
+    MatryoshkaBatchTopKTrainingSAEConfig,
+)
 from sae_lens.saes.sae import TrainingSAE, TrainStepInput, TrainStepOutput
 from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
 
 from sae_lens_flex import (
+    FlexBatchTopKTrainingSAE,
+    FlexBatchTopKTrainingSAEConfig,
+    FlexMatryoshkaBatchTopKTrainingSAE,
+    FlexMatryoshkaBatchTopKTrainingSAEConfig,
     FlexTopKTrainingSAE,
     FlexTopKTrainingSAEConfig,
     HierarchicalTopKTrainingSAE,
@@ -22,18 +31,35 @@ DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
 FEW_DEAD, MANY_DEAD = 5, 20
 
 TRAINING_CLASSES: dict[str, tuple[type[Any], type[Any]]] = {
+    "matryoshka_batchtopk": (MatryoshkaBatchTopKTrainingSAE, MatryoshkaBatchTopKTrainingSAEConfig),
+    "batchtopk": (BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig),
+    "flex_batchtopk": (FlexBatchTopKTrainingSAE, FlexBatchTopKTrainingSAEConfig),
+    "flex_matryoshka_batchtopk": (
+        FlexMatryoshkaBatchTopKTrainingSAE,
+        FlexMatryoshkaBatchTopKTrainingSAEConfig,
+    ),
     "topk": (TopKTrainingSAE, TopKTrainingSAEConfig),
     "flex_topk": (FlexTopKTrainingSAE, FlexTopKTrainingSAEConfig),
     "hierarchical_topk": (HierarchicalTopKTrainingSAE, HierarchicalTopKTrainingSAEConfig),
 }
 FUSED_ARCHITECTURES = ("flex_topk", "hierarchical_topk")
+EVERY_ARCHITECTURE = (*FUSED_ARCHITECTURES, "flex_batchtopk", "flex_matryoshka_batchtopk")
+STOCK = {  # SAELens's counterpart of each architecture
+    "flex_topk": "topk",
+    "hierarchical_topk": "topk",
+    "flex_batchtopk": "batchtopk",
+    "flex_matryoshka_batchtopk": "matryoshka_batchtopk",
+}
 FIELDS_UNKNOWN_TO_STOCK = ("backend", "budgets", "level_weights", "use_sparse_activations")
 
 
 def training_config(architecture: str, **fields: Any) -> Any:
-    """A small config of one of our architectures, or its counterpart of SAELens's topk."""
-    if architecture == "topk":
+    """A small config of one of our architectures, or of a counterpart of SAELens's."""
+    if architecture in STOCK.values():
         fields = {n: value for n, value in fields.items() if n not in FIELDS_UNKNOWN_TO_STOCK}
+    if "matryoshka" in architecture:
+        d_sae = fields.get("d_sae", D_SAE)
+        fields = {"matryoshka_widths": [d_sae // 16, d_sae // 3, d_sae], **fields}
     return TRAINING_CLASSES[architecture][1](**{"d_in": D_IN, "d_sae": D_SAE, "k": K, **fields})
 
 

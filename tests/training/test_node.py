@@ -11,9 +11,10 @@ import torch
 from ops.comparison import Cut
 from saes.comparison import (
     DEVICES,
+    EVERY_ARCHITECTURE,
     FEW_DEAD,
-    FUSED_ARCHITECTURES,
     MANY_DEAD,
+    STOCK,
     assert_close,
     copy_weights,
     dead_mask,
@@ -23,7 +24,7 @@ from saes.comparison import (
 )
 from torch.utils.checkpoint import checkpoint
 
-both_architectures = pytest.mark.parametrize("architecture", FUSED_ARCHITECTURES)
+every_architecture = pytest.mark.parametrize("architecture", EVERY_ARCHITECTURE)
 PARAMETERS = ("W_enc", "b_enc", "W_dec", "b_dec")
 NAMES = (*PARAMETERS, "x")
 
@@ -58,7 +59,9 @@ class Model:
 def models(architecture: str, device: str = "cpu", **options: Any) -> tuple[Model, Model]:
     """The fused SAE and what it is compared with."""
     fused = trained_sae(architecture, device=device)
-    other = trained_sae("topk" if architecture == "flex_topk" else architecture, device=device)
+    other = trained_sae(
+        architecture if architecture == "hierarchical_topk" else STOCK[architecture], device=device
+    )
     other.use_fused_path = False
     return Model(fused, **options), Model(other, **options)
 
@@ -94,7 +97,7 @@ def weighted(losses: dict[str, torch.Tensor], weights: tuple[float, ...]) -> tor
     return torch.stack(terms).sum()
 
 
-@both_architectures
+@every_architecture
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("n_dead", [FEW_DEAD, MANY_DEAD])
 @pytest.mark.parametrize("weights", WEIGHTS, ids=str)
@@ -105,7 +108,7 @@ def test_losses_weighted_apart_and_summed(architecture, device, n_dead, weights)
     assert_same(model, expected)
 
 
-@both_architectures
+@every_architecture
 def test_without_dead_latents_loss_and_mse_loss_are_one(architecture) -> None:
     model, expected = models(architecture, n_dead=0)
     for each in (model, expected):
@@ -115,7 +118,7 @@ def test_without_dead_latents_loss_and_mse_loss_are_one(architecture) -> None:
     assert_same(model, expected)
 
 
-@both_architectures
+@every_architecture
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     "order",
@@ -137,7 +140,7 @@ def test_losses_differentiated_one_after_the_other(architecture, device, order) 
         assert_same(model, expected)
 
 
-@both_architectures
+@every_architecture
 def test_second_pass_through_the_same_graph_is_the_first_one_again(architecture) -> None:
     model, _ = models(architecture)
     loss, passes = model.losses()["loss"], []
@@ -149,7 +152,7 @@ def test_second_pass_through_the_same_graph_is_the_first_one_again(architecture)
             assert torch.equal(other[name], gradient), name
 
 
-@both_architectures
+@every_architecture
 def test_freed_graph_raises_as_torch_does(architecture) -> None:
     model, expected = models(architecture)
     for each in (model, expected):
@@ -160,7 +163,7 @@ def test_freed_graph_raises_as_torch_does(architecture) -> None:
     assert_same(model, expected)
 
 
-@both_architectures
+@every_architecture
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_weight_changed_in_place_before_a_second_pass(architecture, name) -> None:
     model, expected = models(architecture)
@@ -176,7 +179,7 @@ def test_weight_changed_in_place_before_a_second_pass(architecture, name) -> Non
             loss.backward(retain_graph=True)
 
 
-@both_architectures
+@every_architecture
 @pytest.mark.parametrize("kept", ["loss", "mse_loss", AUXILIARY])
 def test_loss_on_which_nothing_depends_gives_no_gradient(architecture, kept) -> None:
     model, expected = models(architecture)
@@ -187,7 +190,7 @@ def test_loss_on_which_nothing_depends_gives_no_gradient(architecture, kept) -> 
     assert_same(model, expected)
 
 
-@both_architectures
+@every_architecture
 @pytest.mark.parametrize("n_dead", [0, MANY_DEAD])
 def test_nothing_depends_on_any_loss(architecture, n_dead) -> None:
     model, _ = models(architecture, n_dead=n_dead)
@@ -199,7 +202,7 @@ def test_nothing_depends_on_any_loss(architecture, n_dead) -> None:
     assert set(gradients.values()) == {None}
 
 
-@both_architectures
+@every_architecture
 @pytest.mark.parametrize("name", ["loss", "mse_loss", AUXILIARY])
 @pytest.mark.parametrize("n_dead", [0, MANY_DEAD])
 def test_second_derivative_raises(architecture, name, n_dead) -> None:
@@ -212,7 +215,7 @@ def test_second_derivative_raises(architecture, name, n_dead) -> None:
         torch.autograd.grad(loss, model.sae.W_dec, create_graph=True)
 
 
-@both_architectures
+@every_architecture
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("device", DEVICES)
 def test_checkpointed_steps(architecture, use_reentrant, device) -> None:
@@ -228,7 +231,7 @@ def test_checkpointed_steps(architecture, use_reentrant, device) -> None:
     assert_same(model, expected)
 
 
-@both_architectures
+@every_architecture
 def test_a_step_of_another_sae_in_between(architecture) -> None:
     model, expected = models(architecture)
     other = trained_sae(architecture)
@@ -245,7 +248,7 @@ def test_a_step_of_another_sae_in_between(architecture) -> None:
 # --- frozen weights
 
 
-@both_architectures
+@every_architecture
 @pytest.mark.parametrize("n_dead", [0, FEW_DEAD, MANY_DEAD])
 def test_every_subset_of_frozen_weights_and_activations(architecture, n_dead) -> None:
     model, expected = models(architecture, n_dead=n_dead)
@@ -285,7 +288,7 @@ def assert_same_with_zeros(model: Model, expected: Model, flags: tuple[bool, ...
 
 
 @pytest.mark.gpu
-@both_architectures
+@every_architecture
 @pytest.mark.parametrize("weights", WEIGHTS, ids=str)
 def test_backward_passes_wait_for_nothing(architecture, weights) -> None:
     model, expected = models(architecture, "cuda")

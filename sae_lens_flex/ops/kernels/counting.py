@@ -45,7 +45,7 @@ def count(latents: torch.Tensor, n_latents: int) -> torch.Tensor:
     Bin 1 + f belongs to latent f. Bins 0 and F + 1 belong to what lies below and above [0, F).
 
     Args:
-        latents: [B, K], contiguous.
+        latents: [B, K] or [n], contiguous.
         n_latents: F.
     """
     counts = latents.new_zeros(n_latents + 2, dtype=torch.int32)
@@ -69,12 +69,13 @@ def place(
     They are the fields of those names of `codes.InvertedIndex`.
 
     Args:
-        unsorted: the latents, [B, K], contiguous.
+        unsorted: the latents, [B, K], contiguous; or [n] of rows of different length, for which
+            `samples` has no meaning.
         ends: where each bin of `count` ends, [F + 2], int32. Each is replaced by where its bin
             starts.
         n_latents: F.
     """
-    n_pairs, k = unsorted.numel(), unsorted.shape[1]
+    n_pairs, k = unsorted.numel(), unsorted.shape[-1]
     latents, samples = (unsorted.new_empty(n_pairs, dtype=torch.int32) for _ in range(2))
     pairs = unsorted.new_empty(n_pairs, dtype=torch.int64)
     launch(

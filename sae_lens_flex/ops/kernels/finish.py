@@ -93,7 +93,7 @@ def finish(
     n_sums: int,
     has_copies: bool,
     casts_weight: bool,
-    has_values: bool,
+    n_values: int,
     bias_rows: int,
 ) -> Launch:
     """Return the launch that does what is left after a walk.
@@ -106,20 +106,20 @@ def finish(
         n_sums: sums of the loss, a power of two.
         has_copies: whether latents may have copies.
         casts_weight: whether the gradient of weight is another tensor than its sums.
-        has_values: whether there are sums of the gradient of values.
+        n_values: sums of the gradient of values.
         bias_rows: rows of bias_sums, a power of two; 0 for none.
     """
-    n_pairs, d_in = sizes.n_samples * sizes.k, sizes.d_in
+    d_in = sizes.d_in
     n_rows = sizes.n_latents if casts_weight else SLOTS if has_copies else 0
     n_programs = (
         n_rows * cdiv(d_in, BLOCK),
-        cdiv(n_pairs, BLOCK) if has_values else 0,
+        cdiv(n_values, BLOCK),
         cdiv(d_in, BIAS_BLOCK) if bias_rows else 0,
     )
     return Launch(
         _finish_walk_kernel,
         (sum(n_programs) + 1,),
-        (*n_programs, n_pairs, sizes.n_latents, d_in),
+        (*n_programs, n_values, sizes.n_latents, d_in),
         SUMS=n_sums,
         SLOTS=SLOTS,
         COPIES=COPIES,

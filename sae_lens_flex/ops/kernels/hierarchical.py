@@ -9,6 +9,8 @@ some levels at a time, with two running sums along the levels in registers:
     r_{j-1} = r_j - v_j w_j,     S_j = S_{j+1} + 2 scale c_j r_j.
 
 They give the loss and every gradient (see `requests`). No level is ever stored.
+With level weights of each sample its rows may have any length, and level 0, r_0 = bias - target,
+may count.
 """
 
 from typing import NamedTuple
@@ -24,6 +26,7 @@ from .tiles import (
     add_to_loss,
     gather_levels,
     has_hot_latents,
+    highest_level,
     levels_from,
     levels_in_a_tile,
     offsets_of,
@@ -58,6 +61,38 @@ def _weighted(r, level_weights, first, K, LEVELS: tl.constexpr):
 
 
 @triton.jit
+def _counted(
+    r,
+    level_weights,
+    level_errors,
+    first,
+    sample,
+    starts,
+    B,
+    K,
+    BLOCK_D: tl.constexpr,
+    LEVELS: tl.constexpr,
+    EVEN: tl.constexpr,
+    LAST_ALONE: tl.constexpr,
+    OF_SAMPLES: tl.constexpr,
+):
+    # r_j where the level counts, 0 elsewhere; and c_j r_j. Adds |r_j|^2 to level_errors.
+    if OF_SAMPLES:
+        pairs, exists = pairs_of(first, sample, starts, B, K, LEVELS)
+        at = pairs + sample + tl.arange(0, 2)[None, :] + 1
+        of_level = tl.load(level_weights + at, mask=exists, other=0.0).to(tl.float32)
+        c = widened(of_level, BLOCK_D)
+        r = tl.where(c != 0.0, r, 0.0)
+        if level_errors is not None:
+            squares = tl.sum(tl.reshape(r * r, [LEVELS, 2, BLOCK_D]), 2)
+            tl.atomic_add(level_errors + at, squares, mask=of_level != 0.0, sem="relaxed")
+        return r, c * r
+    else:
+        r = _with_weight(r, first, K, LEVELS, LAST_ALONE, EVEN)
+        return r, _weighted(r, level_weights, first, K, LEVELS)
+
+
+@triton.jit
 def _running_sum(x, start, LEVELS: tl.constexpr):
     # At each level: start plus the sum of x from the highest level down to it.
     is_highest = (tl.arange(0, LEVELS) == 0)[:, None]
@@ -89,7 +124,8 @@ def _hierarchical_kernel(  # an output that is None is not wanted
     weight,
     bias,  # or None
     target,
-    level_weights,  # or None
+    starts,  # [B + 1]: where each sample's pairs begin; None for K of each
+    level_weights,  # or None; with OF_SAMPLES those of each sample, from level 0 on
     table,  # which latents have copies of their row of grad_weight (see `tiles`), or None
     loss_sums,  # float32, zeroed: [n_sums], parts; with `loss` one more, for counting
     loss,  # None where the sums are added up later
@@ -98,7 +134,8 @@ def _hierarchical_kernel(  # an output that is None is not wanted
     grad_values,  # float32, zeroed
     grad_bias,  # float32, zeroed: [bias_rows, D], parts
     grad_target,
-    suffix_sums,  # [B, K, BLOCK_D], of one slice
+    suffix_sums,  # [n_pairs, BLOCK_D], of one slice
+    level_errors,  # float32, zeroed, like level_weights
     scale,  # factor / (B D), and / K without level_weights
     first_slice,
     n_sums,
@@ -116,6 +153,7 @@ def _hierarchical_kernel(  # an output that is None is not wanted
     WIDE: tl.constexpr,  # whether an offset takes 64 bits
     LAST_ALONE: tl.constexpr,
     WALKS_DOWN: tl.constexpr,
+    OF_SAMPLES: tl.constexpr,
     SUMS: tl.constexpr,
     SLOTS: tl.constexpr,
     COPIES: tl.constexpr,
@@ -135,6 +173,7 @@ def _hierarchical_kernel(  # an output that is None is not wanted
     if bias is not None:
         r += tl.load(bias + d, mask=in_slice, other=0.0).to(tl.float32)
     error = tl.zeros([2 * BLOCK_D], tl.float32)
+    K = highest_level(sample, starts, B, K)
     last = (tl.cdiv(K, LEVELS) - 1) * LEVELS
     for first in range(0, last, LEVELS):
         _, v, w = gather_levels(
@@ -144,6 +183,7 @@ def _hierarchical_kernel(  # an output that is None is not wanted
             weight_slice,
             sample,
             in_slice,
+            starts,
             B,
             K,
             F,
@@ -157,8 +197,21 @@ def _hierarchical_kernel(  # an output that is None is not wanted
         r += tl.sum(p, 0)
         if not WALKS_DOWN:
             r_j = p + _running_sum(-p, r, LEVELS)
-            r_j = _with_weight(r_j, first, K, LEVELS, LAST_ALONE, EVEN)
-            c_r = _weighted(r_j, level_weights, first, K, LEVELS)
+            r_j, c_r = _counted(
+                r_j,
+                level_weights,
+                level_errors,
+                first,
+                sample,
+                starts,
+                B,
+                K,
+                BLOCK_D,
+                LEVELS,
+                EVEN,
+                LAST_ALONE,
+                OF_SAMPLES,
+            )
             error += tl.sum(c_r * r_j, 0)
     f, v, w = gather_levels(
         last,
@@ -167,6 +220,7 @@ def _hierarchical_kernel(  # an output that is None is not wanted
         weight_slice,
         sample,
         in_slice,
+        starts,
         B,
         K,
         F,
@@ -195,6 +249,7 @@ def _hierarchical_kernel(  # an output that is None is not wanted
                 weight_slice,
                 sample,
                 in_slice,
+                starts,
                 B,
                 K,
                 F,
@@ -211,13 +266,26 @@ def _hierarchical_kernel(  # an output that is None is not wanted
             without = _running_sum(-p, r, LEVELS)  # r_{j-1}
             r_j = p + without
             r = _lowest(without, LEVELS)
-        r_j = _with_weight(r_j, first, K, LEVELS, LAST_ALONE, EVEN)
-        c_r = _weighted(r_j, level_weights, first, K, LEVELS)
+        r_j, c_r = _counted(
+            r_j,
+            level_weights,
+            level_errors,
+            first,
+            sample,
+            starts,
+            B,
+            K,
+            BLOCK_D,
+            LEVELS,
+            EVEN,
+            LAST_ALONE,
+            OF_SAMPLES,
+        )
         error += tl.sum(c_r * r_j, 0)
         if WALKS_DOWN:
             S = _running_sum(c_r, s, LEVELS)  # still without the factor 2 scale
             s = _lowest(S, LEVELS)
-            pairs, exists = pairs_of(first, sample, B, K, LEVELS)
+            pairs, exists = pairs_of(first, sample, starts, B, K, LEVELS)
             if grad_values is not None:
                 dots = 2.0 * scale * tl.sum(tl.reshape(w * S, [LEVELS, 2, BLOCK_D]), 2)
                 tl.atomic_add(grad_values + pairs, dots, mask=exists, sem="relaxed")
@@ -238,6 +306,25 @@ def _hierarchical_kernel(  # an output that is None is not wanted
             if suffix_sums is not None:
                 out = widened(pairs, BLOCK_D) * BLOCK_D + (column % BLOCK_D)[None, :]
                 tl.store(suffix_sums + out, 2.0 * scale * S, mask=widened(exists, BLOCK_D))
+
+    if OF_SAMPLES:  # level 0, loaded again because registers are scarce in the walk
+        r_0 = -tl.load(target + bd, mask=bd_mask, other=0.0).to(tl.float32)
+        if bias is not None:
+            r_0 += tl.load(bias + d, mask=in_slice, other=0.0).to(tl.float32)
+        start = b * K
+        if starts is not None:
+            start = tl.load(starts + b, mask=b < B, other=0)
+        c = tl.load(level_weights + start + b, mask=b < B, other=0.0).to(tl.float32)
+        r_0 = tl.where(c != 0.0, r_0, 0.0)
+        error += c * r_0 * r_0
+        s += c * r_0
+        if level_errors is not None:
+            of_sample = tl.sum(tl.reshape(tl.where(bd_mask, r_0 * r_0, 0.0), [2, BLOCK_D]), 1)
+            b = sample + tl.arange(0, 2)
+            start = b * K
+            if starts is not None:
+                start = tl.load(starts + b, mask=b < B, other=0)
+            tl.atomic_add(level_errors + start + b, of_sample, mask=b < B, sem="relaxed")
 
     error = tl.where(bd_mask, error, 0.0)  # beyond the batch the bias is no error
     add_to_loss(loss_sums, scale * tl.sum(error), n_sums)
@@ -273,7 +360,9 @@ class Outputs(NamedTuple):
         grad_values: [B, K], float32, zeroed.
         grad_bias: [bias_rows, D], float32, zeroed: parts of the gradient.
         grad_target: [B, D].
-        suffix_sums: S of each pair, [B * K, BLOCK_D], float32: a walk over one slice only.
+        suffix_sums: S of each pair, [n_pairs, BLOCK_D], float32: a walk over one slice only.
+        level_errors: |r_j|^2 of the levels that count, laid out as level weights of each sample,
+            float32, zeroed: with such weights only.
     """
 
     loss_sums: torch.Tensor
@@ -284,6 +373,7 @@ class Outputs(NamedTuple):
     grad_bias: torch.Tensor | None = None
     grad_target: torch.Tensor | None = None
     suffix_sums: torch.Tensor | None = None
+    level_errors: torch.Tensor | None = None
 
 
 def walk(
@@ -291,6 +381,8 @@ def walk(
     *,
     last_level_alone: bool,
     walks_down: bool,
+    of_samples: bool = False,
+    is_ragged: bool = False,
     n_rows: int = 0,
     bias_rows: int = 1,
     n_sums: int = LOSS_SUMS,
@@ -299,13 +391,15 @@ def walk(
     """Return the launch that walks up and down the levels of a batch.
 
     It takes the tensors of a `Batch`, which has a target; the level weights c_j, [K], contiguous,
-    or None for 1 each (or for 1 at level K alone); the table of copies or None; `Outputs`; and
-    the scale of the loss.
+    or None for 1 each (or for 1 at level K alone), or with `of_samples` those of each sample, from
+    level 0 on; the table of copies or None; `Outputs`; and the scale of the loss.
 
     Args:
         sizes: of the batch.
         last_level_alone: whether only level K counts.
         walks_down: whether any gradient, or suffix_sums, is wanted.
+        of_samples: whether level weights are those of each sample: [B, K + 1], or [n + B].
+        is_ragged: whether rows have different lengths, which takes weights of each sample.
         n_rows: rows of grad_weight.
         bias_rows: rows of grad_bias.
         n_sums: sums of the loss.
@@ -320,10 +414,11 @@ def walk(
         (slices.start, n_sums, bias_rows, n_rows - 1, *sizes),
         BLOCK_D=BLOCK_D,
         LEVELS=tile,
-        EVEN=sizes.are_even(tile, BLOCK_D),
+        EVEN=not is_ragged and sizes.are_even(tile, BLOCK_D),
         WIDE=sizes.is_wide(n_rows),
         LAST_ALONE=last_level_alone,
         WALKS_DOWN=walks_down,
+        OF_SAMPLES=of_samples,
         SUMS=LOSS_SUMS,
         SLOTS=SLOTS,
         COPIES=COPIES,

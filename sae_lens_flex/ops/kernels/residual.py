@@ -1,4 +1,4 @@
-"""The residual of the last level: what K rows of weight add up to, less a target.
+"""The residual of the last level: what a sample's rows of weight add up to, less a target.
 
     r[b] = bias + sum_i values[b, i] * weight[latents[b, i]] - target[b]
 
@@ -18,6 +18,7 @@ from .tiles import (
     add_to_bias,
     add_to_loss,
     gather_levels,
+    highest_level,
     levels_in_a_tile,
     widened,
 )
@@ -30,6 +31,7 @@ def _residual_kernel(
     weight,
     bias,  # or None
     target,  # or None
+    starts,  # or None
     loss_sums,  # or None; float32, zeroed: [n_sums], parts
     residual,  # or None
     grad_bias,  # or None; float32, zeroed: [bias_rows, D], parts
@@ -63,7 +65,7 @@ def _residual_kernel(
         r = -tl.load(target + bd, mask=bd_mask, other=0.0).to(tl.float32)
     if bias is not None:
         r += tl.load(bias + d, mask=in_slice, other=0.0).to(tl.float32)
-    for first in range(0, K, LEVELS):
+    for first in range(0, highest_level(sample, starts, B, K), LEVELS):
         _, v, w = gather_levels(
             first,
             latents,
@@ -71,6 +73,7 @@ def _residual_kernel(
             weight_slice,
             sample,
             in_slice,
+            starts,
             B,
             K,
             F,
@@ -134,7 +137,7 @@ def residual(batch: Batch, outputs: Outputs, *, scale: float = 1.0) -> None:
         ),
         BLOCK_D=block,
         LEVELS=levels,
-        EVEN=sizes.are_even(levels, block),
+        EVEN=batch.starts is None and sizes.are_even(levels, block),
         WIDE=sizes.is_wide(),
         num_warps=NUM_WARPS,
     )

@@ -15,23 +15,8 @@ products x @ W_enc is ever written.
 
 import torch
 
+from .keys import compared_key
 from .launch import cdiv, launch, tl, triton
-
-
-@triton.jit
-def _sortable(values):
-    # Maps float32 to int32 so that the order stays: -0 equals 0, and NaN is the largest, as in
-    # torch.topk.
-    bits = tl.where(values == 0.0, 0, values.to(tl.int32, bitcast=True))
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-@triton.jit
-def _compared(products, bias, norms):
-    values = products.to(tl.float32) + bias
-    if norms is not None:
-        values *= norms
-    return _sortable(values)
 
 
 @triton.jit
@@ -80,7 +65,7 @@ def _group_maxima_kernel(
     for step in range(ROWS):  # bias and norms are loaded once for all rows
         b = tl.minimum(first + step, B - 1)
         product = tl.load(products + b * F + f, mask=in_row, other=0.0)
-        keys = tl.where(in_row, _compared(product, bias_of_f, norm), -(2**31))
+        keys = tl.where(in_row, compared_key(product, bias_of_f, norm), -(2**31))
         tl.store(maxima + b * n_groups + groups, tl.max(keys, axis=1), mask=groups < n_groups)
 
 
@@ -120,7 +105,7 @@ def _choose_latents_kernel(
     if norms is not None:
         norm = tl.load(norms + f, mask=mask, other=0.0).to(tl.float32)
     product = tl.load(products + b * F + f, mask=mask, other=0.0)
-    keys = tl.where(mask, _compared(product, bias_of_f, norm), -(2**31))
+    keys = tl.where(mask, compared_key(product, bias_of_f, norm), -(2**31))
     place, is_chosen = _places(keys, mask, K)
     packed = (keys.to(tl.int64) << 32) | (0xFFFFFFFF - f.to(tl.int64))
     tl.store(chosen + b * K + place, packed, mask=is_chosen)
@@ -176,6 +161,32 @@ def fits(n_latents: int, k: int) -> bool:
     return max(k * group, cdiv(n_latents, group)) <= MAX_BLOCK
 
 
+def group_maxima(
+    products: torch.Tensor, bias: torch.Tensor, norms: torch.Tensor | None, group: int
+) -> torch.Tensor:
+    """Return the key of the largest of each `group` neighbouring latents, [B, n_groups], int32.
+
+    Args:
+        products, bias, norms: as for `largest`, contiguous.
+        group: a power of two.
+    """
+    n_samples, n_latents = products.shape
+    n_groups = cdiv(n_latents, group)
+    maxima = products.new_empty((n_samples, n_groups), dtype=torch.int32)
+    block_groups = max(1, MAXIMA_BLOCK // group)
+    launch(
+        _group_maxima_kernel,
+        (cdiv(n_groups, block_groups), cdiv(n_samples, MAXIMA_ROWS)),
+        (products, bias, norms, maxima),
+        (),
+        (n_samples, n_latents, n_groups),
+        ROWS=MAXIMA_ROWS,
+        BLOCK_GROUPS=block_groups,
+        GROUP=group,
+    )
+    return maxima
+
+
 def largest(
     products: torch.Tensor,
     bias: torch.Tensor,
@@ -200,20 +211,9 @@ def largest(
     bias, norms = bias.contiguous(), None if norms is None else norms.contiguous()
     group = _group_size(n_latents, k)
     n_groups = cdiv(n_latents, group)
-    maxima = products.new_empty((n_samples, n_groups), dtype=torch.int32)
+    maxima = group_maxima(products, bias, norms, group)
     groups = products.new_empty((n_samples, k), dtype=torch.int32)
     chosen = products.new_empty((n_samples, k), dtype=torch.int64)
-    block_groups = max(1, MAXIMA_BLOCK // group)
-    launch(
-        _group_maxima_kernel,
-        (cdiv(n_groups, block_groups), cdiv(n_samples, MAXIMA_ROWS)),
-        (products, bias, norms, maxima),
-        (),
-        (n_samples, n_latents, n_groups),
-        ROWS=MAXIMA_ROWS,
-        BLOCK_GROUPS=block_groups,
-        GROUP=group,
-    )
     block = triton.next_power_of_2(n_groups)
     launch(
         _choose_groups_kernel,

@@ -273,6 +273,8 @@ def sum_by_latent(
     *,
     sums: torch.Tensor | None,
     weight: torch.Tensor | None = None,
+    in_order: bool = False,
+    rows_of_pairs: bool = False,
     scale: float = 1.0,
     first_column: int = 0,
     zero_absent: bool = True,
@@ -282,16 +284,18 @@ def sum_by_latent(
     Args:
         index: the inverted index of the batch: latents, pairs, samples and starts, as in
             `codes.InvertedIndex`.
-        values: [B, K], contiguous; or [B * K], in the index's order.
-        rows: contiguous: [B, n] for a row a sample, [B * K, n] for a row a pair.
+        values: of each pair, [B, K] or [N], contiguous; with `in_order` in the index's order.
+        rows: contiguous: [B, n] for a row a sample; with `rows_of_pairs` [N, n].
         sums: where the sums go, [F, >= n], contiguous, of any floating dtype. None for no sums.
         weight: [F, n], for the dots. None for no dots.
+        in_order: whether `values` are in the index's order.
+        rows_of_pairs: whether each pair has a row, not each sample.
         scale: multiplies sums and dots.
         first_column: the column of `sums` at which the columns of `rows` begin.
         zero_absent: whether to zero the sums of the latents that no pair chose.
 
     Returns:
-        The dots, [B, K], float32, or None.
+        The dots, in the shape of `values`, float32, or None.
     """
     latents, pairs, samples, starts = index
     n_pairs, n_columns = pairs.numel(), rows.shape[1]
@@ -311,11 +315,11 @@ def sum_by_latent(
     if weight is not None:
         dots = rows.new_empty(values.shape, dtype=torch.float32)
         # A launch writes the parts of a few slices, which bounds their memory.
-        slices_per_launch = min(n_slices, max(1, MOST_DOTS // n_pairs))
+        slices_per_launch = min(n_slices, max(1, MOST_DOTS // max(1, n_pairs)))
         dots_parts = rows.new_empty((slices_per_launch, n_pairs), dtype=torch.float32)
         n_adding = cdiv(n_pairs, BLOCK)
-    if values.ndim == 2 and n_pairs > MOST_SCATTERED:
-        values = values.flatten()[pairs]
+    if not in_order and n_pairs > MOST_SCATTERED:
+        values, in_order = values.flatten()[pairs], True
     sizes = (n_pairs, n_latents, first_column, n_columns, width, run_length)
     for first_slice in range(0, n_slices, slices_per_launch):
         slices = min(slices_per_launch, n_slices - first_slice)
@@ -324,8 +328,8 @@ def sum_by_latent(
             (n_runs, slices),
             (
                 latents,
-                pairs if values.ndim == 2 else None,
-                pairs if rows.shape[0] == n_pairs else samples,
+                None if in_order else pairs,
+                pairs if rows_of_pairs else samples,
                 *(values, rows, weight, sums, partials, dots_parts),
             ),
             (scale,),

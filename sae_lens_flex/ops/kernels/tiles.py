@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from .launch import tl, triton
+from .launch import cdiv, tl, triton
 
 # Latents that fire often have copies of their row of the gradient (see `copies`): COPIES rows for
 # each of up to SLOTS latents, behind the F rows. Which latents have copies stands in a table,
@@ -51,12 +51,14 @@ class Batch(NamedTuple):
     """The tensors that a kernel reads.
 
     Attributes:
-        latents: the kept latents, [B, K], int32 or int64, contiguous. The kernels skip one that is
-            outside [0, F).
-        values: what each latent's row is multiplied by, [B, K], contiguous.
+        latents: the kept latents, [B, K], int32 or int64, contiguous; with `starts` [n]. The
+            kernels skip one that is outside [0, F).
+        values: what each latent's row is multiplied by, in the same shape, contiguous.
         weight: the rows, [F, D], of any strides.
         bias: [D], contiguous, or None for zeros.
         target: [B, D], contiguous, or None for zeros.
+        starts: where the pairs of each sample begin, and where the last sample's end, [B + 1],
+            int64. None for K pairs of each.
     """
 
     latents: torch.Tensor
@@ -64,9 +66,16 @@ class Batch(NamedTuple):
     weight: torch.Tensor
     bias: torch.Tensor | None
     target: torch.Tensor | None
+    starts: torch.Tensor | None = None
 
     def sizes(self) -> Sizes:
-        return Sizes(*self.latents.shape, *self.weight.shape, *self.weight.stride())
+        """Return the sizes; with `starts` K is the mean length of a row, rounded up."""
+        if self.starts is None:
+            n_samples, k = self.latents.shape
+        else:
+            n_samples = len(self.starts) - 1
+            k = max(1, cdiv(len(self.latents), n_samples))
+        return Sizes(n_samples, k, *self.weight.shape, *self.weight.stride())
 
 
 LEVELS = 16
@@ -85,14 +94,30 @@ def levels_from(first, LEVELS: tl.constexpr):
 
 
 @triton.jit
-def pairs_of(first, sample, B, K, LEVELS: tl.constexpr):
-    """Return the pairs b K + t of some levels of two samples, and whether each pair exists.
+def pairs_of(first, sample, starts, B, K, LEVELS: tl.constexpr):
+    """Return the pairs of some levels of two samples, and whether each pair exists.
 
     Both are [LEVELS, 2]; the levels are first..first + LEVELS.
     """
     level = levels_from(first, LEVELS)[:, None]
     b = sample + tl.arange(0, 2)[None, :]
-    return b * K + level, level < tl.where(b < B, K, 0)
+    if starts is None:
+        return b * K + level, level < tl.where(b < B, K, 0)
+    else:
+        start = tl.load(starts + b, mask=b < B, other=0)
+        return start + level, level < tl.load(starts + b + 1, mask=b < B, other=0) - start
+
+
+@triton.jit
+def highest_level(sample, starts, B, K):
+    """Return the number of levels of the longer of two samples' rows, at least 1."""
+    if starts is None:
+        return K
+    else:
+        b = sample + tl.arange(0, 2)
+        ends = tl.load(starts + b + 1, mask=b < B, other=0)
+        lengths = ends - tl.load(starts + b, mask=b < B, other=0)
+        return tl.maximum(tl.max(lengths), 1).to(tl.int32)
 
 
 @triton.jit
@@ -125,6 +150,7 @@ def gather_levels(
     weight_slice,  # [2 BLOCK_D]: addresses of the columns in the first row of weight
     sample,  # the even one
     in_slice,  # [2 BLOCK_D]: whether the column exists
+    starts,  # or None
     B,
     K,
     F,
@@ -136,11 +162,11 @@ def gather_levels(
 ):
     """Return some levels' latents and values, [LEVELS, 2], and their rows of weight, a tile.
 
-    The latents are int32, the values and rows float32. A pair beyond the batch or beyond K, or one
-    whose latent is outside [0, F), has latent -1, value 0 and a row of zeros. With EVEN all
-    samples, levels and columns exist, and the loads have no masks.
+    The latents are int32, the values and rows float32. A pair beyond the batch or a
+    row's end, or one whose latent is outside [0, F), has latent -1, value 0 and a row of zeros.
+    With EVEN all samples, levels and columns exist, and the loads have no masks.
     """
-    pairs, exists = pairs_of(first, sample, B, K, LEVELS)
+    pairs, exists = pairs_of(first, sample, starts, B, K, LEVELS)
     if EVEN:
         f = tl.load(latents + pairs)
         v = tl.load(values + pairs)
