@@ -21,6 +21,7 @@ from .saes.hierarchical_topk import (
     HierarchicalTopKTrainingSAEConfig,
 )
 from .saes.registration import TOPK_TRAINING_CLASSES
+from .saes.sharded import ShardedTrainingSAE
 
 # Metadata that SAELens's trainer measured at the SAE's own k. At another budget it is wrong.
 MEASURED_AT_K = ("l0", "num_dead_features")
@@ -58,6 +59,7 @@ def export_topk(
         NotADirectoryError: if `path` is a file, or lies below one.
     """
     _check_hierarchical(sae)
+    _check_whole(sae)
     budget = check_integer("budget", budget, sae.cfg.k, "k")
     path = Path(path)
     _check_export_directory(path)
@@ -134,6 +136,7 @@ def from_topk(
             f"sae is a {type(sae).__name__}, expected an SAE of one of the architectures topk, "
             f"{', '.join(TOPK_TRAINING_CLASSES)}"
         )
+    _check_whole(sae)
     own = {name: getattr(sae.cfg, name) for name in (*SETTLED, "device")}
     for name in training_fields:
         if name in (*own, "metadata"):
@@ -320,6 +323,14 @@ sae.budget = {k}  # or {budgets}: any of 1..{k}
         lines = "\n".join("| " + " | ".join(row) + " |" for row in rows)
         card += f"\nMeasured on the same {sweep.n_tokens} tokens at every budget:\n\n{lines}\n"
     return card
+
+
+def _check_whole(sae: Any) -> None:
+    if isinstance(sae, ShardedTrainingSAE):
+        raise TypeError(
+            "sae lies in parts in several processes: call `sae_lens_flex.unshard(sae)` on every "
+            "rank, and this on what it returns"
+        )
 
 
 def _check_hierarchical(sae: Any) -> None:

@@ -1,9 +1,26 @@
 """Checks of what users give, with errors that name it."""
 
+import json
 import math
 import operator
+import warnings
 from numbers import Real
+from pathlib import Path
 from typing import Any
+
+from sae_lens.constants import SAE_CFG_FILENAME
+
+# What a checkpoint was trained with, and what a run that goes on from it would change.
+SETTINGS = (
+    "architecture",
+    "k",
+    "budgets",
+    "level_weights",
+    "aux_loss_coefficient",
+    "rescale_acts_by_decoder_norm",
+    "apply_b_dec_to_input",
+    "normalize_activations",
+)
 
 
 def check_integer(name: str, value: Any, highest: int | None = None, highest_name: str = "") -> int:
@@ -44,3 +61,22 @@ def check_bool(name: str, value: Any) -> None:
         raise ValueError(f"{name} is missing, expected true or false")
     if not isinstance(value, bool):
         raise ValueError(f"{name} is {value!r}, expected true or false")
+
+
+def warn_of_other_settings(cfg: Any, checkpoint_path: Path | str) -> None:
+    """Warn where a run goes on from a checkpoint with other settings than that was trained with."""
+    path = Path(checkpoint_path, SAE_CFG_FILENAME)
+    if not path.exists():
+        return
+    theirs = json.loads(path.read_text())
+    ours = json.loads(json.dumps({name: cfg.to_dict().get(name) for name in SETTINGS}))
+    changed = [
+        f"{name} is {value!r}, and was {theirs[name]!r}"
+        for name, value in ours.items()
+        if name in theirs and theirs[name] != value
+    ]
+    if changed:
+        warnings.warn(
+            f"training goes on with other settings than the checkpoint's: {'; '.join(changed)}",
+            stacklevel=4,
+        )

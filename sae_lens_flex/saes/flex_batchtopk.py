@@ -94,6 +94,7 @@ class FlexBatchTopKTrainingSAE(FusedTopKTrainingSAE, BatchTopKTrainingSAE):
     """
 
     cfg: FlexBatchTopKTrainingSAEConfig  # type: ignore[assignment]
+    config_class = FlexBatchTopKTrainingSAEConfig
 
     _over_batch = True
 

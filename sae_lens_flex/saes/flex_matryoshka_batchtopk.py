@@ -96,6 +96,7 @@ class FlexMatryoshkaBatchTopKTrainingSAE(FlexBatchTopKTrainingSAE, MatryoshkaBat
     """
 
     cfg: FlexMatryoshkaBatchTopKTrainingSAEConfig  # type: ignore[assignment]
+    config_class = FlexMatryoshkaBatchTopKTrainingSAEConfig
 
     @override
     def _widths(self) -> tuple[int, ...]:

@@ -33,6 +33,8 @@ class FlexTopKTrainingSAE(FusedTopKTrainingSAE):
     `FusedTopKTrainingSAE` for what a training step returns.
     """
 
+    config_class = FlexTopKTrainingSAEConfig
+
     @override
     def _step_k(self, n_samples: int) -> int:
         activation_fn: Any = self.activation_fn

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -25,6 +26,7 @@ from ..training.node import Losses, attach_step
 from ..training.requests import Inputs, Spec, WantedGradients, Weights
 from ..training.shards import WHOLE, Whole
 from ..training.step import Reconstruction, begin_step, finish_step
+from .checks import warn_of_other_settings
 from .configs import FusedTopKTrainingSAEConfig, check_auxiliary_loss
 from .fused_path import METHODS, OF_SAMPLES, hooked, replaced
 from .normalization import OutputMap, OwnNormalization, take_output_map
@@ -88,12 +90,28 @@ class FusedTopKTrainingSAE(OwnNormalization, TopKTrainingSAE):
     """
 
     cfg: FusedTopKTrainingSAEConfig  # type: ignore[assignment]
+    config_class: type = FusedTopKTrainingSAEConfig
 
     use_fused_path: bool | None = None
     use_cuda_graph: bool = True
 
     _recorder: Recorder | None = None
     _unfused_reasons: tuple[str, ...] = ()
+
+    @override
+    def __init__(self, cfg: Any, *args: Any, **kwargs: Any) -> None:
+        if not isinstance(cfg, self.config_class):
+            raise TypeError(
+                f"cfg is a {type(cfg).__name__}, expected a {self.config_class.__name__} for a "
+                f"{type(self).__name__}"
+            )
+        super().__init__(cfg, *args, **kwargs)
+
+    @override
+    def load_weights_from_checkpoint(self, checkpoint_path: Path | str) -> None:
+        """Load weights. Warn if the checkpoint was trained with other settings."""
+        warn_of_other_settings(self.cfg, checkpoint_path)
+        super().load_weights_from_checkpoint(checkpoint_path)
 
     # --- W_enc latent by latent
 

@@ -133,6 +133,7 @@ class HierarchicalTopKTrainingSAE(RuntimeBudget, FusedTopKTrainingSAE):
     """
 
     cfg: HierarchicalTopKTrainingSAEConfig  # type: ignore[assignment]
+    config_class = HierarchicalTopKTrainingSAEConfig
 
     @override
     def _step_k(self, n_samples: int) -> int:

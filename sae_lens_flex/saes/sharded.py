@@ -23,6 +23,7 @@ from ..ops.policy import computes_by_triton, is_deterministic, product_dtype
 from ..training.dead import Dead, dead_counts_later
 from ..training.requests import Weights
 from ..training.shards import Shards, Split, Whole, gather_rows
+from .checks import warn_of_other_settings
 from .flex_batchtopk import FlexBatchTopKTrainingSAE
 from .fused_path import OF_SAMPLES, hooked, replaced
 from .fused_topk import OWN, FusedTopKTrainingSAE
@@ -334,6 +335,7 @@ class ShardedTrainingSAE(FusedTopKTrainingSAE):
     @torch.no_grad()
     def load_weights_from_checkpoint(self, checkpoint_path: Path | str) -> None:
         """Read this rank's parts from the file of an ordinary SAE."""
+        warn_of_other_settings(self.cfg, checkpoint_path)
         with safe_open(Path(checkpoint_path) / SAE_WEIGHTS_FILENAME, "pt") as file:
             for name, weight in self.named_parameters():
                 stored = file.get_slice(name)

@@ -121,6 +121,8 @@ def refusals() -> dict[str, str]:
     found["hooked"] = message(sae_lens_flex.shard, hooked)
     sae: Any = sae_lens_flex.shard(CASE.sae())
     found["twice"] = message(sae_lens_flex.shard, sae)
+    found["from_topk"] = message(sae_lens_flex.from_topk, sae)
+    found["export_topk"] = message(sae_lens_flex.export_topk, sae, "nowhere", budget=1)
     x, step = samples(), sae.training_forward_pass
     for name in ("encode", "decode", "forward", "save_model", "fold_W_dec_norm"):
         found[name] = message(getattr(sae, name), x)
@@ -272,6 +274,8 @@ def test_what_cannot_work_is_refused_on_every_rank(ranks: Ranks) -> None:
     expected = {
         "type": "TypeError: sae is a Linear, expected a flex_topk or hierarchical_topk",
         "whole": "TypeError: sae is a HierarchicalTopKTrainingSAE, expected one that `shard` made",
+        "from_topk": "TypeError: sae lies in parts in several processes: call",
+        "export_topk": "TypeError: sae lies in parts in several processes: call",
         "few latents": "ValueError: d_sae is 1, which leaves one of",
         "config": "ValueError: ranks differ, expected the same on all: k is 5 on rank 0, 4 on",
         "mesh": "ValueError: mesh has 2 dimensions, expected 1",

@@ -1,16 +1,31 @@
 """What the configs accept, refuse and write."""
 
 import json
+import re
+import warnings
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from comparison import FUSED_ARCHITECTURES, TRAINING_CLASSES, K, training_config
-from sae_lens import SAEConfig, TrainingSAEConfig
+from comparison import (
+    EVERY_ARCHITECTURE,
+    FUSED_ARCHITECTURES,
+    TRAINING_CLASSES,
+    K,
+    training_config,
+)
+from sae_lens import SAEConfig, TopKTrainingSAEConfig, TrainingSAEConfig
 
-from sae_lens_flex import HierarchicalTopKSAEConfig
+from sae_lens_flex import (
+    FlexTopKTrainingSAEConfig,
+    HierarchicalTopKSAEConfig,
+    HierarchicalTopKTrainingSAE,
+    HierarchicalTopKTrainingSAEConfig,
+)
+
+OTHERS = (TopKTrainingSAEConfig, HierarchicalTopKTrainingSAEConfig, FlexTopKTrainingSAEConfig)
 
 NAN, INFINITY = float("nan"), float("inf")
 NO_NUMBERS = ["8", "x", "", [8], (8,), {8: 1}, {8}, b"8", 1j, object(), torch.float32, int]
@@ -325,3 +340,27 @@ def test_changing_k_or_budgets_alone_is_refused_where_level_weights_are_given() 
         replace(cfg, k=K - 1)
     with pytest.raises(ValueError, match="level_weights"):
         replace(cfg, budgets=[1, K])
+
+
+@pytest.mark.parametrize("architecture", EVERY_ARCHITECTURE)
+def test_config_of_another_class_is_refused(architecture) -> None:
+    sae_class, config_class = TRAINING_CLASSES[architecture]
+    for other in OTHERS:
+        if other is not config_class:
+            expected = f"cfg is a {other.__name__}, expected a {config_class.__name__} for a"
+            with pytest.raises(TypeError, match=expected):
+                sae_class(other(d_in=8, d_sae=16, k=2))
+
+
+def test_going_on_with_other_settings_warns(tmp_path) -> None:
+    def new(**fields: Any) -> HierarchicalTopKTrainingSAE:
+        cfg = HierarchicalTopKTrainingSAEConfig(d_in=8, d_sae=16, k=4, **fields)
+        return HierarchicalTopKTrainingSAE(cfg)
+
+    new(budgets=[1, 4], level_weights=[1, 2.0]).save_model(tmp_path)
+    expected = "budgets is [1, 2, 4], and was [1, 4]; level_weights is None, and was [1"
+    with pytest.warns(UserWarning, match=re.escape(expected)):
+        new(budgets=[1, 2, 4]).load_weights_from_checkpoint(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        new(budgets=[1, 4], level_weights=[1, 2]).load_weights_from_checkpoint(tmp_path)
