@@ -59,9 +59,7 @@ def _match_layouts(optimizer: Any, args: Any, kwargs: Any) -> None:
     SAELens stores W_enc in another order than our SAEs, so the moments of a checkpoint may be
     others. A user may also give a parameter other data.
     """
-    for parameter in _with_gradients(
-        p for group in optimizer.param_groups for p in group["params"]
-    ):
+    for parameter in _with_gradients(_parameters(optimizer)):
         stride = parameter.stride()
         if parameter.grad.stride() != stride:
             parameter.grad = torch.empty_like(parameter).copy_(parameter.grad)
@@ -134,10 +132,7 @@ def _can_clip_in_step(optimizer: Any, parameters: Sequence[torch.Tensor]) -> boo
         # The kernel takes a scale in float32 only, on the device of all gradients.
         and all(p.grad.dtype == torch.float32 for p in clipped)
         and len({p.grad.device for p in clipped}) == 1
-        and are_same(
-            clipped,
-            _with_gradients(_parameters(optimizer)),
-        )
+        and are_same(clipped, _with_gradients(_parameters(optimizer)))
         and is_unseen_before(optimizer)
     )
 

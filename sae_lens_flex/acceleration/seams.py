@@ -113,9 +113,9 @@ def accelerate() -> Iterator[None]:
       auxiliary loss takes all that may be dead by now, and those that are not add nothing to it. A
       step is an ordinary one where anyone would see the difference: with hooks on parameters or
       around the optimizer's step, with a gradient left on a parameter, with methods replaced on
-      the SAE, the trainer or the optimizer, with activations that need a gradient, and in the
-      first few steps, also after the counters of firing were changed. A step that logs is launched
-      piece by piece.
+      the SAE, the trainer or the optimizer, and with activations that need a gradient. The first
+      step is one too, because it makes Adam's state. A step that logs is launched piece by piece.
+      Several processes take whole steps, launched piece by piece, while no latent may be dead.
     - Activations are mixed in memory that is allocated once, on the device where they lie. It
       holds SAELens's buffer and one chunk from the language model. SAELens copies the buffer for
       every chunk. On a CPU the batches are the same, bit for bit. On a GPU the permutations are

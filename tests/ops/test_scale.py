@@ -7,8 +7,7 @@ from sae_lens_flex.ops.kernels.scale import BLOCK, scale_in_place
 
 from .comparison import KERNEL_DEVICES, TOLERANCE, relative_error
 
-# Triton's interpreter rounds to bfloat16 towards zero.
-ROUNDING = {**TOLERANCE, torch.float64: 1e-15, torch.bfloat16: 2**-7}
+ROUNDING = {**TOLERANCE, torch.float64: 1e-15}
 
 
 @pytest.mark.parametrize("device", KERNEL_DEVICES)
@@ -22,4 +21,6 @@ def test_gradients_of_every_dtype_are_scaled_in_it(dtype, factor, device) -> Non
     scale_in_place(gradients, torch.tensor(factor, dtype=scale_dtype, device=device))
     for gradient, original in zip(gradients, originals, strict=True):
         assert gradient.dtype == dtype
-        assert relative_error(gradient.cpu(), factor * original.double()) <= ROUNDING[dtype]
+        is_cut_off = dtype == torch.bfloat16 and device == "cpu"  # by Triton's interpreter
+        tolerance = ROUNDING[dtype] + (2**-8 if is_cut_off else 0)
+        assert relative_error(gradient.cpu(), factor * original.double()) <= tolerance

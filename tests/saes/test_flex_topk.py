@@ -19,7 +19,7 @@ from comparison import (
 )
 from sae_lens import SAE
 from sae_lens.saes.topk_sae import TopKSAE
-from trainings import OPTIONS, TRAININGS, Training, adam, silence, update
+from trainings import OPTIONS, TRAININGS, Training, adam, steps_beside, update
 
 
 def new_pair(training: Training, options: dict[str, Any]) -> tuple[Any, Any]:
@@ -43,36 +43,15 @@ def has_a_near_tie(hidden_pre: torch.Tensor, k: int) -> bool:
 @pytest.mark.parametrize("options", OPTIONS)
 def test_every_step_has_the_losses_and_gradients_of_stock_topk(training, options) -> None:
     stock, flex = new_pair(training, options)
-    optimizer = adam(stock)
-    steps_since_fired = torch.zeros(training.d_sae, device=training.device)
-    dead_counts = []
     n_ties = 0
-    for step, batch in enumerate(training.batches()):
-        if step in (0, training.n_steps // 2):
-            silence(stock, training.few_dead if step == 0 else training.many_dead)
-        copy_weights(stock, flex)
-        dead = steps_since_fired > training.dead_window
-        dead_counts.append(int(dead.sum()))
-
-        expected = run_step(stock, batch, dead)
-        output = run_step(flex, batch, dead)
-
+    for expected, output, dead in steps_beside(training, stock, flex):
         assert_close(output.sae_out, expected.sae_out, name="sae_out")
         if has_a_near_tie(expected.hidden_pre[:, dead], training.d_in // 2):
             n_ties += 1
         else:
             assert_same_losses(output, expected)
             assert_same_gradients(flex, stock)
-        assert (expected.losses["auxiliary_reconstruction_loss"] > 0) == (dead_counts[-1] > 0)
-
-        update(stock, optimizer)
-        steps_since_fired += 1
-        steps_since_fired[expected.feature_acts.bool().any(0)] = 0
     assert n_ties <= training.most_ties * training.n_steps
-    # The auxiliary loss has met no dead latent, fewer than the d_in // 2 it takes, and more.
-    assert dead_counts[0] == 0
-    assert any(0 < n_dead < training.d_in // 2 for n_dead in dead_counts)
-    assert any(n_dead > training.d_in // 2 for n_dead in dead_counts)
 
 
 @pytest.mark.parametrize("training", TRAININGS)

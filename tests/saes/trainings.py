@@ -1,10 +1,13 @@
-"""Short trainings beside SAELens's own SAEs: sizes, batches, options, updates."""
+"""Short trainings beside SAELens's own SAEs: sizes, batches, options, steps."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+from comparison import copy_weights, run_step
+from sae_lens.saes.sae import TrainStepOutput
 
 
 @dataclass
@@ -84,3 +87,37 @@ def silence(sae: Any, n_latents: int) -> None:
     """Make the first `n_latents` latents fire on nothing."""
     with torch.no_grad():
         sae.b_enc[:n_latents] = -5.0
+
+
+def steps_beside(
+    training: Training, stock: Any, flex: Any
+) -> Iterator[tuple[TrainStepOutput, TrainStepOutput, torch.Tensor]]:
+    """Train SAELens's SAE, and take each of its steps with ours too, from equal weights.
+
+    The auxiliary loss meets no dead latent, fewer than the d_in // 2 it takes, and more.
+
+    Yields:
+        What SAELens's step returned, what ours did, and which latents were dead, [d_sae].
+    """
+    optimizer = adam(stock)
+    steps_since_fired = torch.zeros(training.d_sae, device=training.device)
+    dead_counts = []
+    for step, batch in enumerate(training.batches()):
+        if step in (0, training.n_steps // 2):
+            silence(stock, training.few_dead if step == 0 else training.many_dead)
+        copy_weights(stock, flex)
+        dead = steps_since_fired > training.dead_window
+        dead_counts.append(int(dead.sum()))
+
+        expected = run_step(stock, batch, dead)
+        output = run_step(flex, batch, dead)
+
+        yield expected, output, dead
+        assert (expected.losses["auxiliary_reconstruction_loss"] > 0) == (dead_counts[-1] > 0)
+
+        update(stock, optimizer)
+        steps_since_fired += 1
+        steps_since_fired[expected.feature_acts.bool().any(0)] = 0
+    assert dead_counts[0] == 0
+    assert any(0 < n_dead < training.d_in // 2 for n_dead in dead_counts)
+    assert training.n_steps < 5 or any(n_dead > training.d_in // 2 for n_dead in dead_counts)
