@@ -95,9 +95,9 @@ class RecordedSteps:
             (reported,), losses = reports, result.losses
         else:
             result, is_replay = recorder(
-                lambda inputs: whole_step(trained, inputs, *arguments),
+                lambda inputs: whole_step(trained, inputs, *arguments, shards=shards),
                 request.inputs,
-                (whole_step, *map(place, tensors), spec, wanted, settings),
+                (whole_step, *map(place, tensors), spec, wanted, settings, shards),
                 form=most_dead,
             )
             main, losses, at = result.main, result.losses, result.at

@@ -239,7 +239,7 @@ class FusedTopKTrainingSAE(OwnNormalization, TopKTrainingSAE):
         """Take a step whose losses autograd differentiates."""
         arguments = request.weights, request.inputs, request.spec
         dead, wanted, shards = self._dead(dead_mask), request.wanted, request.shards
-        recorder = self._recorder_of(request)
+        recorder = None if shards.is_sharded else self._recorder_of(request)
         by = None if recorder is None else reconstruct_by(recorder)
         main = begin_step(*arguments, wanted=wanted, by=by, shards=shards)
         # What is reported is launched before the host waits for the number of dead latents.
@@ -378,8 +378,7 @@ class FusedTopKTrainingSAE(OwnNormalization, TopKTrainingSAE):
             and not request.spec.over_batch  # whose codes a recording does not hold
             and request.spec.use_triton
             and any(request.wanted)
-            and not request.shards.is_sharded
-            and is_worth_recording(request.weights, request.inputs)
+            and is_worth_recording(request.weights, request.inputs, request.shards)
             and not CHECKS_INDICES
             and not torch.cuda.is_current_stream_capturing()
         ):

@@ -17,6 +17,7 @@ import torch
 
 from ..ops.codes import Code
 from .requests import Gradients, Inputs, Spec, WantedGradients, Weights
+from .shards import Whole
 from .step import Reconstruct, Reconstruction, reconstruct
 
 ORDINARY_CALLS = (
@@ -28,17 +29,21 @@ MOST_FORMS = 2  # that a recorder holds; each keeps memory
 # takes the host longer than computing it takes an H200; benchmarks/README.md has the times.
 MOST_RECORDED_WEIGHTS = 2**25
 MOST_RECORDED_PRODUCTS = 2**38
+# Of several processes each computes a part, but launches all, and the exchanges besides.
+SHARED_FACTOR = 8
 
 Result = TypeVar("Result")
 
 
-def is_worth_recording(weights: Weights, inputs: Inputs) -> bool:
-    """Return whether a step is so small that it waits for the host."""
-    n_weights, n_samples = weights.W_dec.numel(), len(inputs.target)
+def is_worth_recording(weights: Weights, inputs: Inputs, shards: Whole) -> bool:
+    """Return whether a step is so small that it waits for the host. All processes agree on it."""
+    n_latents, d_in = len(weights.W_dec), inputs.target.shape[-1]
+    n_weights, n_samples = n_latents * d_in, shards.n_samples(len(inputs.target))
+    factor = SHARED_FACTOR if shards.is_sharded else 1
     return (
         weights.W_dec.is_cuda
-        and n_weights <= MOST_RECORDED_WEIGHTS
-        and n_weights * n_samples <= MOST_RECORDED_PRODUCTS
+        and n_weights <= factor * MOST_RECORDED_WEIGHTS
+        and n_weights * n_samples <= factor * MOST_RECORDED_PRODUCTS
     )
 
 

@@ -83,7 +83,7 @@ class Replays:
             return recorder_of(self, request._replace(spec=spec))
 
         monkeypatch.setattr(fused_topk.FusedTopKTrainingSAE, "_recorder_of", as_by_triton)
-        monkeypatch.setattr(fused_topk, "is_worth_recording", lambda weights, inputs: True)
+        monkeypatch.setattr(fused_topk, "is_worth_recording", lambda *_: True)
         monkeypatch.setattr(graph, "_record", Recomputed)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         on_no_stream(monkeypatch)
