@@ -1,4 +1,4 @@
-"""How many latents are dead at most, known without waiting for the device.
+"""How many latents are dead at most in each part of them, known without waiting for the device.
 
 A latent is dead when it has not fired for more than `window` steps. In m steps the number of steps
 since it fired grows by m at most, so the latents dead at step t are among those with
@@ -9,6 +9,7 @@ Their number is counted every few steps, and read some steps later, when it has 
 """
 
 from collections import deque
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -47,8 +48,10 @@ class DeadBound:
         self._posted: deque[_Count] = deque()
         self._known: int | None = None
 
-    def at_step(self, since_fired: torch.Tensor, window: float) -> int:
-        """Return at least the number of dead latents at a step that begins.
+    def at_step(
+        self, since_fired: torch.Tensor, window: float, parts: Sequence[slice] = (slice(None),)
+    ) -> int:
+        """Return at least the number of dead latents of every part, at a step that begins.
 
         The host waits for the device at the first step, and at one before which anyone but the
         steps has changed the counters.
@@ -56,6 +59,7 @@ class DeadBound:
         Args:
             since_fired: how many steps ago each latent fired, [F].
             window: more of them and it is dead.
+            parts: of the latents; the same at every step.
         """
         is_as_left = since_fired is self._since_fired and since_fired._version == self._version
         if not is_as_left or window != self._window:
@@ -65,7 +69,8 @@ class DeadBound:
         step = self._step
         self._step += 1
         if step % PERIOD == 0:
-            count, copied = (since_fired > window - HORIZON).sum(), None
+            may_be_dead, copied = since_fired > window - HORIZON, None
+            count = torch.stack([may_be_dead[part].sum() for part in parts]).amax()
             if count.is_cuda:
                 count = count.to("cpu", non_blocking=True)
                 copied = torch.cuda.current_stream(since_fired.device).record_event()

@@ -46,24 +46,37 @@ class RecordedSteps:
         self._learning_rate: torch.Tensor | None = None
         self._filled_with = float("nan")
 
-    def take(self, trainer: SAETrainer[Any, Any], request: StepRequest) -> TrainStepOutput | None:
+    def most_dead(self, trainer: SAETrainer[Any, Any], sae: FusedTopKTrainingSAE) -> int:
+        """Return for how many dead latents a step that begins is taken, 0 for none.
+
+        Of an SAE in several processes it is the number for each of them.
+        """
+        if sae._auxiliary_coefficient() == 0:
+            return 0
+        since_fired = trainer.n_forward_passes_since_fired
+        parts = sae._shards.latents_of_all(len(since_fired))
+        bound = self._bound.at_step(since_fired, trainer.cfg.dead_feature_window, parts)
+        return self._capacity_for(bound, len(since_fired))
+
+    def take(
+        self, trainer: SAETrainer[Any, Any], request: StepRequest, most_dead: int
+    ) -> TrainStepOutput | None:
         """Take a step, statistics and all; None where it has to be an ordinary one.
 
         Args:
             trainer: one that `may_take_whole_steps`.
             request: what its SAE made of the activations.
+            most_dead: what `most_dead` returned at this step.
         """
         sae, optimizer, shards = trainer.sae, trainer.optimizer, request.shards
         # The SAE's recorder, so that it does not keep a recording of its own beside this one.
         recorder = sae._recorder_of(request)
         if (recorder is None and not shards.is_sharded) or any(request.wanted[4:]):
             return None
-        since_fired, window = trainer.n_forward_passes_since_fired, trainer.cfg.dead_feature_window
-        coefficient = sae._auxiliary_coefficient()
-        bound = 0 if coefficient == 0 else self._bound.at_step(since_fired, window)
+        since_fired = trainer.n_forward_passes_since_fired
         (group,) = optimizer.param_groups
         moments = _moments(optimizer, request, sae)
-        if moments is None or (bound > 0 and shards.is_sharded):
+        if moments is None:
             return None
         settings = Settings(
             betas=group["betas"],
@@ -71,12 +84,11 @@ class RecordedSteps:
             weight_decay=group["weight_decay"],
             maximize=group["maximize"],
             decoupled_weight_decay=group["decoupled_weight_decay"],
-            dead_feature_window=window,
-            aux_loss_coefficient=coefficient,
+            dead_feature_window=trainer.cfg.dead_feature_window,
+            aux_loss_coefficient=sae._auxiliary_coefficient(),
         )
         learning_rate = self._learning_rate_on(since_fired.device, group["lr"])
         trained = Trained(request.weights, moments, since_fired, learning_rate)
-        most_dead = self._capacity_for(bound, len(since_fired))
         spec, wanted = request.spec, request.wanted
         tensors = [*trained.weights, since_fired, learning_rate]
         for each in moments:

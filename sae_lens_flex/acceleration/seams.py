@@ -115,7 +115,7 @@ def accelerate() -> Iterator[None]:
       around the optimizer's step, with a gradient left on a parameter, with methods replaced on
       the SAE, the trainer or the optimizer, and with activations that need a gradient. The first
       step is one too, because it makes Adam's state. A step that logs is launched piece by piece.
-      Several processes take whole steps, larger ones too, while no latent may be dead.
+      Several processes record larger steps, too, with what they exchange.
     - Activations are mixed in memory that is allocated once, on the device where they lie. It
       holds SAELens's buffer and one chunk from the language model. SAELens copies the buffer for
       every chunk. On a CPU the batches are the same, bit for bit. On a GPU the permutations are

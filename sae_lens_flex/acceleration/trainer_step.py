@@ -40,8 +40,10 @@ def _on_device(trainer: SAETrainer[Any, Any], sae: Any, sae_in: torch.Tensor) ->
     with trainer.autocast_if_enabled:
         if is_plain:
             steps = RecordedSteps.of(trainer)
-            request = sae._request(step_input, sae._shards_of(step_input, is_whole_step=True))
-            output = steps.take(trainer, request)
+            most_dead = steps.most_dead(trainer, sae)
+            shards = sae._shards_of(step_input, whole_step_for=most_dead)
+            request = sae._request(step_input, shards)
+            output = steps.take(trainer, request, most_dead)
             if output is not None:
                 return output
             output = sae._differentiable_step(request, trainer.dead_neurons)

@@ -109,8 +109,8 @@ def whole_step(
         inputs: a batch; their gradient is not wanted.
         spec, wanted: as in `training.step.step`.
         settings: Adam's, and of the auxiliary loss.
-        most_dead: at least the number of dead latents; 0 leaves out the loss on them. It is 0 with
-            several processes.
+        most_dead: at least the number of dead latents, of several processes in the encoder of each;
+            0 leaves out the loss on them.
         shards: of which process the tensors are.
         before_update: is called with the reconstruction while the weights are those that it is of.
     """
@@ -121,7 +121,8 @@ def whole_step(
         gradients, total = main.gradients, main.mse_loss
         auxiliary = torch.zeros_like(total)
         if most_dead > 0:
-            latents, is_dead = padded(since_fired > settings.dead_feature_window, most_dead)
+            mask = since_fired > settings.dead_feature_window
+            latents, is_dead, split = padded(mask, most_dead, shards)
             auxiliary, of_dead = auxiliary_loss(
                 weights,
                 main.rows,
@@ -132,6 +133,8 @@ def whole_step(
                 coefficient=settings.aux_loss_coefficient,
                 spec=spec,
                 wanted=wanted,
+                shards=shards,
+                split=split,
             )
             gradients = of_dead.added_to(gradients, weights, inputs.encoder_input)
             total = main.mse_loss + auxiliary

@@ -96,6 +96,7 @@ class FusedTopKTrainingSAE(OwnNormalization, TopKTrainingSAE):
     use_cuda_graph: bool = True
 
     _recorder: Recorder | None = None
+    _shards: Whole = WHOLE  # of which process the SAE is
     _unfused_reasons: tuple[str, ...] = ()
 
     @override
@@ -186,14 +187,15 @@ class FusedTopKTrainingSAE(OwnNormalization, TopKTrainingSAE):
         request = self._request(step_input, shards)
         return self._differentiable_step(request, step_input.dead_neuron_mask)
 
-    def _shards_of(self, step_input: TrainStepInput, *, is_whole_step: bool = False) -> Whole:
+    def _shards_of(self, step_input: TrainStepInput, *, whole_step_for: int | None = None) -> Whole:
         """Return which of several processes this one is, with how many samples each brings.
 
         Args:
             step_input: of a step that begins.
-            is_whole_step: whether the trainer takes the step as a whole.
+            whole_step_for: for how many dead latents the trainer would take the step as a whole;
+                None for an ordinary step.
         """
-        return WHOLE
+        return self._shards
 
     def _request(self, step_input: TrainStepInput, shards: Whole = WHOLE) -> StepRequest:
         """Return what a fused step is to compute. It normalizes the activations."""

@@ -217,12 +217,14 @@ class ShardedTrainingSAE(FusedTopKTrainingSAE):
         return self._fused_training_forward_pass(step_input, self._shards_of(step_input))
 
     @override
-    def _shards_of(self, step_input: TrainStepInput, *, is_whole_step: bool = False) -> Shards:
+    def _shards_of(
+        self, step_input: TrainStepInput, *, whole_step_for: int | None = None
+    ) -> Shards:
         settings: dict[str, Any] = {}
         problem = None
         try:
             settings = self._checked_settings(step_input)
-            settings["taking whole steps, see accelerate"] = is_whole_step
+            settings["dead latents of a whole step, see accelerate"] = whole_step_for
         except Exception as error:  # All ranks are to raise, not to wait for this one.
             problem = error
         sizes = self._ranks.agree(settings, len(step_input.sae_in), problem)

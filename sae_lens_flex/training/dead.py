@@ -52,15 +52,17 @@ class Dead(NamedTuple):
 
 
 class Padded(NamedTuple):
-    """The n dead latents, and others up to a fixed number of them.
+    """The dead latents of each rank's encoder, and others up to a fixed number of them.
 
     Attributes:
-        latents: [capacity]; those that are not dead may come twice.
-        is_dead: which of them are dead, [capacity].
+        latents: [n]; those that are not dead may come twice.
+        is_dead: which of them are dead, [n].
+        split: by which the ranks hold them.
     """
 
     latents: torch.Tensor
     is_dead: torch.Tensor
+    split: Split
 
 
 class DeadGradients(NamedTuple):
@@ -126,15 +128,24 @@ class DeadGradients(NamedTuple):
         )
 
 
-def padded(mask: torch.Tensor, capacity: int) -> Padded:
-    """Return where `mask`, [F], is set, at most `capacity` times, without waiting for the device.
+def padded(mask: torch.Tensor, capacity: int, shards: Whole = WHOLE) -> Padded:
+    """Return where `mask`, [F], is set, without waiting for the device.
 
-    The capacity is at most F.
+    Args:
+        mask: the dead latents.
+        capacity: how many of them a rank's encoder has at most; all of its latents where it has
+            fewer.
+        shards: which has the ranks.
     """
-    found = mask.nonzero_static(size=capacity, fill_value=-1).squeeze(-1)
-    # The rest is spread, because adding many zeros to the gradient of one latent takes long.
-    rest = torch.arange(capacity, device=mask.device)
-    return Padded(found.where(found >= 0, rest), found >= 0)
+    latents, are_dead = [], []
+    for part in shards.latents_of_all(len(mask)):
+        n = min(capacity, part.stop - part.start)
+        found = mask[part].nonzero_static(size=n, fill_value=-1).squeeze(-1)
+        # The rest is spread, because adding many zeros to the gradient of one latent takes long.
+        rest = torch.arange(n, device=mask.device)
+        latents.append(found.where(found >= 0, rest) + part.start)
+        are_dead.append(found >= 0)
+    return Padded(torch.cat(latents), torch.cat(are_dead), Split(tuple(map(len, latents))))
 
 
 def nonzero_later(mask: torch.Tensor) -> Callable[[], torch.Tensor]:
@@ -198,8 +209,8 @@ def auxiliary_loss(
         rows: what is multiplied with W_enc, [B, D].
         target: what the living latents left over, [B, D_r].
         latents: the n dead latents, [n], n > 0.
-        is_dead: which of the latents are dead, [n], where not all of them are; in one process. None
-            of them need be.
+        is_dead: which of the latents are dead, [n], where not all of them are. None of them need
+            be.
         norms: by which latents are compared, [F], or None for 1.
         coefficient: multiplies the loss.
         spec: settings of the step.
@@ -240,9 +251,10 @@ def auxiliary_loss(
         encoder = in_dtype(weights.W_enc.T.index_select(0, own_latents), dtype)  # [n_r, D]
         decoder = in_dtype(weights.W_dec.index_select(0, latents), dtype)  # [n, D_r]
         if is_padding is not None:
-            encoder = encoder.masked_fill(is_padding.unsqueeze(-1), 0)
+            encoder = encoder.masked_fill(is_padding[own].unsqueeze(-1), 0)
             decoder = decoder.masked_fill(is_padding.unsqueeze(-1), 0)
-            bias = b_enc = b_enc.masked_fill(is_padding, -torch.inf if k < n_latents else 0)
+            fill = -torch.inf if k < n_latents else 0
+            bias, b_enc = (b.masked_fill(is_padding[own], fill) for b in (bias, b_enc))
             norms = None if norms is None else norms.masked_fill(is_padding, 1)
         n_rows = chunk_rows(n_samples, n_latents, dtype, rows.device)
         for start in range(0, n_samples, n_rows):

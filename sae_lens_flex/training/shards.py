@@ -84,6 +84,10 @@ class Whole:
         """Return which of the F latents this rank's encoder holds."""
         return slice(0, n_latents)
 
+    def latents_of_all(self, n_latents: int) -> list[slice]:
+        """Return which of the F latents each rank's encoder holds."""
+        return [slice(0, n_latents)]
+
     def own_width(self, d_in: int) -> slice:
         """Return which part of the width D this rank's decoder holds."""
         return slice(0, d_in)
@@ -211,6 +215,9 @@ class Shards(Whole):
 
     def own_latents(self, n_latents: int) -> slice:
         return self.latents.part(self.rank)
+
+    def latents_of_all(self, n_latents: int) -> list[slice]:
+        return self.latents.parts
 
     def own_width(self, d_in: int) -> slice:
         return self.width.part(self.rank)

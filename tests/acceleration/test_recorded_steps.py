@@ -45,8 +45,8 @@ class WholeSteps(Replays):
         monkeypatch.setattr(recorded_steps, "LEAST_CAPACITY", 4)
         take = RecordedSteps.take
 
-        def noted(steps: RecordedSteps, trainer: Trainer, request: Any) -> Any:
-            output = take(steps, trainer, request)
+        def noted(steps: RecordedSteps, trainer: Trainer, *arguments: Any) -> Any:
+            output = take(steps, trainer, *arguments)
             if trainer.sae.use_cuda_graph:
                 self.kinds[-1] = "ordinary" if output is None else "whole"
             return output
@@ -246,17 +246,21 @@ def test_number_of_dead_latents_is_bounded_anew_after_steps_without_a_loss_on_th
 
 
 def test_bound_holds_for_the_steps_that_it_is_read_in() -> None:
-    generator, bound = torch.Generator().manual_seed(0), DeadBound()
+    generator, bound, of_parts = torch.Generator().manual_seed(0), DeadBound(), DeadBound()
+    parts = [slice(0, 70), slice(70, 300)]
     since_fired, window, n_exact = torch.zeros(300), 50, 0
     rates = torch.rand(300, generator=generator) ** 6
     for _ in range(400):
         n_dead = int((since_fired > window).sum())
         at_most = bound.at_step(since_fired, window)
         assert n_dead <= at_most
+        in_parts = [int((since_fired[part] > window).sum()) for part in parts]
+        assert max(in_parts) <= of_parts.at_step(since_fired, window, parts) <= at_most
         n_exact += at_most == 0
         has_fired = torch.rand(300, generator=generator) < rates
         since_fired.add_(1).masked_fill_(has_fired, 0)
         bound.after_step()
+        of_parts.after_step()
     # Until the first count is read that was taken when a latent might die within the horizon.
     assert n_exact == -(-(window - HORIZON + 1) // PERIOD) * PERIOD + PERIOD
 

@@ -14,7 +14,7 @@ from sae_lens_flex.acceleration import recorded_steps
 
 from .ranks import Ranks
 
-D_IN, D_SAE, K, BATCH_SIZE, N_STEPS = 24, 150, 6, 64, 24
+D_IN, D_SAE, K, BATCH_SIZE, N_STEPS = 24, 150, 6, 24, 24
 
 
 def new_trainer(device: str, several: bool, **fields: Any) -> SAETrainer[Any, Any]:
@@ -53,11 +53,13 @@ def train(device: str, several: bool, **fields: Any) -> dict[str, Any]:
 
     with pytest.MonkeyPatch.context() as patch, sae_lens_flex.accelerate():
         patch.setattr(recorded_steps, "whole_step", counted)
+        patch.setattr(recorded_steps, "LEAST_CAPACITY", 1)
         patch.setattr(torch.cuda.CUDAGraph, "replay", counted_replay)
         trainer = new_trainer(device, several, **fields)
-        losses = []
+        losses, n_dead = [], []
         for batch in batches:
             share = batch.tensor_split(dist.get_world_size())[dist.get_rank()] if several else batch
+            n_dead.append(int(trainer.dead_neurons.sum()))
             losses.append(trainer.step(share).loss.detach())
             trainer.n_training_steps += 1
     sae = sae_lens_flex.unshard(trainer.sae) if several else trainer.sae
@@ -66,6 +68,7 @@ def train(device: str, several: bool, **fields: Any) -> dict[str, Any]:
         "weights": {name: weight.detach().cpu() for name, weight in sae.named_parameters()},
         "since fired": trainer.n_forward_passes_since_fired.cpu(),
         "firing": trainer.act_freq_scores.cpu(),
+        "dead": n_dead,
         "whole": n_whole,
         "replays": n_replays,
     }
@@ -75,6 +78,7 @@ def compare(found: list[dict[str, Any]], one: dict[str, Any]) -> None:
     for each in found:
         for name in ("since fired", "firing"):
             assert torch.equal(each[name], one[name]), name
+        assert each["dead"] == one["dead"]
         torch.testing.assert_close(each["losses"], one["losses"], rtol=1e-5, atol=0)
         for name, weight in one["weights"].items():
             error = (each["weights"][name] - weight).norm() / weight.norm()
@@ -85,23 +89,33 @@ def on_rank(device: str, window: int) -> dict[str, Any]:
     return train(device, True, dead_feature_window=window)
 
 
-@pytest.mark.parametrize(("window", "n_whole"), [(1000, N_STEPS - 1), (3, 0)])
-def test_whole_steps_are_those_of_one_process(ranks: Ranks, window: int, n_whole: int) -> None:
+# Steps after which a latent is dead. None is; at first fewer are than the auxiliary loss takes for
+# a sample, and later more.
+WINDOWS = [1000, 9]
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_whole_steps_are_those_of_one_process(ranks: Ranks, window: int) -> None:
     found = ranks.call(on_rank, "cpu", window)
-    # The first step makes Adam's state. Where latents may be dead, steps are ordinary ones.
-    assert [each["whole"] for each in found] == [n_whole] * ranks.size
-    compare(found, train("cpu", False, dead_feature_window=window))
+    # The first step makes Adam's state.
+    assert [each["whole"] for each in found] == [N_STEPS - 1] * ranks.size
+    one = train("cpu", False, dead_feature_window=window)
+    compare(found, one)
+    if window == 9:
+        assert {0 < n_dead <= D_IN // 2 for n_dead in one["dead"] if n_dead > 0} == {True, False}
 
 
 @pytest.mark.gpu
-def test_recorded_steps_on_gpus_are_those_of_one_process(gpu_ranks: Ranks) -> None:
-    found = gpu_ranks.call(on_rank, "cuda", 1000)
+@pytest.mark.parametrize("window", WINDOWS)
+def test_recorded_steps_on_gpus_are_those_of_one_process(gpu_ranks: Ranks, window: int) -> None:
+    found = gpu_ranks.call(on_rank, "cuda", window)
     for each in found:
-        # All but the first step are whole. Three are launched piece by piece and one is recorded,
-        # which calls the function once more.
-        assert each["replays"] == N_STEPS - 4
-        assert each["whole"] == 4
-    compare(found, train("cuda", False, dead_feature_window=1000))
+        # All but the first step are whole. Three of each form are launched piece by piece, and one
+        # is recorded, which calls the function once more.
+        assert each["replays"] + each["whole"] >= N_STEPS
+        if window == 1000:
+            assert each["replays"] == N_STEPS - 4
+    compare(found, train("cuda", False, dead_feature_window=window))
 
 
 def with_hook_on_one_rank() -> str:
@@ -121,4 +135,6 @@ def with_hook_on_one_rank() -> str:
 def test_a_hook_on_one_rank_alone_is_refused(two_ranks: Ranks) -> None:
     for error in two_ranks.call(with_hook_on_one_rank):
         assert error.startswith("ValueError: ranks differ")
-        assert "taking whole steps, see accelerate is True on rank 0, False on rank 1" in error
+        assert (
+            "dead latents of a whole step, see accelerate is 0 on rank 0, None on rank 1" in error
+        )

@@ -88,7 +88,7 @@ BY_TRITON = [(3, 8, torch.float32), (8, 16, torch.float32), (8, 16, torch.bfloat
 def test_latents_that_are_not_dead_change_nothing(on, n_dead, capacity, dtype, rescales) -> None:
     some = case(on, dtype=dtype, n_dead=n_dead, rescale_acts_by_decoder_norm=rescales)
     expected_loss, expected = loss_and_gradients(some, some.dead)
-    latents, is_dead = padded(mask_of(some), capacity)
+    latents, is_dead, _ = padded(mask_of(some), capacity)
     assert latents.shape == is_dead.shape == (capacity,)
     loss, found = loss_and_gradients(some, latents, is_dead)
     assert loss.dtype == expected_loss.dtype
@@ -101,7 +101,7 @@ def test_latents_that_are_not_dead_change_nothing(on, n_dead, capacity, dtype, r
 def test_without_dead_latents_loss_and_gradients_are_zero(on, capacity) -> None:
     some = case(on)
     some.inputs = some.inputs._replace(target=some.inputs.target * 1e25)  # its square overflows
-    latents, is_dead = padded(mask_of(some), capacity)
+    latents, is_dead, _ = padded(mask_of(some), capacity)
     assert not is_dead.any()
     loss, found = loss_and_gradients(some, latents, is_dead)
     assert loss == 0
@@ -113,7 +113,7 @@ def test_without_dead_latents_loss_and_gradients_are_zero(on, capacity) -> None:
 def test_weights_of_living_latents_are_not_read(on) -> None:
     some = case(on, n_dead=3)
     expected_loss, expected = loss_and_gradients(some, some.dead)
-    latents, is_dead = padded(mask_of(some), 8)
+    latents, is_dead, _ = padded(mask_of(some), 8)
     main = begin_step(some.weights, some.inputs, some.spec, wanted=ALL)
     weights = Weights(*(weight.clone() for weight in some.weights))
     living = ~mask_of(some)
@@ -141,7 +141,7 @@ def test_gradients_of_some(on, wanted) -> None:
     some = case(on, n_dead=8)
     _, every = loss_and_gradients(some, some.dead)
     only = WantedGradients(*(name == wanted for name in WantedGradients._fields))
-    _, found = loss_and_gradients(some, *padded(mask_of(some), 16), wanted=only)
+    _, found = loss_and_gradients(some, *padded(mask_of(some), 16)[:2], wanted=only)
     expected = Gradients(**{wanted: getattr(every, wanted)})
     assert_same(found, expected, 1e-5)
 
@@ -163,7 +163,7 @@ def test_it_is_saelens_s_in_float64(n_dead, rescales) -> None:
         type("Step", (), {"sae_in": x, "is_logging_step": False})  # all that it reads
     )
     for capacity in {max(n_dead, 1), max(n_dead, 8), 32, D_SAE}:
-        latents, is_dead = padded(mask, capacity)
+        latents, is_dead, _ = padded(mask, capacity)
         main = begin_step(weights, Inputs(x, x), step_input.spec, wanted=ALL)
         loss, gradients = auxiliary_loss(
             weights,
