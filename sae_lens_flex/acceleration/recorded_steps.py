@@ -86,11 +86,14 @@ class RecordedSteps:
             decoupled_weight_decay=group["decoupled_weight_decay"],
             dead_feature_window=trainer.cfg.dead_feature_window,
             aux_loss_coefficient=sae._auxiliary_coefficient(),
+            aux_loss_by_width=sae._auxiliary_by_width(),
+            threshold_lr=0.0 if (threshold := sae._threshold()) is None else threshold.lr,
         )
         learning_rate = self._learning_rate_on(since_fired.device, group["lr"])
-        trained = Trained(request.weights, moments, since_fired, learning_rate)
+        moved = [] if threshold is None else [threshold.value]
+        trained = Trained(request.weights, moments, since_fired, learning_rate, *moved)
         spec, wanted = request.spec, request.wanted
-        tensors = [*trained.weights, since_fired, learning_rate]
+        tensors = [*trained.weights, since_fired, learning_rate, *moved]
         for each in moments:
             tensors += each or ()
         arguments = spec, wanted, settings, most_dead
@@ -118,12 +121,12 @@ class RecordedSteps:
                 losses, at = losses.clone(), at.clone()
             reported = sae._reported(request, main, at)
         written = [w for w, each in zip(parameters(sae), moments, strict=True) if each is not None]
-        torch.autograd.graph.increment_version([*written, since_fired])
+        torch.autograd.graph.increment_version([*written, since_fired, *moved])
         self._bound.after_step()
         trainer.act_freq_scores += result.counts
         trainer.n_frac_active_samples += trainer.cfg.train_batch_size_samples
-        total, mse, auxiliary = losses.unbind()
-        return sae._output(reported, Losses(total, mse, auxiliary))
+        total, mse, auxiliary, *of_widths = losses.unbind()
+        return sae._output(reported, Losses(total, mse, auxiliary, tuple(of_widths)))
 
     def after_step(self) -> None:
         """Take note that an ordinary step has counted what fired."""
@@ -168,6 +171,7 @@ def may_take_whole_steps(trainer: SAETrainer[Any, Any], sae: Any) -> bool:
         and "training_forward_pass" not in vars(sae)
         and type(trainer).dead_neurons is SAETrainer.dead_neurons
         and _has_no_more_parameters(sae)
+        and sae._learns_as_it_was_written()
         and sae.cfg.d_in > 1
         and torch.is_grad_enabled()
         and not torch.is_anomaly_enabled()

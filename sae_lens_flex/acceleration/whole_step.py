@@ -4,6 +4,7 @@
     auxiliary loss, gradients   `training.dead`, of a fixed number of latents that may be dead
     g                           the sum of the gradients
     W                           Adam's step with g / max(|g| + 1e-6, 1), |g| of all weights together
+    threshold                   `training.threshold`, of the architectures of a batch
     since_fired[f]              0 where a sample keeps f with a positive activation, else 1 more
 
 It waits for nothing and asks nothing of the device.
@@ -18,11 +19,13 @@ from torch.nn.utils import get_total_norm
 from torch.optim.adam import adam
 
 from ..ops.policy import no_autocast
-from ..training.dead import auxiliary_loss, padded
+from ..training.dead import DeadGradients, auxiliary_loss, padded
 from ..training.firing import coordinates, fired
+from ..training.matryoshka import auxiliary_loss_by_width, padded_of_widths
 from ..training.requests import Gradients, Inputs, Spec, WantedGradients, Weights
 from ..training.shards import WHOLE, Whole
 from ..training.step import Reconstruction, reconstruct
+from ..training.threshold import Threshold
 from .adam import clipping_scale
 
 
@@ -47,12 +50,14 @@ class Trained(NamedTuple):
         moments: of each weight, or None where it is not trained.
         since_fired: how many steps ago each latent fired, [F].
         learning_rate: float32, a scalar; it is only read.
+        threshold: float64, a scalar, or None where there is none.
     """
 
     weights: Weights
     moments: tuple[Moments | None, ...]
     since_fired: torch.Tensor
     learning_rate: torch.Tensor
+    threshold: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,8 @@ class Settings:
         betas, eps, weight_decay, maximize, decoupled_weight_decay: Adam's.
         dead_feature_window: a latent is dead after more steps without firing.
         aux_loss_coefficient: of the loss on dead latents.
+        aux_loss_by_width: whether each of the spec's `widths` has such a loss of its own.
+        threshold_lr: how far the threshold moves.
     """
 
     betas: tuple[float, float]
@@ -72,6 +79,8 @@ class Settings:
     decoupled_weight_decay: bool
     dead_feature_window: float
     aux_loss_coefficient: float
+    aux_loss_by_width: bool = False
+    threshold_lr: float = 0.0
 
 
 class WholeStep(NamedTuple):
@@ -79,7 +88,7 @@ class WholeStep(NamedTuple):
 
     Attributes:
         main: the reconstruction, without its gradients.
-        losses: `loss`, `mse_loss` and the auxiliary loss, [3].
+        losses: `loss`, `mse_loss`, the auxiliary loss, and that of each width but the last.
         counts: how many samples each latent fired on, [F].
         at: the `coordinates` of the code, [2, B k].
     """
@@ -121,29 +130,58 @@ def whole_step(
         gradients, total = main.gradients, main.mse_loss
         auxiliary = torch.zeros_like(total)
         if most_dead > 0:
-            mask = since_fired > settings.dead_feature_window
-            latents, is_dead, split = padded(mask, most_dead, shards)
-            auxiliary, of_dead = auxiliary_loss(
-                weights,
-                main.rows,
-                -main.residual,
-                latents=latents,
-                is_dead=is_dead,
-                norms=main.norms,
-                coefficient=settings.aux_loss_coefficient,
-                spec=spec,
-                wanted=wanted,
-                shards=shards,
-                split=split,
+            is_dead = since_fired > settings.dead_feature_window
+            auxiliary, of_dead = _auxiliary_loss(
+                main, weights, inputs, spec, wanted, settings, is_dead, most_dead, shards
             )
             gradients = of_dead.added_to(gradients, weights, inputs.encoder_input)
             total = main.mse_loss + auxiliary
         _update(trained, gradients, settings, shards)
         counts = fired(main.code.with_values(main.hidden_pre), len(since_fired))
         since_fired.add_(1).masked_fill_(counts.bool(), 0)
-        losses = torch.stack((total, main.mse_loss, auxiliary))
+        if trained.threshold is not None:
+            Threshold(trained.threshold, settings.threshold_lr).move(main.hidden_pre)
+        *of_widths, mse = [main.mse_loss] if main.width_losses is None else main.width_losses
+        losses = torch.stack((total, mse, auxiliary, *of_widths))
         at = coordinates(main.code)
     return WholeStep(main._replace(gradients=Gradients()), losses, counts, at)
+
+
+def _auxiliary_loss(
+    main: Reconstruction,
+    weights: Weights,
+    inputs: Inputs,
+    spec: Spec,
+    wanted: WantedGradients,
+    settings: Settings,
+    mask: torch.Tensor,
+    most_dead: int,
+    shards: Whole,
+) -> tuple[torch.Tensor, DeadGradients]:
+    """Return the loss on the latents where `mask`, [F], is set, and its gradients."""
+    if settings.aux_loss_by_width:
+        return auxiliary_loss_by_width(
+            *(weights, main.rows, main.code, inputs),
+            padded_of_widths(mask, spec.widths, most_dead),
+            coefficient=settings.aux_loss_coefficient,
+            norms=main.norms,
+            spec=spec,
+            wanted=wanted,
+        )
+    latents, is_dead, split = padded(mask, most_dead, shards)
+    return auxiliary_loss(
+        weights,
+        main.rows,
+        -main.residual,
+        latents=latents,
+        is_dead=is_dead,
+        norms=main.norms,
+        coefficient=settings.aux_loss_coefficient,
+        spec=spec,
+        wanted=wanted,
+        shards=shards,
+        split=split,
+    )
 
 
 def _update(trained: Trained, gradients: Gradients, settings: Settings, shards: Whole) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch.nn.functional import pad
 
 from .chunks import for_each_chunk
 from .codes import Code
@@ -46,13 +47,17 @@ def select_over_batch(
     Args:
         rows: what is multiplied with W_enc, [B, D], contiguous, in the dtype of the products.
         encoder: W_enc is rounded to that dtype.
-        n_kept: pairs to keep in all, 0..B F. There are fewer where fewer are positive.
-        use_triton: whether the kernels select. The host then does not wait for the number of pairs,
-            and the code has n_kept places, the last of which may be of no sample.
+        n_kept: pairs to keep in all, 0..B F. Where fewer are positive, the last places of the code
+            are of no sample.
+        use_triton: whether the kernels select. The host then does not wait for the device.
     """
-    if use_triton and n_kept > 0:
-        return _select_by_triton(rows, encoder, n_kept)
     n_samples, n_latents = rows.shape[0], encoder.weight.shape[1]
+    if n_kept == 0:
+        dtype = torch.promote_types(rows.dtype, encoder.bias.dtype)
+        none = rows.new_empty(0, dtype=torch.int64)
+        return Code(none, none.to(dtype), none.new_zeros(n_samples + 1))
+    if use_triton:
+        return _select_by_triton(rows, encoder, n_kept)
     n_rows = chunk_rows(n_samples, n_latents, rows.dtype, rows.device)
     if rows.device.type != "cpu":  # Of a first chunk all positive ones are candidates.
         n_rows = min(n_rows, max(1, 4 * n_kept // n_latents))
@@ -71,7 +76,10 @@ def select_over_batch(
     for_each_chunk(walk, n_samples, n_rows, rows.device)
     kept = largest.kept()
     bounds = torch.arange(n_samples + 1, device=rows.device)
-    return Code(kept.latents, kept.hidden, torch.searchsorted(kept.samples, bounds))
+    starts = torch.searchsorted(kept.samples, bounds)
+    n_unused = n_kept - len(kept.latents)
+    latents, hidden = (pad(part, (0, n_unused)) for part in (kept.latents, kept.hidden))
+    return Code(latents, hidden, starts)
 
 
 def _select_by_triton(rows: torch.Tensor, encoder: Encoder, n_kept: int) -> Code:

@@ -13,10 +13,12 @@ from sae_lens.saes.batchtopk_sae import (
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from typing_extensions import override
 
+from ..training.node import Losses
+from ..training.threshold import Threshold
 from .checks import check_number
 from .configs import FusedTopKTrainingSAEConfig
 from .fused_path import METHODS, OF_BATCHES, replaced
-from .fused_topk import FusedTopKTrainingSAE, StepRequest
+from .fused_topk import FusedTopKTrainingSAE
 
 
 @dataclass
@@ -103,15 +105,8 @@ class FlexBatchTopKTrainingSAE(FusedTopKTrainingSAE, BatchTopKTrainingSAE):
         return BatchTopK(self.cfg.k)
 
     @override
-    def _differentiable_step(
-        self, request: StepRequest, dead_mask: torch.Tensor | None
-    ) -> TrainStepOutput:
-        output = super()._differentiable_step(request, dead_mask)
-        acts = output.feature_acts
-        if type(self).update_topk_threshold is not OWN_UPDATE:
-            acts = acts.to_dense()  # as SAELens calls it
-        self.update_topk_threshold(acts)
-        return self._with_threshold(output)
+    def _output(self, reported: dict[str, Any], losses: Losses) -> TrainStepOutput:
+        return self._with_threshold(super()._output(reported, losses))
 
     @override
     def _unfused_training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
@@ -132,14 +127,22 @@ class FlexBatchTopKTrainingSAE(FusedTopKTrainingSAE, BatchTopKTrainingSAE):
         Args:
             acts_topk: activations, [..., d_sae]; also a sparse COO tensor.
         """
-        acts = acts_topk._values() if acts_topk.is_sparse else acts_topk
-        if acts.numel() == 0:
-            return
-        is_positive = acts > 0
-        lowest = acts.where(is_positive, torch.inf).amin().to(self.topk_threshold.dtype)
-        lr = self.cfg.topk_threshold_lr
-        updated = (1 - lr) * self.topk_threshold + lr * lowest
-        self.topk_threshold.copy_(updated.where(is_positive.any(), self.topk_threshold))
+        self._threshold().move(acts_topk._values() if acts_topk.is_sparse else acts_topk)
+
+    @override
+    def _threshold(self) -> Threshold:
+        return Threshold(self.topk_threshold, self.cfg.topk_threshold_lr)
+
+    @override
+    def _learn(self, feature_acts: torch.Tensor) -> None:
+        is_own = self._learns_as_it_was_written()
+        # One of a user's gets them as SAELens would hand them over.
+        self.update_topk_threshold(feature_acts if is_own else feature_acts.to_dense())
+
+    @override
+    def _learns_as_it_was_written(self) -> bool:
+        is_of_class = type(self).update_topk_threshold is OWN_UPDATE
+        return is_of_class and "update_topk_threshold" not in vars(self)
 
     @override
     def _step_k(self, n_samples: int) -> int:

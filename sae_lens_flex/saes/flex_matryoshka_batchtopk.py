@@ -10,7 +10,6 @@ from sae_lens.saes.matryoshka_batchtopk_sae import (
 )
 from typing_extensions import override
 
-from ..training.dead import Dead
 from .checks import check_bool, check_integer
 from .configs import WITHOUT_AUXILIARY_LOSS
 from .flex_batchtopk import FlexBatchTopKTrainingSAE, FlexBatchTopKTrainingSAEConfig
@@ -103,11 +102,8 @@ class FlexMatryoshkaBatchTopKTrainingSAE(FlexBatchTopKTrainingSAE, MatryoshkaBat
         return (*self.cfg.matryoshka_widths[:-1], len(self.W_dec))
 
     @override
-    def _dead(self, mask: torch.Tensor | None) -> Dead | None:
-        dead = super()._dead(mask)
-        if dead is None:
-            return None
-        return dead._replace(by_width=self.cfg.use_matryoshka_aux_loss)
+    def _auxiliary_by_width(self) -> bool:
+        return self.cfg.use_matryoshka_aux_loss
 
     @override
     def calculate_matryoshka_aux_loss(self, *args: Any, **kwargs: Any) -> torch.Tensor:

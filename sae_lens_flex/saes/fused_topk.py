@@ -19,13 +19,14 @@ from ..ops.policy import (
     product_dtype,
 )
 from ..ops.requests import Levels
-from ..training.dead import Dead, nonzero_later
+from ..training.dead import Dead, counts_below_later, nonzero_later
 from ..training.firing import feature_acts
 from ..training.graph import Recorder, is_worth_recording, reconstruct_by
 from ..training.node import Losses, attach_step
 from ..training.requests import Inputs, Spec, WantedGradients, Weights
 from ..training.shards import WHOLE, Whole
 from ..training.step import Reconstruction, begin_step, finish_step
+from ..training.threshold import Threshold
 from .checks import warn_of_other_settings
 from .configs import FusedTopKTrainingSAEConfig, check_auxiliary_loss
 from .fused_path import METHODS, OF_SAMPLES, hooked, replaced
@@ -246,6 +247,7 @@ class FusedTopKTrainingSAE(OwnNormalization, TopKTrainingSAE):
         main = begin_step(*arguments, wanted=wanted, by=by, shards=shards)
         # What is reported is launched before the host waits for the number of dead latents.
         reported = self._reported(request, main)
+        self._learn(reported["feature_acts"])
         result = finish_step(main, *arguments, wanted=wanted, dead=dead, shards=shards)
         losses = attach_step(result, *arguments, wanted=wanted, dead=dead, shards=shards)
         return self._output(reported, losses)
@@ -311,6 +313,21 @@ class FusedTopKTrainingSAE(OwnNormalization, TopKTrainingSAE):
         """Return the widths over which the loss is a sum, the last d_sae, or none."""
         return ()
 
+    def _auxiliary_by_width(self) -> bool:
+        """Return whether each width has an auxiliary loss of its own."""
+        return False
+
+    def _threshold(self) -> Threshold | None:
+        """Return the threshold that a step moves, or None where there is none."""
+        return None
+
+    def _learn(self, feature_acts: torch.Tensor) -> None:
+        """Learn from the `feature_acts` of a step what is no parameter."""
+
+    def _learns_as_it_was_written(self) -> bool:
+        """Return whether `_learn` moves the threshold and does nothing else."""
+        return True
+
     def _logging_metrics(
         self, x: torch.Tensor, code: Code, output_map: OutputMap, shards: Whole
     ) -> dict[str, Any]:
@@ -371,13 +388,13 @@ class FusedTopKTrainingSAE(OwnNormalization, TopKTrainingSAE):
                 f"dead_neuron_mask has shape {list(mask.shape)}, expected [{len(self.W_dec)}], one "
                 "element a latent"
             )
-        return Dead(nonzero_later(mask), coefficient)
+        below = counts_below_later(mask, self._widths()) if self._auxiliary_by_width() else None
+        return Dead(nonzero_later(mask), coefficient, below=below)
 
     def _recorder_of(self, request: StepRequest) -> Recorder | None:
         """Return what records the step as a CUDA graph, or None where it is not to be recorded."""
         if not (
             self.use_cuda_graph
-            and not request.spec.over_batch  # whose codes a recording does not hold
             and request.spec.use_triton
             and any(request.wanted)
             and is_worth_recording(request.weights, request.inputs, request.shards)

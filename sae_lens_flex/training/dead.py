@@ -21,9 +21,9 @@ nothing comes from them.
 Of several processes each has the n_r dead latents of its encoder, and the part D_r of the width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -41,14 +41,14 @@ class Dead(NamedTuple):
         latents: returns them, [n], ascending. It may wait for the device.
         coefficient: SAELens's `aux_loss_coefficient`.
         split: returns by which the ranks hold them; None in one process.
-        by_width: whether there is a loss for each of the spec's `widths`, on the latents that it
-            adds to the one before.
+        below: returns how many of them are below each of the spec's `widths`. There is then a loss
+            for each width, on the latents that it adds to the one before. None for one loss.
     """
 
     latents: Callable[[], torch.Tensor]
     coefficient: float
     split: Callable[[], Split] | None = None
-    by_width: bool = False
+    below: Callable[[], list[int]] | None = None
 
 
 class Padded(NamedTuple):
@@ -155,15 +155,16 @@ def nonzero_later(mask: torch.Tensor) -> Callable[[], torch.Tensor]:
     """
     if not mask.is_cuda:
         return cache(lambda: mask.nonzero().squeeze(-1))
-    count = mask.sum().to("cpu", non_blocking=True)
-    copied = torch.cuda.current_stream(mask.device).record_event()
+    count = _numbers_later(mask.sum())
+    return cache(lambda: mask.nonzero_static(size=count()).squeeze(-1))
 
-    @cache
-    def wait() -> torch.Tensor:
-        copied.synchronize()
-        return mask.nonzero_static(size=int(count)).squeeze(-1)
 
-    return wait
+def counts_below_later(mask: torch.Tensor, widths: Sequence[int]) -> Callable[[], list[int]]:
+    """Return a function that returns how often `mask`, [F], is set below each width.
+
+    As with `nonzero_later`, only that function waits.
+    """
+    return _numbers_later(torch.stack([mask[:width].sum() for width in widths]))
 
 
 def dead_counts_later(mask: torch.Tensor, split: Split) -> Callable[[], list[int]]:
@@ -172,16 +173,22 @@ def dead_counts_later(mask: torch.Tensor, split: Split) -> Callable[[], list[int
     The sum of their numbers comes last. As with `nonzero_later`, only that function waits.
     """
     numbers = torch.arange(len(mask), device=mask.device)
-    sums = torch.stack([*(mask[part].sum() for part in split.parts), (numbers * mask).sum()])
-    if not mask.is_cuda:
-        return cache(sums.tolist)
-    sums = sums.to("cpu", non_blocking=True)
-    copied = torch.cuda.current_stream(mask.device).record_event()
+    return _numbers_later(
+        torch.stack([*(mask[part].sum() for part in split.parts), (numbers * mask).sum()])
+    )
+
+
+def _numbers_later(numbers: torch.Tensor) -> Callable[[], Any]:
+    """Return a function that returns a tensor's numbers, and waits until they are on the host."""
+    if not numbers.is_cuda:
+        return cache(numbers.tolist)
+    device, numbers = numbers.device, numbers.to("cpu", non_blocking=True)
+    copied = torch.cuda.current_stream(device).record_event()
 
     @cache
-    def wait() -> list[int]:
+    def wait() -> Any:
         copied.synchronize()
-        return sums.tolist()
+        return numbers.tolist()
 
     return wait
 

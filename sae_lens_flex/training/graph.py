@@ -128,7 +128,7 @@ def reconstruct_by(recorder: Recorder) -> Reconstruct:
     """Return `reconstruct` for tensors on a CUDA device, replayed once it has been recorded.
 
     The next call may overwrite `residual`, `rows`, `code.values` and `norms` of the result. The
-    loss, the gradients, the latents and `hidden_pre` stay.
+    losses, the gradients, the latents with their `starts` and `hidden_pre` stay.
     """
 
     def by(weights: Weights, inputs: Inputs, spec: Spec, wanted: WantedGradients) -> Reconstruction:
@@ -139,14 +139,20 @@ def reconstruct_by(recorder: Recorder) -> Reconstruct:
         )
         if not is_replay:
             return result
+        code = result.code
         return result._replace(
             mse_loss=result.mse_loss.clone(),
-            gradients=Gradients(*(g if g is None else g.clone() for g in result.gradients)),
-            code=Code(result.code.latents.clone(), result.code.values),
+            gradients=Gradients(*map(_cloned, result.gradients)),
+            code=Code(code.latents.clone(), code.values, _cloned(code.starts)),
             hidden_pre=result.hidden_pre.clone(),
+            width_losses=_cloned(result.width_losses),
         )
 
     return by
+
+
+def _cloned(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.clone()
 
 
 def _map_inputs(function: Callable[..., torch.Tensor], *inputs: Inputs) -> Inputs:

@@ -9,14 +9,14 @@ weights of the widths that it belongs to.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import torch
 
 from ..ops.codes import Code
 from ..ops.products import gather
-from .dead import Dead, DeadGradients, auxiliary_loss
+from .dead import DeadGradients, auxiliary_loss, padded
 from .requests import Inputs, Spec, WantedGradients, Weights
 
 
@@ -49,9 +49,12 @@ class WidthLevels(NamedTuple):
         return of_levels.unsqueeze(-1).where(belongs, 0).sum(0)
 
 
-@lru_cache(maxsize=64)
+@cache
 def widths_on(widths: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """Return widths as a tensor, [n]. Kept, because copying them waits for the device."""
+    """Return widths as a tensor, [n].
+
+    Kept for good: copying them waits for the device, and recordings go on reading them.
+    """
     return torch.tensor(widths, device=device)
 
 
@@ -76,13 +79,59 @@ def levels_of_widths(code: Code, widths: tuple[int, ...]) -> WidthLevels:
     return WidthLevels(first, last)
 
 
+class DeadOfWidth(NamedTuple):
+    """The dead latents that a width adds to the one before.
+
+    Attributes:
+        width: below which they are.
+        latents: [n], n > 0.
+        is_dead: which of them are dead, [n]; None where all are.
+    """
+
+    width: int
+    latents: torch.Tensor
+    is_dead: torch.Tensor | None = None
+
+
+def dead_of_widths(
+    latents: torch.Tensor, below: Sequence[int], widths: tuple[int, ...]
+) -> list[DeadOfWidth]:
+    """Return the dead latents of each width that adds some.
+
+    Args:
+        latents: of all widths, [n], ascending.
+        below: how many of them are below each width.
+        widths: ascending.
+    """
+    parts = zip(widths, (0, *below[:-1]), below, strict=True)
+    return [DeadOfWidth(width, latents[i:j]) for width, i, j in parts if j > i]
+
+
+def padded_of_widths(
+    mask: torch.Tensor, widths: tuple[int, ...], capacity: int
+) -> list[DeadOfWidth]:
+    """Return where `mask`, [F], is set, of each width, without waiting for the device.
+
+    Args:
+        mask: set at most `capacity` times.
+        widths: ascending; the last is F.
+        capacity: of each width, unless it adds fewer latents.
+    """
+    parts = []
+    for first, width in zip((0, *widths[:-1]), widths, strict=True):
+        found = padded(mask[first:width], min(capacity, width - first))
+        parts.append(DeadOfWidth(width, found.latents + first, found.is_dead))
+    return parts
+
+
 def auxiliary_loss_by_width(
     weights: Weights,
     rows: torch.Tensor,
     code: Code,
     inputs: Inputs,
-    dead: Dead,
+    parts: Sequence[DeadOfWidth],
     *,
+    coefficient: float,
     norms: torch.Tensor | None,
     spec: Spec,
     wanted: WantedGradients,
@@ -96,33 +145,31 @@ def auxiliary_loss_by_width(
         weights, inputs, spec, wanted: of the step.
         rows: what is multiplied with W_enc, [B, D].
         code: kept latents and their pre-activations.
-        dead: the dead latents, one at least.
+        parts: the dead latents of each width, of one at least.
+        coefficient: multiplies the loss.
         norms: by which latents are compared, [F], or None for 1.
     """
-    latents = dead.latents()
-    bounds = torch.searchsorted(latents, widths_on(spec.widths, latents.device)).tolist()
     target = inputs.target - weights.b_dec.to(inputs.target.dtype)
-    parts, first = [], 0
-    for width, last in zip(spec.widths, bounds, strict=True):
-        if last > first:
-            acts = code.values.relu().where(code.latents < width, 0)
-            residual = gather(
-                code.with_values(acts), weights.W_dec, use_triton=spec.use_triton, target=target
+    results = []
+    for width, latents, is_dead in parts:
+        acts = code.values.relu().where(code.latents < width, 0)
+        residual = gather(
+            code.with_values(acts), weights.W_dec, use_triton=spec.use_triton, target=target
+        )
+        results.append(
+            auxiliary_loss(
+                weights,
+                rows,
+                -residual,
+                latents=latents,
+                is_dead=is_dead,
+                norms=norms,
+                coefficient=coefficient,
+                spec=spec,
+                wanted=wanted,
             )
-            parts.append(
-                auxiliary_loss(
-                    weights,
-                    rows,
-                    -residual,
-                    latents=latents[first:last],
-                    norms=norms,
-                    coefficient=dead.coefficient,
-                    spec=spec,
-                    wanted=wanted,
-                )
-            )
-        first = last
-    losses, gradients = zip(*parts, strict=True)
+        )
+    losses, gradients = zip(*results, strict=True)
     return torch.stack(losses).sum(), _joined(gradients)
 
 

@@ -44,7 +44,7 @@ from ..ops.requests import DecoderLoss, Wanted
 from ..ops.selection import Encoder, select
 from .dead import Dead, DeadGradients, auxiliary_loss
 from .encoder import encoder_rows, minus_product
-from .matryoshka import auxiliary_loss_by_width, levels_of_widths
+from .matryoshka import auxiliary_loss_by_width, dead_of_widths, levels_of_widths
 from .requests import Gradients, Inputs, Spec, WantedGradients, Weights
 from .shards import WHOLE, Whole
 
@@ -159,9 +159,11 @@ def finish_step(
     latents = None if dead is None else dead.latents()
     if dead is None or latents is None or len(latents) == 0:
         return StepResult(main, None, None)
-    if dead.by_width:
+    if dead.below is not None:
         part = auxiliary_loss_by_width(
-            *(weights, main.rows, main.code, inputs, dead),
+            *(weights, main.rows, main.code, inputs),
+            dead_of_widths(latents, dead.below(), spec.widths),
+            coefficient=dead.coefficient,
             norms=main.norms,
             spec=spec,
             wanted=wanted,
