@@ -12,19 +12,25 @@ from typing import Any
 import pytest
 import torch
 from sae_lens import SAETrainer
-from saes.comparison import FUSED_ARCHITECTURES, assert_close
+from saes.comparison import EVERY_ARCHITECTURE, FUSED_ARCHITECTURES, assert_close
+from torch._subclasses.fake_tensor import FakeTensorMode
+from training.comparison import F, case
 from training.replays import Replays, recording_of
 
 import sae_lens_flex
 from sae_lens_flex.acceleration import dead_bound, recorded_steps
 from sae_lens_flex.acceleration.dead_bound import HORIZON, PERIOD, DeadBound, _Count
 from sae_lens_flex.acceleration.recorded_steps import RecordedSteps
+from sae_lens_flex.acceleration.whole_step import Moments, Settings, Trained, whole_step
+from sae_lens_flex.ops.kernels.launch import Launch
 from sae_lens_flex.training.graph import ORDINARY_CALLS
+from sae_lens_flex.training.matryoshka import widths_on
+from sae_lens_flex.training.requests import Inputs, WantedGradients, Weights
 
 from .trainers import BATCH, D_IN, D_SAE, new_trainer
 
 Trainer = SAETrainer[Any, Any]
-both_architectures = pytest.mark.parametrize("architecture", FUSED_ARCHITECTURES)
+every_architecture = pytest.mark.parametrize("architecture", EVERY_ARCHITECTURE)
 N_FIRST = ORDINARY_CALLS + 3  # until steps are replayed
 
 
@@ -134,9 +140,10 @@ def assert_same_outputs(output: Any, expected: Any) -> None:
 
 
 def tensors_of(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """The weights and moments by name."""
-    tensors = dict(trainer.sae.named_parameters())
-    for name, parameter in list(tensors.items()):
+    """The weights, moments and thresholds by name."""
+    tensors = dict(trainer.sae.named_buffers())
+    for name, parameter in trainer.sae.named_parameters():
+        tensors[name] = parameter
         for key, value in trainer.optimizer.state.get(parameter, {}).items():
             tensors[f"{key} of {name}"] = value
     return tensors
@@ -163,7 +170,7 @@ def follow(trainer: Trainer, expected: Trainer) -> None:
         tensor.copy_(theirs[name])
 
 
-@both_architectures
+@every_architecture
 @pytest.mark.parametrize(
     ("autocast", "fields"),
     [
@@ -177,6 +184,8 @@ def follow(trainer: Trainer, expected: Trainer) -> None:
     ids=lambda value: next(iter(value), "defaults") if isinstance(value, dict) else str(value),
 )
 def test_every_step_is_the_ordinary_one(steps, architecture, autocast, fields) -> None:
+    if architecture == "flex_matryoshka_batchtopk" and "normalize_activations" in fields:
+        pytest.skip("it takes no such normalization")
     trainers = steps.pair(architecture, autocast=autocast, sae_fields=fields)
     kinds = steps.check(trainers, 12)
     assert kinds[0] == "ordinary"  # It makes the moments.
@@ -193,11 +202,22 @@ def revive(trainer: Trainer) -> None:
         trainer.sae.b_enc[30:36].add_(25)
 
 
-@both_architectures
+@pytest.mark.parametrize(
+    ("architecture", "own"),
+    [
+        *((name, {}) for name in EVERY_ARCHITECTURE),
+        (
+            "flex_matryoshka_batchtopk",
+            {"matryoshka_widths": [12, 33, 45, D_SAE], "use_matryoshka_aux_loss": True},
+        ),
+    ],
+    ids=[*EVERY_ARCHITECTURE, "aux_loss_by_width"],
+)
 @pytest.mark.parametrize("d_in", [D_IN, 40])
-def test_dead_latents_come_and_go(steps, architecture, d_in) -> None:
+def test_dead_latents_come_and_go(steps, architecture, own, d_in) -> None:
     # With d_in // 2 = 20 all 18 dead latents are kept; with 8 the largest of them.
-    trainers = steps.pair(architecture, dead_feature_window=36, sae_fields={"d_in": d_in})
+    fields = {"d_in": d_in, **own}
+    trainers = steps.pair(architecture, dead_feature_window=36, sae_fields=fields)
     forms, auxiliary = steps.forms, []
     for _ in range(43):
         assert set(steps.check(trainers, 1)[3:]) <= {"whole"}
@@ -376,6 +396,17 @@ def watch_for_anomalies(trainer: Trainer) -> Callable[[], None]:
     return lambda: torch.autograd.set_detect_anomaly(False)  # type: ignore[return-value]
 
 
+def replace_threshold_update(trainer: Trainer) -> Callable[[], None]:
+    sae = trainer.sae
+
+    def halved(acts: torch.Tensor) -> None:
+        assert not acts.is_sparse
+        sae.topk_threshold.fill_(float(acts.amax()) / 2)
+
+    sae.update_topk_threshold = halved
+    return lambda: delattr(sae, "update_topk_threshold")
+
+
 class OtherDead(SAETrainer[Any, Any]):
     @property
     def dead_neurons(self) -> torch.Tensor:
@@ -416,6 +447,7 @@ CHANGES = {
     "another parameter": (add_parameter, "ordinary"),
     "anomaly detection": (watch_for_anomalies, "ordinary"),
     "trainer's dead latents": (count_others_as_dead, "ordinary"),
+    "threshold's update": (replace_threshold_update, "ordinary"),
     "subclass of the SAE": (subclass_sae, "ordinary"),
     "a gradient of someone": (add_gradient, "ordinary"),
 }
@@ -424,7 +456,8 @@ CHANGES = {
 @pytest.mark.filterwarnings("ignore:training steps take the unfused path")
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_is_hooked_or_replaced_works_and_can_be_taken_back(steps, change) -> None:
-    trainers = steps.pair("hierarchical_topk")
+    of_batch = change == "threshold's update"
+    trainers = steps.pair("flex_batchtopk" if of_batch else "hierarchical_topk")
     steps.check(trainers, N_FIRST)
     add, kind = CHANGES[change]
     for _ in range(2):
@@ -513,6 +546,52 @@ def test_amsgrad_makes_ordinary_steps(steps) -> None:
     assert set(steps.check(trainers, 2)) == {"ordinary"}
 
 
+def test_threshold_settings_edited_between_steps_act_at_once(steps) -> None:
+    trainers = steps.pair("flex_batchtopk")
+    steps.check(trainers, N_FIRST)
+    edits = (
+        lambda sae: setattr(sae.cfg, "topk_threshold_lr", 0.5),
+        lambda sae: setattr(sae.activation_fn, "k", 2.5),
+        lambda sae: setattr(sae, "topk_threshold", torch.full_like(sae.topk_threshold, 7)),
+        lambda sae: sae.topk_threshold.zero_(),
+    )
+    for edit in edits:
+        for trainer in trainers:
+            edit(trainer.sae)
+        before = trainers[0].sae.topk_threshold.clone()
+        assert set(steps.check(trainers, 4)) == {"whole"}
+        assert trainers[0].sae.topk_threshold != before
+        assert steps.last.metrics["topk_threshold"] == trainers[0].sae.topk_threshold
+
+
+@pytest.mark.parametrize("most_dead", [0, 7])
+@pytest.mark.parametrize(
+    ("widths", "by_width"), [((), False), ((3, 9, F), False), ((3, 9, F), True)]
+)
+def test_no_shape_depends_on_the_data(monkeypatch, widths, by_width, most_dead) -> None:
+    # Tensors without values: whatever asks for one, or whose shape depends on one, raises.
+    monkeypatch.setattr(Launch, "__call__", lambda *_: None)
+    made = case(("triton", "cpu"), k=13, over_batch=True, widths=widths)
+    settings = Settings((0.9, 0.99), 1e-8, 0.0, False, False, 3, 1.0, by_width, 0.1)
+    wanted = WantedGradients(*[True] * 4, *[False] * 3)
+    widths_on.cache_clear()
+    try:
+        with FakeTensorMode() as mode:
+            weights = Weights(*map(mode.from_tensor, made.weights))
+            inputs = Inputs(*map(mode.from_tensor, made.inputs[:2]))
+            moments = tuple(
+                Moments(torch.zeros_like(w), torch.zeros_like(w), torch.zeros(())) for w in weights
+            )
+            threshold = torch.zeros((), dtype=torch.float64)
+            trained = Trained(weights, moments, torch.zeros(F), torch.ones(()), threshold)
+            result = whole_step(trained, inputs, made.spec, wanted, settings, most_dead)
+    finally:
+        widths_on.cache_clear()
+    assert result.losses.shape == (3 + max(0, len(widths) - 1),)
+    assert result.at.shape == (2, 13)
+    assert result.main.hidden_pre.shape == (13,)
+
+
 def test_budgets_edited_between_steps_act_at_once(steps) -> None:
     trainers = steps.pair("hierarchical_topk", sae_fields={"budgets": [1, 4, 8]})
     steps.check(trainers, N_FIRST)
@@ -538,7 +617,7 @@ def test_level_weights_edited_between_steps_act_at_once(steps) -> None:
 # --- a run
 
 
-@both_architectures
+@every_architecture
 def test_schedules_windows_and_logging(steps, architecture) -> None:
     trainers = steps.pair(architecture, lr_warm_up_steps=10, feature_sampling_window=3)
     for trainer in trainers:
@@ -547,11 +626,12 @@ def test_schedules_windows_and_logging(steps, architecture) -> None:
     scores = trainers[0].act_freq_scores
     assert set(steps.check(trainers, 16)[3:]) == {"whole"}
     assert trainers[0].act_freq_scores is not scores
-    assert bool(steps.last.metrics) == (architecture == "hierarchical_topk")
+    assert bool(steps.last.metrics) == (architecture != "flex_topk")
 
 
-def test_outputs_outlast_the_next_steps(steps) -> None:
-    trainers = steps.pair("hierarchical_topk", dead_feature_window=2)
+@pytest.mark.parametrize("architecture", ["hierarchical_topk", "flex_matryoshka_batchtopk"])
+def test_outputs_outlast_the_next_steps(steps, architecture) -> None:
+    trainers = steps.pair(architecture, dead_feature_window=2)
     steps.check(trainers, N_FIRST)
     outputs = []
     for seed in range(4):
@@ -562,12 +642,13 @@ def test_outputs_outlast_the_next_steps(steps) -> None:
         assert not output.loss.requires_grad
 
 
-def test_resumed_trainer(steps, tmp_path: Path) -> None:
-    trainers = steps.pair("hierarchical_topk", dead_feature_window=2)
+@pytest.mark.parametrize("architecture", ["hierarchical_topk", "flex_batchtopk"])
+def test_resumed_trainer(steps, architecture, tmp_path: Path) -> None:
+    trainers = steps.pair(architecture, dead_feature_window=2)
     steps.check(trainers, N_FIRST)
     trainers[1].save_checkpoint("halfway", base_path=tmp_path)
     steps.check(trainers, 4)
-    others = steps.pair("hierarchical_topk", dead_feature_window=2)
+    others = steps.pair(architecture, dead_feature_window=2)
     for trainer in (*trainers, *others):  # the trainers themselves, and new ones
         trainer.load_trainer_state(tmp_path / "halfway")
         trainer.sae.load_weights_from_checkpoint(tmp_path / "halfway")
@@ -636,7 +717,7 @@ def on_gpu(monkeypatch) -> WholeSteps:
 
 
 @pytest.mark.gpu
-@both_architectures
+@every_architecture
 @pytest.mark.parametrize("n_dead", [0, 18])
 def test_replays_wait_for_nothing(on_gpu, architecture, n_dead) -> None:
     (trainer, _) = on_gpu.pair(architecture)

@@ -17,6 +17,12 @@ SAES = {  # fields of the SAEs' configs
     "flex_topk": {"architecture": "flex_topk", **TOPK},
     "hierarchical_topk": {"architecture": "hierarchical_topk", **TOPK},
     "dense flex_topk": {"architecture": "flex_topk", "use_sparse_activations": False, **TOPK},
+    "flex_batchtopk": {"architecture": "flex_batchtopk", **TOPK},
+    "flex_matryoshka_batchtopk": {
+        "architecture": "flex_matryoshka_batchtopk",
+        "matryoshka_widths": [3, 12, D_SAE],
+        **TOPK,
+    },
     "topk": {"architecture": "topk", **TOPK},
     "sparse topk": {"architecture": "topk", **TOPK},
     "standard": {"architecture": "standard", "l1_coefficient": 0.1, "l1_warm_up_steps": 5},

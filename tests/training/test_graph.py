@@ -13,7 +13,8 @@ from sae_lens.saes.sae import TrainStepOutput
 from saes.comparison import (
     BATCH,
     D_IN,
-    FUSED_ARCHITECTURES,
+    D_SAE,
+    EVERY_ARCHITECTURE,
     MANY_DEAD,
     K,
     assert_close,
@@ -34,7 +35,7 @@ from sae_lens_flex.training.step import reconstruct
 from .comparison import ALL, case
 from .replays import Replays, has_recorded, on_no_stream, recording_of
 
-both_architectures = pytest.mark.parametrize("architecture", FUSED_ARCHITECTURES)
+every_architecture = pytest.mark.parametrize("architecture", EVERY_ARCHITECTURE)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -51,9 +52,12 @@ def assert_same_outputs(output: TrainStepOutput, expected: TrainStepOutput) -> N
     assert_close(output.hidden_pre, expected.hidden_pre, name="hidden_pre")
     acts, expected_acts = (each.feature_acts.to_dense() for each in (output, expected))
     assert_close(acts, expected_acts, name="feature_acts")
+    assert list(output.metrics) == list(expected.metrics)
+    for name, value in expected.metrics.items():
+        assert_close(output.metrics[name], value, name=name)
 
 
-@both_architectures
+@every_architecture
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
 @pytest.mark.parametrize(
     "fields",
@@ -92,6 +96,38 @@ def test_some_levels(replays) -> None:
     assert has_recorded(sae)
 
 
+@pytest.mark.parametrize("by_width", [False, True])
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+def test_losses_of_widths(replays, by_width, autocast) -> None:
+    # Width 1 is mostly level 0. The last batches have fewer positive activations than are kept.
+    fields = {"matryoshka_widths": [1, 12, D_SAE], "use_matryoshka_aux_loss": by_width}
+    sae, ordinary = (
+        make("flex_matryoshka_batchtopk", **fields) for make in (replays.sae, replays.ordinary_sae)
+    )
+    threshold = sae.topk_threshold
+    for seed in range(N_STEPS + 4):
+        if seed == N_STEPS:
+            for model in (sae, ordinary):
+                model.b_enc.data.sub_(2)
+        outputs = []
+        for model in (sae, ordinary):
+            model.zero_grad()
+            with torch.autocast(replays.device, torch.bfloat16, enabled=autocast):
+                output = model.training_forward_pass(
+                    step_input(replays.batch(seed), replays.dead(MANY_DEAD if seed % 2 else 0))
+                )
+            (output.loss + (seed % 3) * output.losses["inner_mse_loss_12"]).backward()
+            outputs.append(output)
+        assert_same_outputs(*outputs)
+        assert_same_gradients(sae, ordinary)
+        assert torch.equal(sae.topk_threshold, ordinary.topk_threshold)
+        n_positive = int((outputs[0].feature_acts.to_dense() > 0).sum())
+        assert 0 < n_positive <= BATCH * K
+        assert (n_positive < BATCH * K) == (seed >= N_STEPS)
+    assert has_recorded(sae)
+    assert sae.topk_threshold is threshold
+
+
 def test_logged_metrics(replays) -> None:
     sae, ordinary = (make("hierarchical_topk") for make in (replays.sae, replays.ordinary_sae))
     for seed in range(N_STEPS):
@@ -104,7 +140,7 @@ def test_logged_metrics(replays) -> None:
             assert_close(metrics[name], value, name=name)
 
 
-@both_architectures
+@every_architecture
 def test_outputs_and_gradients_outlast_the_next_step(replays, architecture) -> None:
     sae, ordinary = (make(architecture) for make in (replays.sae, replays.ordinary_sae))
     outputs, expected_outputs, n_seeds = [], [], N_STEPS + 2
@@ -118,7 +154,7 @@ def test_outputs_and_gradients_outlast_the_next_step(replays, architecture) -> N
         assert_same_outputs(output, expected)
 
 
-@both_architectures
+@every_architecture
 def test_several_forward_passes_before_a_backward_pass(replays, architecture) -> None:
     sae, ordinary = (make(architecture) for make in (replays.sae, replays.ordinary_sae))
     for seed in range(N_STEPS):
@@ -134,7 +170,7 @@ def test_several_forward_passes_before_a_backward_pass(replays, architecture) ->
     assert_same_gradients(sae, ordinary, 1e-4)
 
 
-@both_architectures
+@every_architecture
 def test_conditions_that_change(replays, architecture) -> None:
     sae = replays.sae(architecture)
     for n_samples, dtype in ((BATCH, None), (5, None), (BATCH, torch.bfloat16), (BATCH, None)):
@@ -154,7 +190,7 @@ def test_conditions_that_change(replays, architecture) -> None:
         assert_same_losses(output, run_step(ordinary, replays.batch(seed)))
 
 
-@both_architectures
+@every_architecture
 def test_hooks_see_what_they_see_in_ordinary_steps(replays, architecture) -> None:
     sae, ordinary = (make(architecture) for make in (replays.sae, replays.ordinary_sae))
     for seed in range(N_STEPS):
@@ -171,7 +207,7 @@ def test_hooks_see_what_they_see_in_ordinary_steps(replays, architecture) -> Non
                 model.reset_hooks()
 
 
-@both_architectures
+@every_architecture
 def test_copies_record_for_themselves(replays, architecture) -> None:
     sae = replays.sae(architecture)
     for seed in range(N_STEPS):
@@ -186,7 +222,7 @@ def test_copies_record_for_themselves(replays, architecture) -> None:
         assert_same_losses(run_step(twin, replays.batch(9)), expected)
 
 
-@both_architectures
+@every_architecture
 def test_eval_gives_the_memory_back(replays, architecture) -> None:
     sae, ordinary = (make(architecture) for make in (replays.sae, replays.ordinary_sae))
     for _ in range(2):
@@ -199,7 +235,7 @@ def test_eval_gives_the_memory_back(replays, architecture) -> None:
         assert sae._recorder is None
 
 
-@both_architectures
+@every_architecture
 def test_batches_that_are_not_aligned(replays, architecture) -> None:
     fields = {"d_in": 18}
     sae, ordinary = (make(architecture, **fields) for make in (replays.sae, replays.ordinary_sae))
@@ -212,7 +248,7 @@ def test_batches_that_are_not_aligned(replays, architecture) -> None:
 
 
 @pytest.mark.gpu
-@both_architectures
+@every_architecture
 def test_only_small_steps_are_recorded(architecture, monkeypatch) -> None:
     monkeypatch.setattr(graph, "MOST_RECORDED_WEIGHTS", 1)
     sae = trained_sae(architecture, device="cuda")
@@ -371,6 +407,7 @@ def recorded_pair(replays: Replays, architecture: str, **fields: Any) -> tuple[A
     sae, ordinary = (make(architecture, **fields) for make in (replays.sae, replays.ordinary_sae))
     for seed in range(N_STEPS):
         run_step(sae, replays.batch(seed))
+    ordinary.load_state_dict(sae.state_dict())  # with the threshold that it has learned
     assert has_recorded(sae)
     return sae, ordinary
 
@@ -407,17 +444,18 @@ def test_budgets_edited_to_none_and_back_act_at_once(replays) -> None:
         assert_next_steps_are_ordinary(replays, sae, ordinary)
 
 
-@both_architectures
+@every_architecture
 def test_k_edited_between_replays_acts_at_once(replays, architecture) -> None:
     sae, ordinary = recorded_pair(replays, architecture)
     for k in (3, K):
         for model in (sae, ordinary):
             model.activation_fn.k = model.cfg.k = k
         assert_next_steps_are_ordinary(replays, sae, ordinary)
-        assert run_step(sae, replays.batch(0)).hidden_pre.shape == (BATCH, k)
+        outputs = [run_step(model, replays.batch(0)) for model in (sae, ordinary)]
+        assert [output.hidden_pre.numel() for output in outputs] == [BATCH * k] * 2
 
 
-@both_architectures
+@every_architecture
 def test_auxiliary_coefficient_edited_between_replays_acts_at_once(replays, architecture) -> None:
     sae, ordinary = recorded_pair(replays, architecture)
     recording = recording_of(sae)
@@ -428,7 +466,7 @@ def test_auxiliary_coefficient_edited_between_replays_acts_at_once(replays, arch
     assert recording_of(sae) is recording
 
 
-@both_architectures
+@every_architecture
 @pytest.mark.parametrize("fields", ["rescale_acts_by_decoder_norm", "apply_b_dec_to_input"])
 def test_settings_edited_between_replays_act_at_once(replays, architecture, fields) -> None:
     sae, ordinary = recorded_pair(replays, architecture)
@@ -437,7 +475,7 @@ def test_settings_edited_between_replays_act_at_once(replays, architecture, fiel
     assert_next_steps_are_ordinary(replays, sae, ordinary)
 
 
-@both_architectures
+@every_architecture
 def test_deterministic_mode_between_replays(replays, architecture) -> None:
     sae, ordinary = recorded_pair(replays, architecture)
     recording = recording_of(sae)
@@ -449,7 +487,7 @@ def test_deterministic_mode_between_replays(replays, architecture) -> None:
     assert recording_of(sae) is not recording
 
 
-@both_architectures
+@every_architecture
 @pytest.mark.parametrize("frozen", [("W_dec",), ("W_enc", "W_dec"), ("b_dec",)], ids="-".join)
 def test_weights_frozen_later_get_no_gradient(replays, architecture, frozen) -> None:
     sae, ordinary = recorded_pair(replays, architecture)
@@ -470,7 +508,7 @@ def test_weights_frozen_later_get_no_gradient(replays, architecture, frozen) -> 
         assert has_recorded(sae)
 
 
-@both_architectures
+@every_architecture
 def test_activations_that_need_a_gradient(replays, architecture) -> None:
     sae, ordinary = recorded_pair(replays, architecture)
     for seed in range(3 * N_STEPS):
@@ -487,7 +525,9 @@ def test_activations_that_need_a_gradient(replays, architecture) -> None:
             assert has_recorded(sae)
 
 
-@both_architectures
+@pytest.mark.parametrize(
+    "architecture", [name for name in EVERY_ARCHITECTURE if name != "flex_matryoshka_batchtopk"]
+)
 @pytest.mark.parametrize("normalization", ["layer_norm", "constant_norm_rescale"])
 def test_normalized_activations_are_recorded_too(replays, architecture, normalization) -> None:
     fields = {"normalize_activations": normalization, "aux_loss_coefficient": 0}
@@ -505,7 +545,7 @@ def test_normalized_activations_are_recorded_too(replays, architecture, normaliz
     assert has_recorded(sae)
 
 
-@both_architectures
+@every_architecture
 def test_evaluation_between_steps_leaves_the_recording(replays, architecture) -> None:
     sae, ordinary = recorded_pair(replays, architecture)
     recording = recording_of(sae)
@@ -522,7 +562,7 @@ def test_evaluation_between_steps_leaves_the_recording(replays, architecture) ->
     assert recording_of(sae) is recording
 
 
-@both_architectures
+@every_architecture
 def test_second_backward_pass_of_a_replay_computes_its_own_step_again(
     replays, architecture
 ) -> None:
@@ -540,7 +580,7 @@ def test_second_backward_pass_of_a_replay_computes_its_own_step_again(
     assert_same_gradients(sae, ordinary)
 
 
-@both_architectures
+@every_architecture
 def test_unequal_memory_of_the_inputs_is_kept_apart(replays, architecture) -> None:
     # Without normalization the encoder's input and the target are one tensor; with a hook two.
     sae, ordinary = recorded_pair(replays, architecture)
