@@ -1,8 +1,8 @@
 """Random programs of what a user does between steps, done alike to two SAEs that have to agree.
 
-`flex_topk` runs against SAELens's `topk`, `hierarchical_topk` against its own unfused path. After
-every action a step's losses, gradients, outputs and what its hooks saw are compared, and weights
-and `encode`.
+`flex_topk` runs against SAELens's `topk`, the architectures of a batch against SAELens's of a
+batch, `hierarchical_topk` against its own unfused path. After every action a step's losses,
+gradients, outputs and what its hooks saw are compared, and weights, thresholds and `encode`.
 
 Where two latents are compared whose pre-activations nearly tie, rounding decides, and both SAEs are
 right. So a batch takes, of many random activations, those whose latents are well apart.
@@ -26,6 +26,7 @@ from comparison import (
     BATCH,
     D_IN,
     D_SAE,
+    EVERY_ARCHITECTURE,
     FEW_DEAD,
     MANY_DEAD,
     TRAINING_CLASSES,
@@ -47,11 +48,13 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from sae_lens import SAE
+from sae_lens.saes.batchtopk_sae import BatchTopK, BatchTopKTrainingSAE
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from sae_lens.saes.topk_sae import TopK
 from torch.utils.checkpoint import checkpoint
 
 N_PROGRAMS, N_ACTIONS = 200, 20
+N_PROGRAMS_OF_BATCHES = 40  # They share all but the selection, the widths and the threshold.
 # On a GPU: ten times as many, in parts that may run beside each other.
 N_PARTS, N_PROGRAMS_PER_PART = 8, 250
 
@@ -152,8 +155,17 @@ class DoubledTopK(TopK):
         return 2 * super().forward(x)
 
 
+class DoubledBatchTopK(BatchTopK):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+def doubled_activation_fn(sae: Any, k: float) -> Any:
+    return (DoubledBatchTopK if isinstance(sae, BatchTopKTrainingSAE) else DoubledTopK)(k)
+
+
 def replace_by_subclass(sae: Any) -> None:
-    sae.activation_fn = DoubledTopK(sae.activation_fn.k)
+    sae.activation_fn = doubled_activation_fn(sae, sae.activation_fn.k)
 
 
 def replace_by_relu(sae: Any) -> None:
@@ -182,8 +194,8 @@ ACTIVATION_FUNCTIONS = {
 class DoublesActivations:
     """Goes before an SAE's class."""
 
-    def get_activation_fn(self) -> TopK:
-        return DoubledTopK(self.cfg.k)  # type: ignore[attr-defined]
+    def get_activation_fn(self) -> Any:
+        return doubled_activation_fn(self, self.cfg.k)  # type: ignore[attr-defined]
 
 
 def override(sae: Any, name: str, how: str, function: Callable[..., Any]) -> None:
@@ -495,7 +507,8 @@ class TwinMachine(RuleBasedStateMachine):
 
     def set_n_dead(self, n_dead: int | None) -> None:
         # With a normalization SAELens refuses dead latents, whatever the coefficient.
-        is_refused = self.reference == "topk" and self.saes[1].cfg.normalize_activations != "none"
+        is_stock = self.reference != self.architecture
+        is_refused = is_stock and self.saes[1].cfg.normalize_activations != "none"
         self.n_dead = 0 if is_refused and n_dead else n_dead
 
     def batch(self, n: int, seed: int) -> torch.Tensor | None:
@@ -511,15 +524,19 @@ class TwinMachine(RuleBasedStateMachine):
         return candidates[best] if len(best) > 0 else None
 
     @torch.no_grad()
-    def margins(self, x: torch.Tensor) -> torch.Tensor:
-        """Return how far each activation is from a tie, relative to its largest pre-activation."""
+    def hidden_pre(self, x: torch.Tensor) -> torch.Tensor:
+        """Return what the reference compares, in float64."""
         reference, n_seen = self.saes[1], len(self.seen[1])
         with self.precision():
             _, hidden_pre = reference.encode_with_hidden_pre(x)
         forget_normalization(reference)
         del self.seen[1][n_seen:]
-        hidden_pre = hidden_pre.double()
-        n_kept, n_encoded = self.n_kept(), getattr(reference.activation_fn, "k", D_SAE)
+        return hidden_pre.double()
+
+    def margins(self, x: torch.Tensor) -> torch.Tensor:
+        """Return how far each activation is from a tie, relative to its largest pre-activation."""
+        hidden_pre = self.hidden_pre(x)
+        n_kept, n_encoded = self.n_kept(), getattr(self.saes[1].activation_fn, "k", D_SAE)
         levels = hidden_pre.sort(descending=True).values
         gaps = (levels[:, :-1] - levels[:, 1:]).where(levels[:, :-1] > 0, torch.inf)
         boundaries = {k - 1 for k in (n_kept, n_encoded) if k < D_SAE}
@@ -527,12 +544,21 @@ class TwinMachine(RuleBasedStateMachine):
             boundaries |= set(range(n_kept - 1))
         of_relu = levels[:, : max(n_kept, n_encoded)].abs()  # from zero
         margins = torch.cat((gaps[:, sorted(boundaries)], of_relu), dim=-1).amin(-1)
+        return torch.minimum(margins, self.gaps_of_dead(hidden_pre)) / hidden_pre.abs().amax(-1)
+
+    def gaps_of_dead(self, hidden_pre: torch.Tensor) -> torch.Tensor:
+        """Return of each activation how far apart those dead latents are that are compared."""
         dead = self.dead()
-        if dead is not None and dead.sum() > D_IN // 2:
-            levels = hidden_pre[:, dead].sort(descending=True).values
-            gap = levels[:, D_IN // 2 - 1] - levels[:, D_IN // 2]
-            margins = torch.minimum(margins, gap)
-        return margins / hidden_pre.abs().amax(-1)
+        smallest = hidden_pre.new_full((len(hidden_pre),), torch.inf)
+        for part in [] if dead is None else self.parts_of_dead(dead):
+            if part.sum() > D_IN // 2:
+                levels = hidden_pre[:, part].sort(descending=True).values
+                smallest = smallest.minimum(levels[:, D_IN // 2 - 1] - levels[:, D_IN // 2])
+        return smallest
+
+    def parts_of_dead(self, dead: torch.Tensor) -> list[torch.Tensor]:
+        """Return the dead latents, [F], that are compared with each other."""
+        return [dead]
 
     # --- comparisons
 
@@ -947,7 +973,7 @@ class TwinMachine(RuleBasedStateMachine):
     def switch_field(self, field) -> None:
         for sae in self.saes:
             # SAELens's own sparse activations are for another purpose.
-            if field != "use_sparse_activations" or sae.cfg.architecture() != "topk":
+            if field != "use_sparse_activations" or sae.cfg.architecture() in EVERY_ARCHITECTURE:
                 setattr(sae.cfg, field, not getattr(sae.cfg, field))
 
     @rule(coefficient=st.sampled_from((0.0, 0.25, 1.0, 2)))
@@ -1217,6 +1243,115 @@ class HierarchicalMachine(TwinMachine):
                 self.compare(ours.encode(x), made.encode(x), "encode")
 
 
+class BatchMachine(TwinMachine):
+    architecture, reference = "flex_batchtopk", "batchtopk"
+
+    def new_saes(self, k: float, **fields: Any) -> list[Any]:
+        return super().new_saes(k=k - 0.3, **fields)
+
+    def batch(self, n: int, seed: int) -> torch.Tensor | None:
+        """Return activations, [n, d_in], no pre-activation of which is near the last one kept.
+
+        None where there are none such. Each activation is clear of a common bound. As many
+        pre-activations are above it as are kept.
+        """
+        n_candidates = max(60, n * (N_LOW_CANDIDATES if self.is_low else N_CANDIDATES))
+        candidates = random_activations(n_candidates, D_IN, seed=seed)
+        candidates = candidates.bfloat16().to(self.device, self.dtype)
+        hidden_pre = self.hidden_pre(candidates)
+        k = getattr(self.saes[1].activation_fn, "k", D_SAE)
+        n_above = max(1, int(k * n_candidates))
+        bound = hidden_pre.flatten().sort(descending=True).values[n_above - 1].clamp(min=0)
+        gaps = (hidden_pre - bound).abs().amin(-1).minimum(self.gaps_of_dead(hidden_pre))
+        is_clear = gaps / hidden_pre.abs().amax(-1) > (LOW_MARGIN if self.is_low else MARGIN)
+        counts = (hidden_pre > bound).sum(-1)
+        chosen = self.that_add_up(counts.tolist(), is_clear.tolist(), n, int(k * n), bound == 0)
+        self.counts["activations asked for"] += n
+        self.counts["activations"] += 0 if chosen is None else n
+        return None if chosen is None else candidates[chosen]
+
+    @staticmethod
+    def that_add_up(
+        counts: list[int], is_clear: list[bool], n: int, total: int, fewer_will_do: bool
+    ) -> list[int] | None:
+        """Return n of the clear ones, whose counts add up to `total`; None if none are found."""
+        left = [i for i, clear in enumerate(is_clear) if clear]
+        chosen: list[int] = []
+        for n_left in range(n, 0, -1):
+            if not left:
+                return None
+            wanted = (total - sum(counts[i] for i in chosen)) / n_left
+            best = min(left, key=lambda i: (fewer_will_do and counts[i], abs(counts[i] - wanted)))
+            left.remove(best)
+            chosen.append(best)
+        found = sum(counts[i] for i in chosen)
+        return chosen if found == total or (fewer_will_do and found < total) else None
+
+    @invariant()
+    def agree(self) -> None:
+        super().agree()
+        assert_close(*(sae.topk_threshold for sae in self.saes), 10 * self.tolerance, "threshold")
+
+    def step(self, *args: Any, **kwargs: Any) -> None:
+        super().step(*args, **kwargs)
+        ours, reference = self.saes
+        assert ours.topk_threshold.dtype == reference.topk_threshold.dtype
+        assert_close(ours.topk_threshold, reference.topk_threshold, self.tolerance, "threshold")
+        ours.topk_threshold.copy_(reference.topk_threshold)  # that differences do not add up
+
+    @rule(
+        k=st.sampled_from((0.01, 0.4, 1, 2.7, K, 23.5, D_SAE)),
+        of=st.sampled_from(("activation_fn", "activation_fn", "cfg")),
+    )
+    def set_k(self, k, of) -> None:
+        self.each(lambda sae: setattr(getattr(sae, of), "k", k))
+
+    @rule(lr=st.sampled_from((0.0, 0.01, 0.7)))
+    def set_threshold_lr(self, lr) -> None:
+        self.each(lambda sae: setattr(sae.cfg, "topk_threshold_lr", lr))
+
+    @rule(k=st.sampled_from((-1, D_SAE + 1)))
+    def set_impossible_k(self, k) -> None:
+        ours = self.saes[0]
+        if not isinstance(ours.activation_fn, BatchTopK):
+            return
+        previous, ours.activation_fn.k = ours.activation_fn.k, k
+        x = random_activations().to(self.device, self.dtype)
+        with pytest.raises((ValueError, RuntimeError), match=r"\bk\b"):
+            ours.training_forward_pass(step_input(x))
+        ours.activation_fn.k = previous
+        forget_normalization(ours)
+        self.forget_seen()
+
+    @rule(value=st.sampled_from((0.0, 0.3)), how=st.sampled_from(("in place", "tensor")))
+    def set_threshold(self, value, how) -> None:
+        for sae in self.saes:
+            if how == "in place":
+                sae.topk_threshold.fill_(value)
+            else:
+                sae.topk_threshold = torch.full_like(sae.topk_threshold, value)
+
+
+class MatryoshkaMachine(BatchMachine):
+    architecture, reference = "flex_matryoshka_batchtopk", "matryoshka_batchtopk"
+
+    def new_saes(self, k: float, **fields: Any) -> list[Any]:
+        # It takes no normalization of a sample.
+        return super().new_saes(k=k, **{**fields, "normalize_activations": "none"})
+
+    def parts_of_dead(self, dead: torch.Tensor) -> list[torch.Tensor]:
+        cfg = self.saes[1].cfg
+        if not cfg.use_matryoshka_aux_loss:
+            return [dead]
+        latent = torch.arange(D_SAE, device=dead.device)
+        bounds = zip((0, *cfg.matryoshka_widths), cfg.matryoshka_widths, strict=False)
+        return [dead & (first <= latent) & (latent < width) for first, width in bounds]
+
+    @rule(by_width=st.booleans())
+    def set_aux_loss_by_width(self, by_width) -> None:
+        self.each(lambda sae: setattr(sae.cfg, "use_matryoshka_aux_loss", by_width))
+
+
 # --- the tests
 
 
@@ -1241,15 +1376,15 @@ def run_programs(machine: type[TwinMachine], device: str, n_programs: int) -> Co
     return counts
 
 
-machines = pytest.mark.parametrize(
-    "machine", [FlexMachine, HierarchicalMachine], ids=lambda machine: machine.architecture
-)
+MACHINES = (FlexMachine, HierarchicalMachine, BatchMachine, MatryoshkaMachine)
+machines = pytest.mark.parametrize("machine", MACHINES, ids=lambda machine: machine.architecture)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # a step says why it takes the slow path
 @machines
 def test_any_program_gives_what_the_reference_gives(machine) -> None:
-    run_programs(machine, "cpu", N_PROGRAMS)
+    of_batches = issubclass(machine, BatchMachine)
+    run_programs(machine, "cpu", N_PROGRAMS_OF_BATCHES if of_batches else N_PROGRAMS)
 
 
 @pytest.mark.gpu
