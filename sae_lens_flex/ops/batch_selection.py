@@ -22,6 +22,10 @@ from .selection import Encoder, chunk_rows
 
 GROUP = 8  # neighbouring latents
 
+# The kernels take as many samples at once as `select` takes in this many chunks: what is done to
+# the candidates of a chunk is done to as many places whatever its size.
+CHUNKS_AT_ONCE = 2
+
 
 class Candidates(NamedTuple):
     """Pairs that may be among the largest, in the order of the batch.
@@ -89,7 +93,7 @@ def _select_by_triton(rows: torch.Tensor, encoder: Encoder, n_kept: int) -> Code
     at least. Those above it are in fewer than n groups, so there is a place for each.
     """
     n_samples, n_latents = rows.shape[0], encoder.weight.shape[1]
-    n_rows = chunk_rows(n_samples, n_latents, rows.dtype, rows.device)
+    n_rows = CHUNKS_AT_ONCE * chunk_rows(n_samples, n_latents, rows.dtype, rows.device)
     weight, bias = encoder.weight.to(rows.dtype), encoder.bias.contiguous()
     norms = None if encoder.norms is None else encoder.norms.contiguous()
     dtype = torch.promote_types(rows.dtype, bias.dtype)

@@ -202,7 +202,7 @@ def revive(trainer: Trainer) -> None:
         trainer.sae.b_enc[30:36].add_(25)
 
 
-@pytest.mark.parametrize(
+every_auxiliary_loss = pytest.mark.parametrize(
     ("architecture", "own"),
     [
         *((name, {}) for name in EVERY_ARCHITECTURE),
@@ -213,6 +213,9 @@ def revive(trainer: Trainer) -> None:
     ],
     ids=[*EVERY_ARCHITECTURE, "aux_loss_by_width"],
 )
+
+
+@every_auxiliary_loss
 @pytest.mark.parametrize("d_in", [D_IN, 40])
 def test_dead_latents_come_and_go(steps, architecture, own, d_in) -> None:
     # With d_in // 2 = 20 all 18 dead latents are kept; with 8 the largest of them.
@@ -717,10 +720,10 @@ def on_gpu(monkeypatch) -> WholeSteps:
 
 
 @pytest.mark.gpu
-@every_architecture
+@every_auxiliary_loss
 @pytest.mark.parametrize("n_dead", [0, 18])
-def test_replays_wait_for_nothing(on_gpu, architecture, n_dead) -> None:
-    (trainer, _) = on_gpu.pair(architecture)
+def test_replays_wait_for_nothing(on_gpu, architecture, own, n_dead) -> None:
+    (trainer, _) = on_gpu.pair(architecture, sae_fields=own)
     trainer.n_forward_passes_since_fired[D_SAE - n_dead :] = 2000
     for seed in range(2 * N_FIRST):
         on_gpu.step(trainer, seed)

@@ -388,6 +388,30 @@ def test_deterministic_steps_are_equal_from_run_to_run(architecture, device) -> 
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+@pytest.mark.parametrize("n_dead", [0, FEW_DEAD, MANY_DEAD])
+@every_case
+def test_a_step_waits_for_the_number_of_dead_latents_alone(
+    architecture, own, n_dead, autocast
+) -> None:
+    sae = trained_sae(architecture, device="cuda", **copy.deepcopy(own))
+    sae.use_cuda_graph = False
+    x, dead = random_activations().cuda(), dead_mask(n_dead).cuda()
+    outputs = []
+    for mode in ("default", "error"):
+        # The first step makes what later ones keep. The mode does not see waits for an event, by
+        # which the number of dead latents comes.
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+                outputs.append(run_step(sae, x, dead))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert (outputs[1].losses["auxiliary_reconstruction_loss"] > 0) == (n_dead > 0)
+    assert_same_losses(*outputs)
+
+
+@pytest.mark.gpu
 @every_architecture
 def test_a_step_at_scale_is_that_of_pytorch(architecture) -> None:
     fields = {"d_in": 200, "d_sae": 5000, "k": 20.5, "device": "cuda"}
