@@ -74,6 +74,7 @@ REASONS_TO_RAISE = (
     "|does not require grad"
     "|doesn't require gradient"
     "|loss does not support activation normalization|normalize_activations is"
+    "|mat1 and mat2 shapes cannot be multiplied"  # of [b, n, d_in] in SAELens's Matryoshka
 )
 HOOK_POINTS = ("hook_sae_input", "hook_sae_acts_pre", "hook_sae_acts_post", "hook_sae_recons")
 
@@ -1292,11 +1293,14 @@ class BatchMachine(TwinMachine):
         super().agree()
         assert_close(*(sae.topk_threshold for sae in self.saes), 10 * self.tolerance, "threshold")
 
-    def step(self, *args: Any, **kwargs: Any) -> None:
-        super().step(*args, **kwargs)
+    moves_again_in_checkpoints: ClassVar[bool] = False  # SAELens's threshold
+
+    def step(self, way: Any, *args: Any, **kwargs: Any) -> None:
+        super().step(way, *args, **kwargs)
         ours, reference = self.saes
         assert ours.topk_threshold.dtype == reference.topk_threshold.dtype
-        assert_close(ours.topk_threshold, reference.topk_threshold, self.tolerance, "threshold")
+        if not (way is through_checkpoint and self.moves_again_in_checkpoints):
+            assert_close(ours.topk_threshold, reference.topk_threshold, self.tolerance, "threshold")
         ours.topk_threshold.copy_(reference.topk_threshold)  # that differences do not add up
 
     @rule(
@@ -1334,6 +1338,9 @@ class BatchMachine(TwinMachine):
 
 class MatryoshkaMachine(BatchMachine):
     architecture, reference = "flex_matryoshka_batchtopk", "matryoshka_batchtopk"
+    # SAELens's losses of widths come after its threshold's update. So a checkpoint, which computes
+    # a step again up to what it has to know, updates it again.
+    moves_again_in_checkpoints = True
 
     def new_saes(self, k: float, **fields: Any) -> list[Any]:
         # It takes no normalization of a sample.
