@@ -54,7 +54,7 @@ from sae_lens.saes.topk_sae import TopK
 from torch.utils.checkpoint import checkpoint
 
 N_PROGRAMS, N_ACTIONS = 200, 20
-N_PROGRAMS_OF_BATCHES = 40  # They share all but the selection, the widths and the threshold.
+SHARE_OF_BATCHES = 5  # One program of so many: they share most with the others.
 # On a GPU: ten times as many, in parts that may run beside each other.
 N_PARTS, N_PROGRAMS_PER_PART = 8, 250
 
@@ -381,6 +381,7 @@ class TwinMachine(RuleBasedStateMachine):
     device: ClassVar[str] = "cpu"
     order_matters: ClassVar[bool]  # of the latents that are kept
     counts: ClassVar[Counter[str]] = Counter()
+    share: ClassVar[int] = 1  # of the programs one of so many is run
 
     saes: list[Any]
 
@@ -1246,6 +1247,7 @@ class HierarchicalMachine(TwinMachine):
 
 class BatchMachine(TwinMachine):
     architecture, reference = "flex_batchtopk", "batchtopk"
+    share = SHARE_OF_BATCHES
 
     def new_saes(self, k: float, **fields: Any) -> list[Any]:
         return super().new_saes(k=k - 0.3, **fields)
@@ -1390,8 +1392,7 @@ machines = pytest.mark.parametrize("machine", MACHINES, ids=lambda machine: mach
 @pytest.mark.filterwarnings("ignore::UserWarning")  # a step says why it takes the slow path
 @machines
 def test_any_program_gives_what_the_reference_gives(machine) -> None:
-    of_batches = issubclass(machine, BatchMachine)
-    run_programs(machine, "cpu", N_PROGRAMS_OF_BATCHES if of_batches else N_PROGRAMS)
+    run_programs(machine, "cpu", N_PROGRAMS // machine.share)
 
 
 @pytest.mark.gpu
@@ -1410,5 +1411,6 @@ def test_any_program_gives_what_the_reference_gives_with_replays(
 
     monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", counted_replay)
     seeded = hypothesis.seed(part)(type(f"Part{part}{machine.__name__}", (machine,), {}))
-    run_programs(seeded, "cuda", N_PROGRAMS_PER_PART)
-    assert n_replays > N_PROGRAMS_PER_PART
+    n_programs = N_PROGRAMS_PER_PART // machine.share
+    run_programs(seeded, "cuda", n_programs)
+    assert n_replays > n_programs
