@@ -1279,16 +1279,23 @@ class BatchMachine(TwinMachine):
     ) -> list[int] | None:
         """Return n of the clear ones, whose counts add up to `total`; None if none are found."""
         left = [i for i, clear in enumerate(is_clear) if clear]
+        if len(left) < n:
+            return None
         chosen: list[int] = []
+        missing = total
         for n_left in range(n, 0, -1):
-            if not left:
-                return None
-            wanted = (total - sum(counts[i] for i in chosen)) / n_left
-            best = min(left, key=lambda i: (fewer_will_do and counts[i], abs(counts[i] - wanted)))
+            wanted = 0 if fewer_will_do else missing / n_left
+            best = min(left, key=lambda i: abs(counts[i] - wanted))
             left.remove(best)
             chosen.append(best)
-        found = sum(counts[i] for i in chosen)
-        return chosen if found == total or (fewer_will_do and found < total) else None
+            missing -= counts[best]
+        if missing == 0 or (fewer_will_do and missing > 0):
+            return chosen
+        for i in chosen:  # One is exchanged for another.
+            for j in left:
+                if counts[j] - counts[i] == missing:
+                    return [j if each == i else each for each in chosen]
+        return None
 
     @invariant()
     def agree(self) -> None:
