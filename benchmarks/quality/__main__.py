@@ -15,9 +15,9 @@ even@1 topk@1` trains each with the seeds 0 and 1, in this order. `best_1@1` is 
 the best scheme, and `evenx3` is trained three times as long. Where a unit is split, a part takes
 the learning rates that another one chose (`--rates-of`).
 
-`--workers` trains so many SAEs at once, each on a GPU of its own. They share the work of making the
-activations, through files in `--cache`. With `--seconds` a unit ends in time: what does not fit in
-is left out, and the result names it.
+`--workers` trains so many SAEs at once, each on the next of the visible GPUs. They share the work
+of making the activations, through files in `--cache`. With `--seconds` a unit ends in time: what
+does not fit in is left out, and the result names it.
 
 `report` merges units. It prints tables and writes them with the results to benchmarks/results, and
 the figure to benchmarks/figures.
@@ -84,6 +84,9 @@ def train(args: argparse.Namespace) -> None:
 
     plan = make_plan(args.kinds, args.budgets)
     rates = (lambda name: args.lr) if args.rates_of is None else chosen_rates(args.rates_of)
+    for entry in plan:
+        if entry.rank is None:
+            rates(entry.name)  # what was not chosen is told before the activations are made
     with TemporaryDirectory() as directory:
         path = Path(directory)
         cache = args.cache or (path / "activations" if args.workers > 1 else None)
@@ -168,6 +171,8 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     if args.command == "train" and (args.model is None) != (args.tokens is None):
         parser.error("--model and --tokens go together")
+    if args.command == "train" and args.workers < 1:
+        parser.error(f"--workers is {args.workers}, expected 1 or more")
     if args.command == "train":
         train(args)
     else:

@@ -109,8 +109,8 @@ def make_plan(words: list[str], budgets: list[int]) -> list[Entry]:
     Args:
         words: each a name, "x" and how many times as long it is trained if not once, "@" and a seed
             if not 0: "even", "topk@1", "topk_8x3@2". A name is a scheme, a family for one k
-            ("topk_8"), a family for each budget ("topk"), or "best_2": the second of the schemes
-            whose first seed is in the plan and this seed is not.
+            ("topk_8"), a family for each budget ("topk"), or "best_2": the second best of the
+            schemes before it that are not in the plan with this seed by their own name.
         budgets: that are measured.
 
     Raises:

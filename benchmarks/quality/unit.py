@@ -111,8 +111,10 @@ class Unit:
         for search in self.searches:
             if search.state == "training" and self._is_known(search) and search.waiting:
                 assert search.kind is not None
-                took = self.took.get(search.kind.architecture, 0) * search.kind.longer
-                if monotonic() + took > self.deadline:
+                # BatchTopK takes thrice as long as TopK.
+                unknown = 3 * max(self.took.values(), default=0)
+                took = self.took.get(search.kind.architecture, unknown)
+                if monotonic() + took * search.kind.longer > self.deadline:
                     continue
                 search.running += 1
                 lr, seed = search.waiting.pop(0), search.entry.seed
@@ -131,7 +133,7 @@ class Unit:
             return True
         name, longer, _ = search.entry
         if search.entry.rank is not None:
-            ranked = self._ranked(search.entry)
+            ranked = self._ranked(search)
             if ranked is None:
                 return False
             if search.entry.rank > len(ranked):
@@ -153,13 +155,15 @@ class Unit:
         found = [s for s in self.searches if s.entry.name == name and s.entry.longer == 1]
         return found[0] if found else None
 
-    def _ranked(self, entry: Entry) -> list[str] | None:
+    def _ranked(self, best: Search) -> list[str] | None:
         """Return the schemes that a "best_1" may be, best first, None as long as that is open.
 
-        A scheme's rank is that of its worst budget: there the variance that it leaves unexplained,
-        divided by what TopK for that k leaves. Both are of the validation activations.
+        They stand before it in the plan, and not by their own name with its seed. A scheme's rank
+        is that of its worst budget: there the variance that it leaves unexplained, divided by what
+        TopK for that k leaves. Both are of the validation activations.
         """
-        first = {s.entry.name: s for s in reversed(self.searches) if s.entry.longer == 1}
+        before = self.searches[: self.searches.index(best)]
+        first = {s.entry.name: s for s in reversed(before) if s.entry.longer == 1}
         topk = {name: s for name, s in first.items() if name.startswith("topk_")}
         schemes = {name: s for name, s in first.items() if name in SCHEMES}
         if any(s.state == "training" for s in (topk | schemes).values()):
@@ -175,7 +179,7 @@ class Unit:
             pairs = zip(search.kind.budgets, search.best["validation_at_budgets"], strict=True)
             return max((1 - each) / left.get(k, 1.0) for k, each in pairs)
 
-        named = {s.entry.name for s in self.searches if s.entry[1:] == entry[1:]}
+        named = {s.entry.name for s in self.searches if s.entry[1:] == best.entry[1:]}
         open_to = {n: worst(s) for n, s in schemes.items() if n not in named and s.best is not None}
         return sorted(open_to, key=lambda name: open_to[name])
 

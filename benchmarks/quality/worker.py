@@ -1,5 +1,6 @@
 """What a process does for a unit: it makes activations, and trains and measures SAEs on them."""
 
+import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +76,8 @@ class Worker:
 
     def train(self, kind: Kind, lr: float, seed: int, path: Path) -> dict[str, Any]:
         """Train an SAE by SAELens's trainer, save it for inference, and say how it went."""
+        # Trainers are in reference cycles, and their recorded steps hold the GPU's memory.
+        gc.collect()
         training = self.training
         torch.manual_seed(seed)
         sae = TrainingSAE.from_dict(
