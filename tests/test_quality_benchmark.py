@@ -1,13 +1,11 @@
 """What the quality benchmark trains next, and how it gathers the results."""
 
-import os
 from functools import partial
-from pathlib import Path
 
 import pytest
 
 from benchmarks.quality.kinds import Entry, make_kind, make_plan
-from benchmarks.quality.processes import Job, run_here, run_in_processes
+from benchmarks.quality.processes import run_here
 from benchmarks.quality.unit import Unit
 
 BUDGETS = [2, 4, 8]
@@ -129,51 +127,24 @@ def test_what_does_not_fit_in_is_left_out(tmp_path):
     assert unit.result()["left_out"] == ["even@0", "topk_8@0"]
 
 
+def test_grid_that_does_not_fit_in_counts_as_far_as_it_came(tmp_path):
+    plan, kind = make_plan(["even"], BUDGETS), partial(make_kind_of, k=8)
+    unit = Unit(plan, kind, lambda name: [1.0, 2.0], 1, tmp_path, lambda result: None)
+
+    def next_job():
+        if len(unit.tried) == 2:
+            unit.deadline = 0
+        return unit.next_job()
+
+    run_here(Fake, next_job, unit.done)
+    (one,) = unit.result()["measured"]
+    assert (one["lr"], one["grid_is_cut"]) == (2.0, True)
+    assert unit.result()["left_out"] == []
+
+
 def test_failure_is_told_and_the_rest_goes_on(tmp_path):
     unit, _, written = run(tmp_path, ["even", "topk_8"], fails=[("even", 1.0), ("topk_8", 1.0)])
     assert [one["kind"] for one in unit.result()["measured"]] == ["even", "topk_8"]
     with pytest.raises(RuntimeError, match=r"2 SAEs failed.*'even'.*it fails"):
         unit.end()
     assert [one["lr"] for one in written[-1]["failed"]] == [1.0, 1.0]
-
-
-class Counter:
-    """A worker whose process dies of a job where no other one has before."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def square(self, number):
-        if number == 3 and not self.path.exists():
-            self.path.touch()
-            os._exit(7)
-        if number == 4:
-            raise ValueError("four")
-        return number**2
-
-
-def test_job_of_a_process_that_dies_is_done_by_another(tmp_path):
-    jobs = [Job("square", (number,)) for number in range(6)]
-    results = {}
-
-    def next_job():
-        return jobs.pop(0) if jobs else None
-
-    def done(job, result, error):
-        results[job.args[0]] = error or result
-
-    run_in_processes(2, partial(Counter, tmp_path / "died"), next_job, done)
-    assert results == {0: 0, 1: 1, 2: 4, 3: 9, 4: "ValueError: four", 5: 25}
-
-
-def test_all_processes_dead_is_an_error(tmp_path):
-    results = {}
-    jobs = [Job("square", (3,))]
-    with pytest.raises(RuntimeError, match="all 1 processes have died"):
-        run_in_processes(
-            1,
-            partial(Counter, tmp_path / "died"),
-            lambda: jobs.pop(0) if jobs else None,
-            lambda job, result, error: results.update({job.args[0]: error}),
-        )
-    assert results == {3: "the process ended with exit code 7"}

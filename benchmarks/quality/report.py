@@ -218,7 +218,8 @@ def report(units: list[Path], name: str, directory: Path) -> None:
     parts += ["## Beside TopK trained for each k", beside_topk(measured)]
     rates = {}
     for one in measured:
-        rates.setdefault(one["kind"], set()).add(f"{one['lr']:g}")
+        is_cut = " (of a grid that was cut short)" if one.get("grid_is_cut") else ""
+        rates.setdefault(one["kind"], set()).add(f"{one['lr']:g}{is_cut}")
     chosen = ", ".join(f"{kind} {' '.join(sorted(lrs))}" for kind, lrs in rates.items())
     parts += ["## Learning rates", chosen]
     for part in ("failed", "left_out"):

@@ -28,6 +28,7 @@ class Search:
         waiting (list[float]): Those of them that no process has begun.
         running (int): How many are being trained.
         extended (int): How often the grid was.
+        is_cut (bool): Whether rates of the grid were not tried for want of time.
         best (dict[str, Any] | None): What is known of the best SAE so far.
         rows (Any): Its metrics on the test.
         state (str): "training", "trained", "measuring" or "done".
@@ -39,6 +40,7 @@ class Search:
     waiting: list[float] = field(default_factory=list)
     running: int = 0
     extended: int = 0
+    is_cut: bool = False
     best: dict[str, Any] | None = None
     rows: Any = None
     state: str = "training"
@@ -103,24 +105,39 @@ class Unit:
             self.about_is_asked = True
             return Job("about")
         for search in self.searches:
+            if search.state == "training" and search.waiting and not self._fits_in(search):
+                self._cut(search)
             if search.state == "trained":
                 assert search.kind is not None
                 assert search.best is not None
                 search.state = "measuring"
                 return self._job(search, "measure", search.kind, search.best["path"])
         for search in self.searches:
-            if search.state == "training" and self._is_known(search) and search.waiting:
+            if (
+                search.state == "training"
+                and self._is_known(search)
+                and search.waiting
+                and self._fits_in(search)
+            ):
                 assert search.kind is not None
-                # BatchTopK takes thrice as long as TopK.
-                unknown = 3 * max(self.took.values(), default=0)
-                took = self.took.get(search.kind.architecture, unknown)
-                if monotonic() + took * search.kind.longer > self.deadline:
-                    continue
                 search.running += 1
                 lr, seed = search.waiting.pop(0), search.entry.seed
                 path = self.directory / f"{search.kind.name}_{seed}_{lr:g}"
                 return self._job(search, "train", search.kind, lr, seed, path)
         return None
+
+    def _fits_in(self, search: Search) -> bool:
+        """Return whether there is time to train another SAE of the search."""
+        assert search.kind is not None
+        # BatchTopK takes thrice as long as TopK.
+        unknown = 3 * max(self.took.values(), default=0)
+        took = self.took.get(search.kind.architecture, unknown) * search.kind.longer
+        return monotonic() + took <= self.deadline
+
+    def _cut(self, search: Search) -> None:
+        """Let the best so far count, though rates of the grid were not tried for want of time."""
+        if search.best is not None and not search.running:
+            search.is_cut, search.state = True, "trained"
 
     def _job(self, search: Search, method: str, *args: Any) -> Job:
         job = Job(method, args)
@@ -276,8 +293,11 @@ class Unit:
             if search.rows is not None and search.kind is not None and search.best is not None:
                 known = {name: each for name, each in search.best.items() if name != "path"}
                 rows = [{name: settled(v) for name, v in row.items()} for row in search.rows]
-                longer = {"longer": search.kind.longer} if search.kind.longer > 1 else {}
-                measured.append(known | longer | {"k": search.kind.k, "metrics": rows})
+                if search.kind.longer > 1:
+                    known["longer"] = search.kind.longer
+                if search.is_cut:
+                    known["grid_is_cut"] = True
+                measured.append(known | {"k": search.kind.k, "metrics": rows})
         left_out = [
             f"{s.kind.name if s.kind else s.entry.name}@{s.entry.seed}"
             for s in self.searches
