@@ -168,6 +168,7 @@ def main(argv: list[str]) -> None:
     merge = commands.add_parser("report", help="merge units into tables and a figure")
     merge.add_argument("units", type=Path, nargs="+")
     merge.add_argument("--name", required=True, help="of the result")
+    merge.add_argument("--draw", nargs="+", help="series for the figure, such as even_corrected")
     args = parser.parse_args(argv)
     if args.command == "train" and (args.model is None) != (args.tokens is None):
         parser.error("--model and --tokens go together")
@@ -176,7 +177,7 @@ def main(argv: list[str]) -> None:
     if args.command == "train":
         train(args)
     else:
-        report(args.units, args.name, ROOT / "benchmarks")
+        report(args.units, args.name, ROOT / "benchmarks", args.draw)
 
 
 if __name__ == "__main__":

@@ -39,6 +39,8 @@ METRICS = [
     ("seconds", "seconds of training", 1),
 ]
 OF_AN_SAE = ("dead_in_training", "seconds")
+# The end of a series' name where each budget has its correction.
+CORRECTED = "_corrected"
 
 # Values by series, budget and seed.
 Values = dict[str, dict[int, list[float]]]
@@ -52,25 +54,31 @@ def rows_of(measured: list[dict[str, Any]]) -> list[tuple[str, int, dict[str, An
         longer = f"_x{one['longer']}" if "longer" in one else ""
         for row in one["metrics"]:
             row = row | {name: one[name] for name in OF_AN_SAE}
+            corrected = CORRECTED if row.get("corrected") else ""
             if family not in FAMILIES:
-                rows.append((one["kind"], row["budget"], row))
+                rows.append((one["kind"] + corrected, row["budget"], row))
                 continue
             budget = row["budget"] or one["k"]
             is_cut = budget != one["k"] and family == "topk"
             series = "topk_cut" if is_cut else family
-            rows.append((series + longer, budget if is_cut else one["k"], row))
+            rows.append((series + longer + corrected, budget if is_cut else one["k"], row))
     return rows
 
 
 def split(series: str) -> tuple[str, int]:
-    """Return a series' name without "_x3", and how many times as long it was trained."""
-    name, _, longer = series.partition("_x")
+    """Return a series' name without suffixes, and how many times as long it was trained."""
+    name, _, longer = series.removesuffix(CORRECTED).partition("_x")
     return name, int(longer or 1)
 
 
 def label(series: str) -> str:
     name, longer = split(series)
-    return NAMES[name] if longer == 1 else f"{NAMES[name]}, {longer} times as long"
+    parts = [NAMES[name]]
+    if longer > 1:
+        parts.append(f"{longer} times as long")
+    if series.endswith(CORRECTED):
+        parts.append("corrected")
+    return ", ".join(parts)
 
 
 def values_of(measured: list[dict[str, Any]], metric: str) -> Values:
@@ -93,7 +101,11 @@ def table(measured: list[dict[str, Any]], metric: str, digits: int) -> str:
     """Return a metric's table in Markdown, a row for each k."""
     values = values_of(measured, metric)
     if metric in OF_AN_SAE:
-        values = {name: each for name, each in values.items() if split(name)[0] != "topk_cut"}
+        values = {
+            name: each
+            for name, each in values.items()
+            if split(name)[0] != "topk_cut" and not name.endswith(CORRECTED)
+        }
     budgets = sorted({budget for series in values.values() for budget in series})
     lines = [
         "| k | " + " | ".join(label(name) for name in values) + " |",
@@ -106,33 +118,41 @@ def table(measured: list[dict[str, Any]], metric: str, digits: int) -> str:
 
 
 def beside_topk(measured: list[dict[str, Any]]) -> str:
-    """Say at which k each scheme is worse than TopK trained for that k, and by how much."""
+    """Say at which k each scheme is worse than TopK trained for that k, and by how much.
+
+    Where the scheme's budgets are corrected, TopK is, too.
+    """
     lines = []
-    variance = values_of(measured, "explained_variance")
-    others = [
-        (metric, values_of(measured, metric)) for metric in ("ce_increase", "kl_div_with_sae")
-    ]
-    for scheme in (name for name in variance if split(name)[0] in SCHEMES):
-        shared = sorted(variance[scheme].keys() & variance.get("topk", {}).keys())
-        if not shared:
+    values = {
+        metric: values_of(measured, metric)
+        for metric in ("explained_variance", "ce_increase", "kl_div_with_sae")
+    }
+    for scheme in values["explained_variance"]:
+        if split(scheme)[0] not in SCHEMES:
             continue
-        parts = [
-            "explained variance "
-            + ", ".join(
-                f"{k}: {mean(variance[scheme][k]) - mean(variance['topk'][k]):+.4f}" for k in shared
-            )
-        ]
-        for metric, values in others:
-            if scheme in values:
-                ratios = (mean(values[scheme][k]) / mean(values["topk"][k]) for k in shared)
-                ratio = ", ".join(f"{k}: {r:.2f}" for k, r in zip(shared, ratios, strict=True))
-                parts.append(f"{metric} times TopK's {ratio}")
-        lines.append(f"- {label(scheme)}: " + "; ".join(parts))
+        topk = "topk" + (CORRECTED if scheme.endswith(CORRECTED) else "")
+        parts = []
+        for metric, series in values.items():
+            one, other = series.get(scheme, {}), series.get(topk, {})
+            pairs = [(k, mean(one[k]), mean(other[k])) for k in sorted(one.keys() & other.keys())]
+            if pairs and metric == "explained_variance":
+                each = ", ".join(f"{k}: {a - b:+.4f}" for k, a, b in pairs)
+                parts.append(f"explained variance {each}")
+            elif pairs:
+                each = ", ".join(f"{k}: {a / b:.2f}" for k, a, b in pairs)
+                parts.append(f"{metric} times TopK's {each}")
+        if parts:
+            lines.append(f"- {label(scheme)}: " + "; ".join(parts))
     return "\n".join(lines)
 
 
-def draw(measured: list[dict[str, Any]]) -> go.Figure:
-    """Draw explained variance and what the language model loses, or the F1, against k."""
+def draw(measured: list[dict[str, Any]], drawn: list[str] | None = None) -> go.Figure:
+    """Draw explained variance and what the language model loses, or the F1, against k.
+
+    Args:
+        measured: the results.
+        drawn: the series, such as "even_corrected"; None draws all that are not corrected.
+    """
     panels = [("explained_variance", "explained variance")]
     if values_of(measured, "ce_increase"):
         panels.append(("ce_increase", "increase of the cross-entropy (nats)"))
@@ -142,6 +162,8 @@ def draw(measured: list[dict[str, Any]]) -> go.Figure:
     colors = dict(zip(NAMES, _COLORS, strict=True))
     for column, (metric, title) in enumerate(panels, start=1):
         for name, series in values_of(measured, metric).items():
+            if name.endswith(CORRECTED) if drawn is None else name not in drawn:
+                continue
             budgets = sorted(series)
             spread = [stdev(series[k]) if len(series[k]) > 1 else 0 for k in budgets]
             figure.add_scatter(
@@ -182,11 +204,19 @@ def _dash(series: str) -> str:
     name, longer = split(series)
     if longer > 1:
         return "dash"
+    if series.endswith(CORRECTED):
+        return "dashdot"
     return "solid" if name in SCHEMES else "dot"
 
 
-def report(units: list[Path], name: str, directory: Path) -> None:
+def report(units: list[Path], name: str, directory: Path, drawn: list[str] | None = None) -> None:
     """Merge units; print tables, and write them, the data and the figure into `directory`.
+
+    Args:
+        units: their files.
+        name: of the result.
+        directory: with the folders for results and figures.
+        drawn: as in `draw`.
 
     Raises:
         ValueError: for units of other activations or another training.
@@ -233,7 +263,7 @@ def report(units: list[Path], name: str, directory: Path) -> None:
     stem = directory / "results" / f"quality_{name}"
     stem.with_suffix(".json").write_text(json.dumps(merged, indent=1) + "\n")
     stem.with_suffix(".md").write_text(text + "\n")
-    figure = draw(measured)
+    figure = draw(measured, drawn)
     try:
         figure.write_image(directory / "figures" / f"quality_{name}.png", scale=2)
     except (ValueError, RuntimeError, ImportError) as error:

@@ -95,6 +95,46 @@ class Source(Protocol):
         ...
 
 
+class Correction(NamedTuple):
+    """What makes g x_hat + s of a reconstruction x_hat: the gain g, and the shift s, [d_in]."""
+
+    gain: float
+    shift: torch.Tensor
+
+
+@torch.no_grad()
+def fit_corrections(
+    sae: SAE[Any], x: torch.Tensor, budgets: list[int | None]
+) -> dict[int | None, Correction]:
+    """Return the correction of each budget by which E|x - g x_hat - s|^2 is smallest.
+
+    One SAE for all budgets has one decoder bias, and a latent has one value whether many follow it
+    or none. An SAE at one budget takes its correction up in its weights: W_dec' = g W_dec,
+    b_dec' = g b_dec + s, and b_enc' = b_enc + (b_dec' - b_dec) W_enc where the encoder subtracts
+    b_dec.
+
+    Args:
+        sae: the SAE.
+        x: activations, [n, d_in].
+        budgets: to fit at.
+    """
+    mean_x = x.double().mean(0)
+    sums: dict[int | None, list[torch.Tensor]] = {}
+    for part in x.split(8192):
+        centred = part.double() - mean_x
+        for budget, reconstruction in reconstruct(sae, part, budgets):
+            x_hat = reconstruction.x_hat.double()
+            new = [x_hat.sum(0), x_hat.square().sum(), (x_hat * centred).sum()]
+            old = sums.get(budget)
+            sums[budget] = new if old is None else [a + b for a, b in zip(old, new, strict=True)]
+    corrections = {}
+    for budget, (total, squares, products) in sums.items():
+        mean = total / len(x)
+        gain = float(products / (squares - len(x) * mean.square().sum()))
+        corrections[budget] = Correction(gain, (mean_x - gain * mean).to(x.dtype))
+    return corrections
+
+
 def _dtype(device: torch.device) -> torch.dtype:
     # A model's precision there is not float32's, and bfloat16 halves the memory.
     return torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -227,6 +267,8 @@ class LanguageModelSource:
                 rows.copy_(file.get_tensor("train"))
             counts = sum(file.get_tensor("counts").cpu() for file in files)
             self._made = {"train": made, "counts": torch.as_tensor(counts)}
+            if device.type == "cuda":
+                torch.cuda.empty_cache()  # of a part each
         return self._made
 
     @property
@@ -289,18 +331,27 @@ class LanguageModelSource:
 
     @torch.no_grad()
     def measure(self, sae: SAE[Any], budgets: list[int | None]) -> list[dict[str, Any]]:
-        totals = {budget: Totals(sae) for budget in budgets}
+        """Return the metrics of an SAE on the test, at each budget as it is and corrected."""
+        corrections = fit_corrections(sae, self.validation, budgets)
+        totals: dict[tuple[int | None, bool], Totals] = {}
         runs = ModelRuns(self.model, self.ignored, True, True, {}, max_norm=self.max_norm)
         for tokens in self.test.split(max(1, 16384 // self.test.shape[1])):
             batch = ModelBatch(tokens, [sae], runs)
             x = batch.activations(sae)
             for budget, reconstruction in reconstruct(sae, x, budgets):
-                totals[budget].add(x, reconstruction, batch.mask)
-                metrics = batch.model_metrics(sae, reconstruction.x_hat)
-                totals[budget].add_model_metrics(metrics)
-        rows = [asdict(total.metrics("", budget)) for budget, total in totals.items()]
-        for row in rows:
+                gain, shift = corrections[budget]
+                corrected = reconstruction._replace(x_hat=gain * reconstruction.x_hat + shift)
+                for is_corrected, version in ((False, reconstruction), (True, corrected)):
+                    total = totals.setdefault((budget, is_corrected), Totals(sae))
+                    total.add(x, version, batch.mask)
+                    total.add_model_metrics(batch.model_metrics(sae, version.x_hat))
+        rows = []
+        for (budget, is_corrected), total in totals.items():
+            row = asdict(total.metrics("", budget))
             row["ce_increase"] = row["ce_loss_with_sae"] - row["ce_loss_without_sae"]
+            if is_corrected:
+                row |= {"corrected": True, "gain": corrections[budget].gain}
+            rows.append(row)
         return rows
 
 

@@ -335,6 +335,7 @@ def summary(search: Search) -> str:
     values = " ".join(
         f"{row['budget'] or round(row['l0'], 1)}:{row['explained_variance']:.4f}"
         for row in search.rows
+        if not row.get("corrected")
     )
     name = f"{search.kind.name}@{search.entry.seed}"
     return f"{name} lr {one['lr']:g} {one['seconds']:.0f} s  {values}"
