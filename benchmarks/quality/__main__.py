@@ -8,11 +8,16 @@
     python -m benchmarks.quality report lm*.json --name smollm2
     python -m benchmarks.quality --quick  # all of it on a tiny model, on a CPU; writes no file
 
-`train` is a unit: some kinds of SAEs (`--kinds`), each trained by SAELens's trainer within
-`accelerate()` on the same activations, with one seed. Of a grid of learning rates each kind gets
-the one that explains most variance of other activations than those whose results are reported. A
-further seed takes the learning rates that another unit chose (`--rates-of`). Units that run at once
-on one machine share their activations by `--cache`, and are not to be timed.
+`train` is a unit: SAEs (`--kinds`), each trained by SAELens's trainer within `accelerate()` on the
+same activations. Of a grid of learning rates each kind gets the one that explains most variance of
+other activations than those whose results are reported. Further seeds take it: `--kinds even topk
+even@1 topk@1` trains each with the seeds 0 and 1, in this order. `best_1@1` is a further seed of
+the best scheme, and `evenx3` is trained three times as long. Where a unit is split, a part takes
+the learning rates that another one chose (`--rates-of`).
+
+`--workers` trains so many SAEs at once, each on the next of the visible GPUs. They share the work
+of making the activations, through files in `--cache`. With `--seconds` a unit ends in time: what
+does not fit in is left out, and the result names it.
 
 `report` merges units. It prints tables and writes them with the results to benchmarks/results, and
 the figure to benchmarks/figures.
@@ -21,11 +26,14 @@ the figure to benchmarks/figures.
 import argparse
 import datetime
 import json
+import math
 import platform
 import sys
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from time import monotonic
 from typing import Any
 
 import torch
@@ -33,20 +41,12 @@ import torch
 import sae_lens_flex
 
 from ..measuring import machine
-from .kinds import FAMILIES, SCHEMES, make_kinds
+from .kinds import FAMILIES, SCHEMES, Kind, make_kind, make_plan
+from .processes import run_here, run_in_processes
 from .report import report
-from .sources import (
-    SYNTHETIC,
-    LanguageModelSource,
-    Sizes,
-    Source,
-    SyntheticSource,
-    model_config,
-    saved_config,
-    small_synthetic,
-    token_dataset,
-)
-from .unit import Training, chosen_rates, run_unit
+from .sources import chosen_source, model_config
+from .unit import Unit, chosen_rates
+from .worker import Training, Worker
 
 ROOT = Path(__file__).parents[2]
 TINY_LM = ROOT / "examples" / "tiny_lm"
@@ -54,32 +54,16 @@ TINY_LM = ROOT / "examples" / "tiny_lm"
 
 def train(args: argparse.Namespace) -> None:
     """Train and measure a unit."""
-    torch.set_float32_matmul_precision("high")
-    sizes = Sizes(args.activations or args.samples, args.validation, args.test)
+    ends = monotonic() + args.seconds
     autocast = args.device.startswith("cuda")
-    if args.synthetic:
-        cfg = SYNTHETIC if args.features is None else small_synthetic(args.features)
-        source: Source = SyntheticSource(cfg, sizes, args.device)
-    elif args.config is not None:
-        cfg = saved_config(args.config)
-        cfg.device = cfg.act_store_device = args.device
-        source = LanguageModelSource(cfg, sizes, cache=args.cache)
-    else:
-        dataset = token_dataset(args.tokens)
-        about = args.tokens.with_suffix(".json")
-        cfg = model_config(
-            str(args.model), args.hook, args.d_in, args.d_sae, args.k, args.context, args.device
-        )
-        text = json.loads(about.read_text()) if about.exists() else args.tokens.name
-        source = LanguageModelSource(cfg, sizes, dataset, args.cache, text)
-    training = Training(args.d_sae, args.samples, args.batch, args.seed, args.device, autocast)
+    training = Training(args.d_sae, args.samples, args.batch, args.device, autocast)
     head = {
         "date": datetime.date.today().isoformat(),
         "machine": machine(args.device),
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "sae-lens")},
         "sae-lens-flex": sae_lens_flex.__version__,
-        "source": source.about,
+        "workers": args.workers,
         "training": {
             "d_sae": args.d_sae,
             "k": args.k,
@@ -91,11 +75,29 @@ def train(args: argparse.Namespace) -> None:
     }
 
     def write(result: dict[str, Any]) -> None:
-        args.output.write_text(json.dumps(head | result, indent=1) + "\n")
+        partial_file = args.output.with_suffix(".partial")
+        partial_file.write_text(json.dumps(head | result, indent=1) + "\n")
+        partial_file.rename(args.output)
 
-    kinds = make_kinds(args.kinds, args.k, args.d_sae, args.budgets)
-    rates = (lambda kind: args.lr) if args.rates_of is None else chosen_rates(args.rates_of)
-    run_unit(kinds, rates, source, training, write, args.extensions)
+    def kind(name: str, longer: int) -> Kind:
+        return make_kind(name, args.k, args.d_sae, args.budgets, longer)
+
+    plan = make_plan(args.kinds, args.budgets)
+    rates = (lambda name: args.lr) if args.rates_of is None else chosen_rates(args.rates_of)
+    for entry in plan:
+        if entry.rank is None:
+            rates(entry.name)  # what was not chosen is told before the activations are made
+    with TemporaryDirectory() as directory:
+        path = Path(directory)
+        cache = args.cache or (path / "activations" if args.workers > 1 else None)
+        worker = partial(Worker, partial(chosen_source, args, cache), training)
+        left = ends - monotonic()
+        unit = Unit(plan, kind, rates, args.workers, path, write, args.extensions, left)
+        if args.workers == 1:
+            run_here(worker, unit.next_job, unit.done)
+        else:
+            run_in_processes(args.workers, worker, unit.next_job, unit.done)
+        unit.end()
 
 
 def quick() -> None:
@@ -110,7 +112,11 @@ def quick() -> None:
         shared = "--d-sae 256 --k 8 --budgets 2 8 --samples 4096 --batch 256 --validation 512"
         shared += " --test 512 --device cpu --extensions 1"
         for name, source in (
-            ("model", f"--config {tiny} --kinds even half_on_k topk_8 --lr 3e-3 6e-3"),
+            (
+                "model",
+                f"--config {tiny} --workers 2 --lr 3e-3 6e-3 "
+                "--kinds even half_on_k topk_8 best_1@1",
+            ),
             (
                 "synthetic",
                 "--synthetic --features 512 --lr 3e-3 "
@@ -143,8 +149,10 @@ def main(argv: list[str]) -> None:
     unit.add_argument("--hook", default="model.layers.15")
     unit.add_argument("--d-in", type=int, default=576)
     unit.add_argument("--context", type=int, default=512)
-    unit.add_argument("--cache", type=Path, help="a file for the activations")
+    unit.add_argument("--cache", type=Path, help="a directory for the activations")
     unit.add_argument("--kinds", nargs="+", default=[*SCHEMES, *FAMILIES])
+    unit.add_argument("--workers", type=int, default=1, help="processes, each with a GPU")
+    unit.add_argument("--seconds", type=float, default=math.inf, help="in which training is to end")
     unit.add_argument("--d-sae", type=int, default=16384)
     unit.add_argument("--k", type=int, default=64)
     unit.add_argument("--budgets", type=int, nargs="+", default=[2, 4, 8, 16, 32, 64])
@@ -156,18 +164,20 @@ def main(argv: list[str]) -> None:
     unit.add_argument("--lr", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3])
     unit.add_argument("--extensions", type=int, default=2, help="of the grid, where its edge wins")
     unit.add_argument("--rates-of", type=Path, nargs="+", help="units that chose them")
-    unit.add_argument("--seed", type=int, default=0)
     unit.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     merge = commands.add_parser("report", help="merge units into tables and a figure")
     merge.add_argument("units", type=Path, nargs="+")
     merge.add_argument("--name", required=True, help="of the result")
+    merge.add_argument("--draw", nargs="+", help="series for the figure, such as even_corrected")
     args = parser.parse_args(argv)
     if args.command == "train" and (args.model is None) != (args.tokens is None):
         parser.error("--model and --tokens go together")
+    if args.command == "train" and args.workers < 1:
+        parser.error(f"--workers is {args.workers}, expected 1 or more")
     if args.command == "train":
         train(args)
     else:
-        report(args.units, args.name, ROOT / "benchmarks")
+        report(args.units, args.name, ROOT / "benchmarks", args.draw)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,11 @@ NAMES = {
     "topk": "TopK for each k",
     "even": "even",
     "half_on_k": "half on K",
+    "quarter_on_k": "quarter on K",
     "rising": "rising",
     "doubling": "doubling budgets",
+    "doubling_sqrt": "doubling, as sqrt(k)",
+    "doubling_rising": "doubling, as k",
     "doubling_half_on_k": "doubling, half on K",
     "every_eighth": "every eighth",
     "topk_cut": "TopK(K) cut to k",
@@ -36,6 +39,8 @@ METRICS = [
     ("seconds", "seconds of training", 1),
 ]
 OF_AN_SAE = ("dead_in_training", "seconds")
+# The end of a series' name where each budget has its correction.
+CORRECTED = "_corrected"
 
 # Values by series, budget and seed.
 Values = dict[str, dict[int, list[float]]]
@@ -46,15 +51,34 @@ def rows_of(measured: list[dict[str, Any]]) -> list[tuple[str, int, dict[str, An
     rows = []
     for one in measured:
         family = one["kind"].partition("_")[0]
+        longer = f"_x{one['longer']}" if "longer" in one else ""
         for row in one["metrics"]:
             row = row | {name: one[name] for name in OF_AN_SAE}
+            corrected = CORRECTED if row.get("corrected") else ""
             if family not in FAMILIES:
-                rows.append((one["kind"], row["budget"], row))
+                rows.append((one["kind"] + corrected, row["budget"], row))
                 continue
             budget = row["budget"] or one["k"]
             is_cut = budget != one["k"] and family == "topk"
-            rows.append(("topk_cut" if is_cut else family, budget if is_cut else one["k"], row))
+            series = "topk_cut" if is_cut else family
+            rows.append((series + longer + corrected, budget if is_cut else one["k"], row))
     return rows
+
+
+def split(series: str) -> tuple[str, int]:
+    """Return a series' name without suffixes, and how many times as long it was trained."""
+    name, _, longer = series.removesuffix(CORRECTED).partition("_x")
+    return name, int(longer or 1)
+
+
+def label(series: str) -> str:
+    name, longer = split(series)
+    parts = [NAMES[name]]
+    if longer > 1:
+        parts.append(f"{longer} times as long")
+    if series.endswith(CORRECTED):
+        parts.append("corrected")
+    return ", ".join(parts)
 
 
 def values_of(measured: list[dict[str, Any]], metric: str) -> Values:
@@ -62,7 +86,8 @@ def values_of(measured: list[dict[str, Any]], metric: str) -> Values:
     for series, budget, row in rows_of(measured):
         if row.get(metric) is not None:
             values.setdefault(series, {}).setdefault(budget, []).append(row[metric])
-    return {name: values[name] for name in NAMES if name in values}
+    order = list(NAMES)
+    return dict(sorted(values.items(), key=lambda item: order.index(split(item[0])[0])))
 
 
 def cell(values: list[float] | None, digits: int) -> str:
@@ -76,10 +101,14 @@ def table(measured: list[dict[str, Any]], metric: str, digits: int) -> str:
     """Return a metric's table in Markdown, a row for each k."""
     values = values_of(measured, metric)
     if metric in OF_AN_SAE:
-        values.pop("topk_cut", None)
+        values = {
+            name: each
+            for name, each in values.items()
+            if split(name)[0] != "topk_cut" and not name.endswith(CORRECTED)
+        }
     budgets = sorted({budget for series in values.values() for budget in series})
     lines = [
-        "| k | " + " | ".join(NAMES[name] for name in values) + " |",
+        "| k | " + " | ".join(label(name) for name in values) + " |",
         "|---" * (len(values) + 1) + "|",
     ]
     for budget in budgets:
@@ -89,33 +118,41 @@ def table(measured: list[dict[str, Any]], metric: str, digits: int) -> str:
 
 
 def beside_topk(measured: list[dict[str, Any]]) -> str:
-    """Say at which k each scheme is worse than TopK trained for that k, and by how much."""
+    """Say at which k each scheme is worse than TopK trained for that k, and by how much.
+
+    Where the scheme's budgets are corrected, TopK is, too.
+    """
     lines = []
-    variance = values_of(measured, "explained_variance")
-    others = [
-        (metric, values_of(measured, metric)) for metric in ("ce_increase", "kl_div_with_sae")
-    ]
-    for scheme in (name for name in SCHEMES if name in variance):
-        shared = sorted(variance[scheme].keys() & variance.get("topk", {}).keys())
-        if not shared:
+    values = {
+        metric: values_of(measured, metric)
+        for metric in ("explained_variance", "ce_increase", "kl_div_with_sae")
+    }
+    for scheme in values["explained_variance"]:
+        if split(scheme)[0] not in SCHEMES:
             continue
-        parts = [
-            "explained variance "
-            + ", ".join(
-                f"{k}: {mean(variance[scheme][k]) - mean(variance['topk'][k]):+.4f}" for k in shared
-            )
-        ]
-        for metric, values in others:
-            if scheme in values:
-                ratios = (mean(values[scheme][k]) / mean(values["topk"][k]) for k in shared)
-                ratio = ", ".join(f"{k}: {r:.2f}" for k, r in zip(shared, ratios, strict=True))
-                parts.append(f"{metric} times TopK's {ratio}")
-        lines.append(f"- {NAMES[scheme]}: " + "; ".join(parts))
+        topk = "topk" + (CORRECTED if scheme.endswith(CORRECTED) else "")
+        parts = []
+        for metric, series in values.items():
+            one, other = series.get(scheme, {}), series.get(topk, {})
+            pairs = [(k, mean(one[k]), mean(other[k])) for k in sorted(one.keys() & other.keys())]
+            if pairs and metric == "explained_variance":
+                each = ", ".join(f"{k}: {a - b:+.4f}" for k, a, b in pairs)
+                parts.append(f"explained variance {each}")
+            elif pairs:
+                each = ", ".join(f"{k}: {a / b:.2f}" for k, a, b in pairs)
+                parts.append(f"{metric} times TopK's {each}")
+        if parts:
+            lines.append(f"- {label(scheme)}: " + "; ".join(parts))
     return "\n".join(lines)
 
 
-def draw(measured: list[dict[str, Any]]) -> go.Figure:
-    """Draw explained variance and what the language model loses, or the F1, against k."""
+def draw(measured: list[dict[str, Any]], drawn: list[str] | None = None) -> go.Figure:
+    """Draw explained variance and what the language model loses, or the F1, against k.
+
+    Args:
+        measured: the results.
+        drawn: the series, such as "even_corrected"; None draws all that are not corrected.
+    """
     panels = [("explained_variance", "explained variance")]
     if values_of(measured, "ce_increase"):
         panels.append(("ce_increase", "increase of the cross-entropy (nats)"))
@@ -123,20 +160,22 @@ def draw(measured: list[dict[str, Any]]) -> go.Figure:
         panels.append(("f1_score", "F1 of latents as detectors of true features"))
     figure = make_subplots(cols=2, rows=1, horizontal_spacing=0.1)
     colors = dict(zip(NAMES, _COLORS, strict=True))
-    for column, (metric, label) in enumerate(panels, start=1):
+    for column, (metric, title) in enumerate(panels, start=1):
         for name, series in values_of(measured, metric).items():
+            if name.endswith(CORRECTED) if drawn is None else name not in drawn:
+                continue
             budgets = sorted(series)
             spread = [stdev(series[k]) if len(series[k]) > 1 else 0 for k in budgets]
             figure.add_scatter(
                 x=budgets,
                 y=[mean(series[k]) for k in budgets],
                 error_y={"array": spread, "visible": any(spread)},
-                name=NAMES[name],
+                name=label(name),
                 legendgroup=name,
                 showlegend=column == 1,
                 mode="lines+markers",
-                line={"color": colors[name], "dash": "solid" if name in SCHEMES else "dot"},
-                marker={"symbol": "circle" if name in SCHEMES else "square", "size": 6},
+                line={"color": colors[split(name)[0]], "dash": _dash(name)},
+                marker={"symbol": "circle" if split(name)[0] in SCHEMES else "square", "size": 6},
                 col=column,
                 row=1,
             )
@@ -148,7 +187,7 @@ def draw(measured: list[dict[str, Any]]) -> go.Figure:
         if metric == "ce_increase":
             decades = [digit * 10**exponent for exponent in (-3, -2, -1, 0) for digit in (1, 2, 5)]
             axis = {"type": "log", "tickvals": decades, "ticktext": [f"{v:g}" for v in decades]}
-        figure.update_yaxes(title=label, col=column, row=1, **axis)
+        figure.update_yaxes(title=title, col=column, row=1, **axis)
     figure.update_layout(
         template="plotly_white", width=1150, height=480, margin={"t": 20, "r": 20, "b": 60}
     )
@@ -156,13 +195,28 @@ def draw(measured: list[dict[str, Any]]) -> go.Figure:
 
 
 _COLORS = (
-    *("black", "#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#17becf"),
-    *("gray", "#8c564b", "#e377c2"),
+    *("black", "#1f77b4", "#d62728", "#f4a6a6", "#2ca02c", "#ff7f0e", "#bcbd22", "#c49c00"),
+    *("#9467bd", "#17becf", "gray", "#8c564b", "#e377c2"),
 )
 
 
-def report(units: list[Path], name: str, directory: Path) -> None:
+def _dash(series: str) -> str:
+    name, longer = split(series)
+    if longer > 1:
+        return "dash"
+    if series.endswith(CORRECTED):
+        return "dashdot"
+    return "solid" if name in SCHEMES else "dot"
+
+
+def report(units: list[Path], name: str, directory: Path, drawn: list[str] | None = None) -> None:
     """Merge units; print tables, and write them, the data and the figure into `directory`.
+
+    Args:
+        units: their files.
+        name: of the result.
+        directory: with the folders for results and figures.
+        drawn: as in `draw`.
 
     Raises:
         ValueError: for units of other activations or another training.
@@ -181,18 +235,27 @@ def report(units: list[Path], name: str, directory: Path) -> None:
         "seeds": seeds,
         "tried": [one for result in results for one in result["tried"]],
         "measured": measured,
+        "failed": [one for result in results for one in result.get("failed", [])],
+        "left_out": [one for result in results for one in result.get("left_out", [])],
     }
-    of_seeds = "one seed" if len(seeds) == 1 else f"mean ± standard deviation of {len(seeds)} seeds"
+    of_seeds = "one seed"
+    if len(seeds) > 1:
+        of_seeds = f"mean ± standard deviation of up to {len(seeds)} seeds; without ±: one seed"
     parts = [f"# {name}: {of_seeds}"]
-    for metric, label, digits in METRICS:
+    for metric, title, digits in METRICS:
         if values_of(measured, metric):
-            parts += [f"## {label}", table(measured, metric, digits)]
+            parts += [f"## {title}", table(measured, metric, digits)]
     parts += ["## Beside TopK trained for each k", beside_topk(measured)]
     rates = {}
     for one in measured:
-        rates.setdefault(one["kind"], set()).add(f"{one['lr']:g}")
+        is_cut = " (of a grid that was cut short)" if one.get("grid_is_cut") else ""
+        rates.setdefault(one["kind"], set()).add(f"{one['lr']:g}{is_cut}")
     chosen = ", ".join(f"{kind} {' '.join(sorted(lrs))}" for kind, lrs in rates.items())
     parts += ["## Learning rates", chosen]
+    for part in ("failed", "left_out"):
+        if merged[part]:
+            names = [str(one) for one in merged[part]]
+            parts += [f"## {part.replace('_', ' ').capitalize()}", ", ".join(names)]
     text = "\n\n".join(part for part in parts if part)
     print(text)
     (directory / "results").mkdir(exist_ok=True)
@@ -200,7 +263,7 @@ def report(units: list[Path], name: str, directory: Path) -> None:
     stem = directory / "results" / f"quality_{name}"
     stem.with_suffix(".json").write_text(json.dumps(merged, indent=1) + "\n")
     stem.with_suffix(".md").write_text(text + "\n")
-    figure = draw(measured)
+    figure = draw(measured, drawn)
     try:
         figure.write_image(directory / "figures" / f"quality_{name}.png", scale=2)
     except (ValueError, RuntimeError, ImportError) as error:

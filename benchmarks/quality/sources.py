@@ -6,16 +6,15 @@ which a learning rate is chosen, and a test, whose results are reported.
 
 import json
 import math
-from collections.abc import Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
-from dataclasses import asdict, replace
-from multiprocessing import get_context
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from datasets import Dataset
 from sae_lens import SAE, ActivationsStore, LanguageModelSAERunnerConfig
 from sae_lens.load_model import load_model
 from sae_lens.synthetic import (
@@ -33,7 +32,8 @@ from sae_lens.synthetic.evals import (
     feature_uniqueness,
     mean_correlation_coefficient,
 )
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from sae_lens_flex import HierarchicalTopKTrainingSAEConfig
@@ -58,22 +58,86 @@ class Sizes(NamedTuple):
     test: int
 
 
+@dataclass(frozen=True)
+class Later:
+    """A call for another process: what a CPU takes long to compute, while the GPU trains on."""
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+
+
 class Source(Protocol):
     """
     Attributes:
-        about: what the activations are, for the result.
         metadata: fields of the SAE's metadata.
-        train, validation: activations, [n, d_in].
+        validation: activations, [n, d_in].
     """
 
-    about: dict[str, Any]
     metadata: dict[str, Any]
-    train: torch.Tensor
     validation: torch.Tensor
+
+    def collect(self, part: int) -> None:
+        """Make a part of the activations to train on. Each of several processes makes one."""
+        ...
+
+    @property
+    def train(self) -> torch.Tensor:
+        """Activations, [n, d_in]. All parts must have been made."""
+        ...
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What the activations are, for the result. All parts must have been made."""
+        ...
 
     def measure(self, sae: SAE[Any], budgets: list[int | None]) -> list[dict[str, Any]]:
         """Return the metrics of an SAE on the test, at each budget."""
         ...
+
+
+class Correction(NamedTuple):
+    """What makes g x_hat + s of a reconstruction x_hat: the gain g, and the shift s, [d_in]."""
+
+    gain: float
+    shift: torch.Tensor
+
+
+@torch.no_grad()
+def fit_corrections(
+    sae: SAE[Any], x: torch.Tensor, budgets: list[int | None]
+) -> dict[int | None, Correction]:
+    """Return the correction of each budget by which E|x - g x_hat - s|^2 is smallest.
+
+    One SAE for all budgets has one decoder bias, and a latent has one value whether many follow it
+    or none. An SAE at one budget takes its correction up in its weights: W_dec' = g W_dec,
+    b_dec' = g b_dec + s, and b_enc' = b_enc + (b_dec' - b_dec) W_enc where the encoder subtracts
+    b_dec.
+
+    Args:
+        sae: the SAE.
+        x: activations, [n, d_in].
+        budgets: to fit at.
+    """
+    mean_x = x.double().mean(0)
+    sums: dict[int | None, list[torch.Tensor]] = {}
+    for part in x.split(8192):
+        centred = part.double() - mean_x
+        for budget, reconstruction in reconstruct(sae, part, budgets):
+            x_hat = reconstruction.x_hat.double()
+            new = [x_hat.sum(0), x_hat.square().sum(), (x_hat * centred).sum()]
+            old = sums.get(budget)
+            sums[budget] = new if old is None else [a + b for a, b in zip(old, new, strict=True)]
+    corrections = {}
+    for budget, (total, squares, products) in sums.items():
+        mean = total / len(x)
+        gain = float(products / (squares - len(x) * mean.square().sum()))
+        corrections[budget] = Correction(gain, (mean_x - gain * mean).to(x.dtype))
+    return corrections
+
+
+def _dtype(device: torch.device) -> torch.dtype:
+    # A model's precision there is not float32's, and bfloat16 halves the memory.
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 # --- language models
@@ -99,15 +163,20 @@ def model_config(
     )
 
 
-def token_dataset(path: Path) -> Dataset:
-    """Return the rows of tokens that `benchmarks.quality.text` wrote."""
-    rows = np.load(path, mmap_mode="r")
+class TokenRows:
+    """
+    The rows of tokens that `benchmarks.quality.text` wrote, as SAELens iterates over a dataset.
 
-    def generate() -> Iterator[dict[str, Any]]:
-        for row in rows:
-            yield {"input_ids": row.astype(np.int32)}
+    Args:
+        path: the .npy file.
+    """
 
-    return Dataset.from_generator(generate, keep_in_memory=True)  # pyright: ignore
+    def __init__(self, path: Path):
+        self.rows = np.load(path, mmap_mode="r")
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for row in self.rows:
+            yield {"input_ids": row.astype(np.int64)}
 
 
 class LanguageModelSource:
@@ -121,7 +190,9 @@ class LanguageModelSource:
         cfg: the run. Its SAE gives d_in only.
         sizes: how many activations each part has; that of the test counts whole prompts.
         dataset: in place of the config's.
-        cache: a file for the activations, which is read if it exists and written if not.
+        parts: in how many parts the activations to train on are made, each by another process.
+        cache: a directory for the parts, a file each. What is there is not computed again. Left
+            out, there is one part, which stays in this process.
         text: what the text is, for the result.
     """
 
@@ -129,10 +200,15 @@ class LanguageModelSource:
         self,
         cfg: LanguageModelSAERunnerConfig[Any],
         sizes: Sizes,
-        dataset: Dataset | None = None,
+        dataset: TokenRows | None = None,
+        parts: int = 1,
         cache: Path | None = None,
         text: Any = None,
     ):
+        if parts > 1 and cache is None:
+            raise ValueError(f"parts is {parts} and cache is None, expected a directory")
+        self.cfg, self.sizes, self.dataset, self.text = cfg, sizes, dataset, text
+        self.parts, self.cache = parts, cache
         self.metadata = {"hook_name": cfg.hook_name}
         self.model = load_model(
             cfg.model_class_name,
@@ -141,41 +217,78 @@ class LanguageModelSource:
             model_from_pretrained_kwargs=cfg.model_from_pretrained_kwargs,
             hook_names=[cfg.hook_name],
         )
-        self.store = ActivationsStore.from_config(self.model, cfg, override_dataset=dataset)
+        self.store = self._new_store()
         has_tokenizer = getattr(self.model, "tokenizer", None) is not None
         self.ignored = tokens_to_ignore(self.model, True) if has_tokenizer else []
-
-        def prompts(n: int) -> torch.Tensor:
-            return self.store.get_batch_tokens(math.ceil(n / cfg.context_size))
-
-        validation, self.test = prompts(sizes.validation), prompts(sizes.test)
+        validation, self.test = self._held_out(self.store)
         batch = self.store.store_batch_size_prompts
         acts = [self._activations(tokens) for tokens in validation.split(batch)]
         norms = torch.cat(acts).norm(dim=-1)
         self.max_norm = EXTREME * float(norms.median())
         self.validation = torch.cat(acts)[norms <= self.max_norm]
-        if cache is not None and cache.exists():
-            saved = load_file(cache, device=str(self.store.device))
-            self.train = saved["train"]
-            left_out, self.max_norm = saved["left_out_and_max_norm"].tolist()
-        else:
-            self.train, left_out = self._collect(sizes.train)
-            if cache is not None:
-                # Under another name first: what exists is whole.
-                numbers = torch.tensor([left_out, self.max_norm], dtype=torch.float64)
-                saved = {"train": self.train, "left_out_and_max_norm": numbers}
-                save_file(saved, cache.with_suffix(".part"))
-                cache.with_suffix(".part").rename(cache)
-        self.about = {
+        self._made: dict[str, torch.Tensor] | None = None
+
+    def _new_store(self) -> ActivationsStore:
+        dataset: Any = self.dataset  # SAELens only iterates over it.
+        return ActivationsStore.from_config(self.model, self.cfg, override_dataset=dataset)
+
+    def _held_out(self, store: ActivationsStore) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the prompts of validation and test, with which the store begins."""
+
+        def prompts(n: int) -> torch.Tensor:
+            return store.get_batch_tokens(math.ceil(n / self.cfg.context_size))
+
+        return prompts(self.sizes.validation), prompts(self.sizes.test)
+
+    def collect(self, part: int) -> None:
+        if self.cache is None:
+            self._made = self._collect(part)
+        elif not (path := self._file(part)).exists():
+            self.cache.mkdir(parents=True, exist_ok=True)
+            # Under another name first: what exists is whole.
+            save_file(self._collect(part), path.with_suffix(".partial"))
+            path.with_suffix(".partial").rename(path)
+
+    def _file(self, part: int) -> Path:
+        assert self.cache is not None
+        return self.cache / f"part_{part}_of_{self.parts}.safetensors"
+
+    def _load(self) -> dict[str, torch.Tensor]:
+        """Return the activations of all parts, and how many tokens were kept and seen."""
+        if self._made is None:
+            device = self.store.device
+            files = [
+                safe_open(self._file(part), "pt", device=str(device)) for part in range(self.parts)
+            ]
+            sizes = [file.get_slice("train").get_shape()[0] for file in files]
+            made = torch.empty(sum(sizes), self.store.d_in, dtype=_dtype(device), device=device)
+            # One by one: all of them may be half of the GPU's memory.
+            for rows, file in zip(made.split(sizes), files, strict=True):
+                rows.copy_(file.get_tensor("train"))
+            counts = sum(file.get_tensor("counts").cpu() for file in files)
+            self._made = {"train": made, "counts": torch.as_tensor(counts)}
+            if device.type == "cuda":
+                torch.cuda.empty_cache()  # of a part each
+        return self._made
+
+    @property
+    def train(self) -> torch.Tensor:
+        return self._load()["train"]
+
+    @property
+    def about(self) -> dict[str, Any]:
+        cfg = self.cfg
+        kept, seen = self._load()["counts"].tolist()
+        return {
             "model": Path(cfg.model_name).name if Path(cfg.model_name).exists() else cfg.model_name,
             "hook_name": cfg.hook_name,
-            "text": text or cfg.dataset_path,
+            "text": self.text or cfg.dataset_path,
             "context_size": cfg.context_size,
             "train": len(self.train),
             "validation": len(self.validation),
             "test_tokens": self.test.numel(),
             "max_norm": self.max_norm,
-            "left_out": left_out,
+            "left_out": round(1 - kept / max(seen, 1), 5),
         }
 
     def _activations(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -185,43 +298,60 @@ class LanguageModelSource:
         ignored = torch.tensor(self.ignored, dtype=tokens.dtype, device=tokens.device)
         return acts[~torch.isin(tokens, ignored).to(acts.device)]
 
-    def _collect(self, n: int) -> tuple[torch.Tensor, float]:
-        """Return n activations, or as many as the text has, and the share that is left out."""
-        # The model's precision is not float32's: bfloat16 halves the memory.
-        dtype = torch.bfloat16 if self.store.device.type == "cuda" else torch.float32
-        kept = torch.empty(n, self.store.d_in, dtype=dtype, device=self.store.device)
-        filled = seen = n_kept = 0
-        bar = tqdm(total=n, desc="Activations")
-        while filled < n:
+    def _collect(self, part: int) -> dict[str, torch.Tensor]:
+        """Return a part of the activations, and how many tokens were kept and seen.
+
+        Every process goes through all tokens, and runs the model on its share of the batches.
+        """
+        n = self.sizes.train // self.parts + (part < self.sizes.train % self.parts)
+        store = self._new_store()
+        self._held_out(store)
+        made = torch.empty(n, store.d_in, dtype=_dtype(store.device), device=store.device)
+        filled = seen = kept = 0
+        bar = tqdm(total=n, desc=f"Activations, part {part + 1} of {self.parts}")
+        for number in count():
+            if filled == n:
+                break
             try:
-                tokens = self.store.get_batch_tokens(raise_at_epoch_end=True)
+                tokens = store.get_batch_tokens(raise_at_epoch_end=True)
             except StopIteration:
                 break
+            if number % self.parts != part:
+                continue
             acts = self._activations(tokens)
             acts = acts[acts.norm(dim=-1) <= self.max_norm]
             seen += tokens.numel()
             new = acts[: n - filled]
-            kept[filled : filled + len(new)] = new
+            made[filled : filled + len(new)] = new
             filled += len(new)
-            n_kept += len(acts)
+            kept += len(acts)
             bar.update(len(new))
         bar.close()
-        return kept[:filled], round(1 - n_kept / max(seen, 1), 5)
+        return {"train": made[:filled], "counts": torch.tensor([kept, seen])}
 
     @torch.no_grad()
     def measure(self, sae: SAE[Any], budgets: list[int | None]) -> list[dict[str, Any]]:
-        totals = {budget: Totals(sae) for budget in budgets}
+        """Return the metrics of an SAE on the test, at each budget as it is and corrected."""
+        corrections = fit_corrections(sae, self.validation, budgets)
+        totals: dict[tuple[int | None, bool], Totals] = {}
         runs = ModelRuns(self.model, self.ignored, True, True, {}, max_norm=self.max_norm)
-        for tokens in self.test.split(max(1, 4096 // self.test.shape[1])):
+        for tokens in self.test.split(max(1, 16384 // self.test.shape[1])):
             batch = ModelBatch(tokens, [sae], runs)
             x = batch.activations(sae)
             for budget, reconstruction in reconstruct(sae, x, budgets):
-                totals[budget].add(x, reconstruction, batch.mask)
-                metrics = batch.model_metrics(sae, reconstruction.x_hat)
-                totals[budget].add_model_metrics(metrics)
-        rows = [asdict(total.metrics("", budget)) for budget, total in totals.items()]
-        for row in rows:
+                gain, shift = corrections[budget]
+                corrected = reconstruction._replace(x_hat=gain * reconstruction.x_hat + shift)
+                for is_corrected, version in ((False, reconstruction), (True, corrected)):
+                    total = totals.setdefault((budget, is_corrected), Totals(sae))
+                    total.add(x, version, batch.mask)
+                    total.add_model_metrics(batch.model_metrics(sae, version.x_hat))
+        rows = []
+        for (budget, is_corrected), total in totals.items():
+            row = asdict(total.metrics("", budget))
             row["ce_increase"] = row["ce_loss_with_sae"] - row["ce_loss_without_sae"]
+            if is_corrected:
+                row |= {"corrected": True, "gain": corrections[budget].gain}
+            rows.append(row)
         return rows
 
 
@@ -276,7 +406,8 @@ class SyntheticSource:
         self.model = SyntheticModel(cfg, device=device)
         self.n_test = sizes.test
         torch.manual_seed(1)
-        dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+        # Every process draws the same ones: that is quicker than to hand them over.
+        dtype = _dtype(torch.device(device))
         self.train = torch.empty(sizes.train, cfg.hidden_dim, dtype=dtype, device=device)
         for rows in tqdm(self.train.split(8192), desc="Samples"):
             rows.copy_(self.model.sample(len(rows)))
@@ -292,20 +423,16 @@ class SyntheticSource:
             "test_samples": sizes.test,
             "found": f"a decoder row has a cosine of {FOUND} with the feature",
         }
-        # At full size the Hungarian algorithm takes a CPU's core 10 to 20 s.
-        self.pool: Executor | None = None
-        if cfg.num_features > 4096:
-            self.pool = ProcessPoolExecutor(4, mp_context=get_context("spawn"))
+
+    def collect(self, part: int) -> None:
+        pass
 
     @torch.no_grad()
     def measure(self, sae: SAE[Any], budgets: list[int | None]) -> list[dict[str, Any]]:
         features = self.model.feature_dict.feature_vectors.detach()
         decoder = sae.W_dec.detach().float()
-        pair = decoder.cpu(), features.cpu()
-        if self.pool is None:
-            mcc = mean_correlation_coefficient(*pair)
-        else:
-            mcc = self.pool.submit(mean_correlation_coefficient, *pair)
+        # At full size the Hungarian algorithm takes a CPU's core 10 to 20 s.
+        mcc = Later(mean_correlation_coefficient, (decoder.cpu(), features.cpu()))
         cosines = torch.nn.functional.normalize(decoder, dim=-1) @ torch.nn.functional.normalize(
             features, dim=-1
         ).T.to(decoder)
@@ -345,15 +472,6 @@ def _dense(sae: SAE[Any], reconstruction: Any) -> torch.Tensor:
     return acts.new_zeros(len(acts), sae.cfg.d_sae).scatter_(-1, latents, acts)
 
 
-def settled(value: Any, waits: bool) -> Any:
-    """Return `value` with the results of futures in their place; None for what is not done."""
-    if isinstance(value, Future):
-        return value.result() if waits or value.done() else None
-    if isinstance(value, dict):
-        return {name: settled(each, waits) for name, each in value.items()}
-    return [settled(each, waits) for each in value] if isinstance(value, list) else value
-
-
 def saved_config(path: Path) -> LanguageModelSAERunnerConfig[Any]:
     """Return the config of a run of SAELens from the `runner_cfg.json` that it left."""
     return LanguageModelSAERunnerConfig.from_dict(json.loads(path.read_text()))
@@ -362,3 +480,24 @@ def saved_config(path: Path) -> LanguageModelSAERunnerConfig[Any]:
 def budgets_of(sae: SAE[Any], budgets: list[int]) -> list[int | None]:
     """Return the budgets to measure an SAE at: its own where it takes none at run time."""
     return list(budgets) if isinstance(sae, RuntimeBudget) else [None]
+
+
+# --- which one
+
+
+def chosen_source(args: Namespace, cache: Path | None) -> Source:
+    """Return the source that the arguments of `train` choose."""
+    sizes = Sizes(args.activations or args.samples, args.validation, args.test)
+    if args.synthetic:
+        cfg = SYNTHETIC if args.features is None else small_synthetic(args.features)
+        return SyntheticSource(cfg, sizes, args.device)
+    if args.config is not None:
+        cfg = saved_config(args.config)
+        cfg.device = cfg.act_store_device = args.device
+        return LanguageModelSource(cfg, sizes, None, args.workers, cache)
+    about = args.tokens.with_suffix(".json")
+    cfg = model_config(
+        str(args.model), args.hook, args.d_in, args.d_sae, args.k, args.context, args.device
+    )
+    text = json.loads(about.read_text()) if about.exists() else args.tokens.name
+    return LanguageModelSource(cfg, sizes, TokenRows(args.tokens), args.workers, cache, text)

@@ -1,184 +1,354 @@
-"""A unit of the comparison: some kinds of SAEs, trained and measured with one seed."""
+"""A unit of the comparison: SAEs that are trained on the same activations, and measured."""
 
 import json
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import math
+import shutil
+from collections.abc import Callable
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from time import monotonic
 from typing import Any
 
-import torch
-from sae_lens import SAE, SAETrainer
-from sae_lens.config import SAETrainerConfig
-from sae_lens.saes.sae import SAEMetadata, TrainingSAE
-from sae_lens.saes.topk_sae import TopKSAE
-
-import sae_lens_flex
-
-from .kinds import Kind
-from .sources import Source, budgets_of, settled
+from .kinds import SCHEMES, Entry, Kind
+from .processes import Job
+from .sources import Later
 
 
-@dataclass(frozen=True)
-class Training:
+@dataclass
+class Search:
     """
-    How every SAE of a unit is trained.
+    Where an entry of the plan stands.
 
     Args:
-        d_sae (int): Latents in the dictionary.
-        samples (int): Activations to train on; the source's are repeated where it has fewer.
-        batch (int): Activations in a batch.
-        seed (int): Of the initial weights and the order of the activations.
-        device (str): Where it runs.
-        autocast (bool): Whether matrix products are in bfloat16.
+        entry (Entry): What is to be trained.
+        kind (Kind | None): Its kind, None for "best_1" as long as it is not known.
+        grid (list[float] | None): Learning rates so far, None as long as they are not known.
+        waiting (list[float]): Those of them that no process has begun.
+        running (int): How many are being trained.
+        extended (int): How often the grid was.
+        is_cut (bool): Whether rates of the grid were not tried for want of time.
+        best (dict[str, Any] | None): What is known of the best SAE so far.
+        rows (Any): Its metrics on the test.
+        state (str): "training", "trained", "measuring" or "done".
     """
 
-    d_sae: int
-    samples: int
-    batch: int
-    seed: int
-    device: str
-    autocast: bool
+    entry: Entry
+    kind: Kind | None = None
+    grid: list[float] | None = None
+    waiting: list[float] = field(default_factory=list)
+    running: int = 0
+    extended: int = 0
+    is_cut: bool = False
+    best: dict[str, Any] | None = None
+    rows: Any = None
+    state: str = "training"
 
-    def schedule(self) -> dict[str, int]:
-        """Return warm-up, decay, and after how many steps without firing a latent is dead."""
-        steps = self.samples // self.batch
+
+class Unit:
+    """
+    Decides which SAE is trained or measured next, and gathers the results.
+
+    Of a grid of learning rates each kind gets the one that explains most variance of the validation
+    activations. Where it is the grid's smallest or largest, the grid is extended by a factor of 2.
+    Further seeds of the kind, and what is trained longer, take the learning rate of its first entry
+    in the plan.
+
+    Args:
+        plan: what is to be trained, the most important first.
+        make_kind: makes a kind of its name and `longer`.
+        rates: the learning rates of a kind, by its name.
+        parts: in how many parts the activations are made.
+        directory: for the SAEs that are not measured yet.
+        write: called with the results so far.
+        extensions: how often a grid is extended at most.
+        seconds: by which all training should have ended. What would take longer is not begun.
+    """
+
+    def __init__(
+        self,
+        plan: list[Entry],
+        make_kind: Callable[[str, int], Kind],
+        rates: Callable[[str], list[float]],
+        parts: int,
+        directory: Path,
+        write: Callable[[dict[str, Any]], None],
+        extensions: int = 2,
+        seconds: float = math.inf,
+    ):
+        self.make_kind, self.rates, self.directory = make_kind, rates, directory
+        self.write, self.extensions = write, extensions
+        self.deadline = monotonic() + seconds
+        self.searches = [Search(entry) for entry in plan]
+        self.uncollected = list(range(parts))
+        self.collecting = 0
+        self.about: dict[str, Any] | None = None
+        self.about_is_asked = False
+        self.tried: list[dict[str, Any]] = []
+        self.failed: list[dict[str, Any]] = []
+        self.pool: Executor | None = None
+        self.of_jobs: dict[int, Search] = {}
+        self.begun: dict[int, float] = {}
+        self.took: dict[str, float] = {}  # seconds, by architecture
+
+    # --- what comes next
+
+    def next_job(self) -> Job | None:
+        """Return what a process that is idle is to do, None where it has to wait."""
+        if self.uncollected:
+            self.collecting += 1
+            return Job("collect", (self.uncollected.pop(0),))
+        if self.collecting:
+            return None
+        if not self.about_is_asked:
+            self.about_is_asked = True
+            return Job("about")
+        for search in self.searches:
+            if search.state == "training" and search.waiting and not self._fits_in(search):
+                self._cut(search)
+            if search.state == "trained":
+                assert search.kind is not None
+                assert search.best is not None
+                search.state = "measuring"
+                return self._job(search, "measure", search.kind, search.best["path"])
+        for search in self.searches:
+            if (
+                search.state == "training"
+                and self._is_known(search)
+                and search.waiting
+                and self._fits_in(search)
+            ):
+                assert search.kind is not None
+                search.running += 1
+                lr, seed = search.waiting.pop(0), search.entry.seed
+                path = self.directory / f"{search.kind.name}_{seed}_{lr:g}"
+                return self._job(search, "train", search.kind, lr, seed, path)
+        return None
+
+    def _fits_in(self, search: Search) -> bool:
+        """Return whether there is time to train another SAE of the search."""
+        assert search.kind is not None
+        # BatchTopK takes thrice as long as TopK.
+        unknown = 3 * max(self.took.values(), default=0)
+        took = self.took.get(search.kind.architecture, unknown) * search.kind.longer
+        return monotonic() + took <= self.deadline
+
+    def _cut(self, search: Search) -> None:
+        """Let the best so far count, though rates of the grid were not tried for want of time."""
+        if search.best is not None and not search.running:
+            search.is_cut, search.state = True, "trained"
+
+    def _job(self, search: Search, method: str, *args: Any) -> Job:
+        job = Job(method, args)
+        self.of_jobs[id(job)], self.begun[id(job)] = search, monotonic()
+        return job
+
+    def _is_known(self, search: Search) -> bool:
+        """Return whether the entry's kind and learning rates are known, and enter them."""
+        if search.grid is not None:
+            return True
+        name, longer, _ = search.entry
+        if search.entry.rank is not None:
+            ranked = self._ranked(search)
+            if ranked is None:
+                return False
+            if search.entry.rank > len(ranked):
+                search.state = "done"
+                return False
+            name = ranked[search.entry.rank - 1]
+        base = self._base(name)
+        if base is None or base is search:
+            search.grid = sorted(self.rates(name))
+        elif base.best is not None and base.state != "training":
+            search.grid = [base.best["lr"]]
+        else:
+            return False
+        search.kind, search.waiting = self.make_kind(name, longer), list(search.grid)
+        return True
+
+    def _base(self, name: str) -> Search | None:
+        """Return the search that decides a kind's learning rate: the first of its name."""
+        found = [s for s in self.searches if s.entry.name == name and s.entry.longer == 1]
+        return found[0] if found else None
+
+    def _ranked(self, best: Search) -> list[str] | None:
+        """Return the schemes that a "best_1" may be, best first, None as long as that is open.
+
+        They stand before it in the plan, and not by their own name with its seed. A scheme's rank
+        is that of its worst budget: there the variance that it leaves unexplained, divided by what
+        TopK for that k leaves. Both are of the validation activations.
+        """
+        before = self.searches[: self.searches.index(best)]
+        first = {s.entry.name: s for s in reversed(before) if s.entry.longer == 1}
+        topk = {name: s for name, s in first.items() if name.startswith("topk_")}
+        schemes = {name: s for name, s in first.items() if name in SCHEMES}
+        if any(s.state == "training" for s in (topk | schemes).values()):
+            return None
+        left: dict[int, float] = {}
+        for search in topk.values():
+            if search.kind is not None and search.best is not None:
+                left[search.kind.k] = 1 - search.best["validation_at_budgets"][0]
+
+        def worst(search: Search) -> float:
+            assert search.kind is not None
+            assert search.best is not None
+            pairs = zip(search.kind.budgets, search.best["validation_at_budgets"], strict=True)
+            return max((1 - each) / left.get(k, 1.0) for k, each in pairs)
+
+        named = {s.entry.name for s in self.searches if s.entry[1:] == best.entry[1:]}
+        open_to = {n: worst(s) for n, s in schemes.items() if n not in named and s.best is not None}
+        return sorted(open_to, key=lambda name: open_to[name])
+
+    # --- what came
+
+    def done(self, job: Job, result: Any, error: str | None) -> None:
+        """Take the result of a job, or the error in place of it.
+
+        Raises:
+            RuntimeError: if there are no activations.
+        """
+        search = self.of_jobs.pop(id(job), None)
+        if search is None:
+            if error is not None:
+                raise RuntimeError(f"{job.method} failed: {error}")
+            if job.method == "collect":
+                self.collecting -= 1
+            else:
+                self.about = result
+            return
+        assert search.kind is not None
+        took = (monotonic() - self.begun.pop(id(job))) / search.kind.longer
+        if error is not None:
+            lr = job.args[1] if job.method == "train" else None
+            failure = {"kind": search.kind.name, "seed": search.entry.seed, "lr": lr}
+            self.failed.append(failure | {"job": job.method, "error": error})
+            print(f"{search.kind.name} failed: {error}", flush=True)
+        if job.method == "train":
+            search.running -= 1
+            self.took[search.kind.architecture] = took
+            if error is None:
+                self._take(search, result, job.args[-1])
+            if not search.waiting and not search.running:
+                self._extend_or_end(search)
+        else:
+            search.state = "done"
+            shutil.rmtree(job.args[-1])
+            if error is None:
+                search.rows = self._started(result)
+                print(summary(search), flush=True)
+        self._write()
+
+    def _take(self, search: Search, known: dict[str, Any], path: Path) -> None:
+        """Keep an SAE if it is the best of its kind so far."""
+        self.tried.append(known)
+        best = search.best
+        if (
+            best is None
+            or known["validation"] > best["validation"]
+            or math.isnan(best["validation"])
+        ):
+            if best is not None:
+                shutil.rmtree(best["path"])
+            search.best = known | {"path": path}
+        else:
+            shutil.rmtree(path)
+
+    def _extend_or_end(self, search: Search) -> None:
+        assert search.grid is not None
+        if search.best is None:
+            search.state = "done"
+            return
+        lr, grid = search.best["lr"], search.grid
+        if len(grid) > 1 and search.extended < self.extensions and lr in (grid[0], grid[-1]):
+            search.waiting = [lr / 2 if lr == grid[0] else lr * 2]
+            search.grid = sorted(grid + search.waiting)
+            search.extended += 1
+        else:
+            search.state = "trained"
+
+    def _started(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Begin the calls that rows hold in place of a value; rows may share one."""
+        futures: dict[int, Future[Any]] = {}
+        for row in rows:
+            for name, value in row.items():
+                if isinstance(value, Later):
+                    if self.pool is None:
+                        self.pool = ProcessPoolExecutor(4, mp_context=get_context("spawn"))
+                    if id(value) not in futures:
+                        futures[id(value)] = self.pool.submit(value.function, *value.args)
+                    row[name] = futures[id(value)]
+        return rows
+
+    def result(self, waits: bool = True) -> dict[str, Any]:
+        """Return what is known so far. Values that are still computed are None if not `waits`."""
+
+        def settled(value: Any) -> Any:
+            if isinstance(value, Future):
+                return value.result() if waits or value.done() else None
+            return value
+
+        measured = []
+        for search in self.searches:
+            if search.rows is not None and search.kind is not None and search.best is not None:
+                known = {name: each for name, each in search.best.items() if name != "path"}
+                rows = [{name: settled(v) for name, v in row.items()} for row in search.rows]
+                if search.kind.longer > 1:
+                    known["longer"] = search.kind.longer
+                if search.is_cut:
+                    known["grid_is_cut"] = True
+                measured.append(known | {"k": search.kind.k, "metrics": rows})
+        left_out = [
+            f"{s.kind.name if s.kind else s.entry.name}@{s.entry.seed}"
+            for s in self.searches
+            if s.rows is None
+        ]
         return {
-            "lr_warm_up_steps": steps // 20,
-            "lr_decay_steps": steps // 5,
-            "dead_feature_window": max(1, steps // 10),
+            "tried": self.tried,
+            "measured": measured,
+            "failed": self.failed,
+            "left_out": left_out,
         }
 
+    def _write(self) -> None:
+        if self.about is not None:
+            self.write({"source": self.about} | self.result(waits=False))
 
-def batches(x: torch.Tensor, size: int, seed: int) -> Iterator[torch.Tensor]:
-    """Yield batches of x [n, d_in] in a random order, another one in each epoch."""
-    generator = torch.Generator(x.device).manual_seed(seed)
-    while True:
-        for rows in torch.randperm(len(x), generator=generator, device=x.device).split(size):
-            if len(rows) == size:
-                yield x[rows].float()
+    def end(self) -> None:
+        """Write the whole result.
 
-
-def train(kind: Kind, lr: float, source: Source, training: Training) -> tuple[Any, dict[str, Any]]:
-    """Train an SAE by SAELens's trainer. Return it for inference, and what is known of it."""
-    torch.manual_seed(training.seed)
-    sae = TrainingSAE.from_dict(
-        {
-            "architecture": kind.architecture,
-            "d_in": source.train.shape[1],
-            "d_sae": training.d_sae,
-            "k": kind.k,
-            "device": training.device,
-            # One learning rate then means the same for activations of any scale.
-            "normalize_activations": "expected_average_only_in",
-            **kind.fields,
-        }
-    )
-    sae.cfg.metadata = SAEMetadata(**source.metadata)
-    cfg = SAETrainerConfig(
-        total_training_samples=training.samples,
-        train_batch_size_samples=training.batch,
-        lr=lr,
-        lr_end=lr / 10,
-        device=training.device,
-        autocast=training.autocast,
-        n_batches_for_norm_estimate=20,
-        **training.schedule(),
-    )
-    is_cuda = training.device.startswith("cuda")
-    stream = batches(source.train, training.batch, training.seed)
-    with sae_lens_flex.accelerate():
-        trainer = SAETrainer(cfg, sae, stream)
-        started = time.perf_counter()
-        trainer.fit()
-        if is_cuda:
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - started
-    # For BatchTopK only saving and loading makes the SAE that a user gets.
-    with TemporaryDirectory() as path:
-        trainer.sae.save_inference_model(path)
-        inference = SAE.load_from_disk(path, device=training.device)
-    known = {
-        "kind": kind.name,
-        "seed": training.seed,
-        "lr": lr,
-        "seconds": round(seconds, 2),
-        "dead_in_training": int(trainer.dead_neurons.sum()),
-    }
-    return inference, known
+        Raises:
+            RuntimeError: if something failed. What did not is written.
+        """
+        assert self.about is not None
+        self.write({"source": self.about} | self.result())
+        if self.pool is not None:
+            self.pool.shutdown()
+        if self.failed:
+            raise RuntimeError(f"{len(self.failed)} SAEs failed: {self.failed}")
 
 
-def validate(sae: Any, kind: Kind, source: Source) -> float:
-    """Return the explained variance by which a learning rate is chosen: the budgets' mean."""
-    budgets = kind.budgets if kind.architecture == "hierarchical_topk" else None
-    rows = sae_lens_flex.sweep_budgets(
-        sae, source.validation.split(8192), budgets=budgets, show_progress=False
-    ).metrics
-    return sum(row.explained_variance for row in rows) / len(rows)
-
-
-def at_every_budget(sae: Any, kind: Kind) -> Any:
-    """Return an SAE that can be measured at all of the kind's budgets."""
-    if isinstance(sae, TopKSAE) and len(kind.budgets) > 1 and kind.architecture == "flex_topk":
-        return sae_lens_flex.from_topk(sae)
-    return sae
-
-
-def run_unit(
-    kinds: list[Kind],
-    learning_rates: Callable[[Kind], list[float]],
-    source: Source,
-    training: Training,
-    write: Callable[[dict[str, Any]], None],
-    extensions: int = 2,
-) -> dict[str, Any]:
-    """Train each kind at its learning rates and measure the best of them on the test.
-
-    Where the best learning rate is the grid's smallest or largest, the grid is extended by a factor
-    of 2, `extensions` times at most. `write` is called with the results so far after each kind.
-    """
-    tried: list[dict[str, Any]] = []
-    measured: list[dict[str, Any]] = []
-    for kind in kinds:
-        best: tuple[float, Any, dict[str, Any]] | None = None
-        grid = sorted(learning_rates(kind))
-        rates, extended = list(grid), 0
-        while rates:
-            for lr in rates:
-                sae, known = train(kind, lr, source, training)
-                known["validation"] = validate(sae, kind, source)
-                tried.append(known)
-                if best is None or known["validation"] > best[0]:
-                    best = known["validation"], sae, known
-            rates = []
-            assert best is not None
-            lr = best[2]["lr"]
-            if len(grid) > 1 and extended < extensions and lr in (grid[0], grid[-1]):
-                rates = [lr / 2 if lr == grid[0] else lr * 2]
-                grid = sorted(grid + rates)
-                extended += 1
-        assert best is not None
-        sae = at_every_budget(best[1], kind)
-        rows = source.measure(sae, budgets_of(sae, kind.budgets))
-        measured.append(best[2] | {"k": kind.k, "metrics": rows})
-        write({"tried": tried, "measured": settled(measured, waits=False)})
-        print(summary(measured[-1]), flush=True)
-    result = {"tried": tried, "measured": settled(measured, waits=True)}
-    write(result)
-    return result
-
-
-def summary(one: dict[str, Any]) -> str:
+def summary(search: Search) -> str:
+    assert search.kind is not None
+    assert search.best is not None
+    one = search.best
     values = " ".join(
         f"{row['budget'] or round(row['l0'], 1)}:{row['explained_variance']:.4f}"
-        for row in one["metrics"]
+        for row in search.rows
+        if not row.get("corrected")
     )
-    return f"{one['kind']} lr {one['lr']:g} {one['seconds']:.0f} s  {values}"
+    name = f"{search.kind.name}@{search.entry.seed}"
+    return f"{name} lr {one['lr']:g} {one['seconds']:.0f} s  {values}"
 
 
-def chosen_rates(paths: list[Path]) -> Callable[[Kind], list[float]]:
+def chosen_rates(paths: list[Path]) -> Callable[[str], list[float]]:
     """Return the learning rate of each kind that earlier units chose."""
     units = [json.loads(path.read_text()) for path in paths]
     chosen = {one["kind"]: one["lr"] for unit in units for one in unit["measured"]}
-    return lambda kind: [chosen[kind.name]]
+
+    def rates(name: str) -> list[float]:
+        if name not in chosen:
+            raise ValueError(f"kinds has {name!r}, expected one of {', '.join(chosen)}")
+        return [chosen[name]]
+
+    return rates

@@ -1,0 +1,143 @@
+"""What a process does for a unit: it makes activations, and trains and measures SAEs on them."""
+
+import gc
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from sae_lens import SAE, SAETrainer
+from sae_lens.config import SAETrainerConfig
+from sae_lens.saes.sae import SAEMetadata, TrainingSAE
+from sae_lens.saes.topk_sae import TopKSAE
+
+import sae_lens_flex
+
+from .kinds import Kind
+from .sources import Source, budgets_of
+
+
+@dataclass(frozen=True)
+class Training:
+    """
+    How every SAE of a unit is trained.
+
+    Args:
+        d_sae (int): Latents in the dictionary.
+        samples (int): Activations to train on; the source's are repeated where it has fewer.
+        batch (int): Activations in a batch.
+        device (str): Where it runs.
+        autocast (bool): Whether matrix products are in bfloat16.
+    """
+
+    d_sae: int
+    samples: int
+    batch: int
+    device: str
+    autocast: bool
+
+    def schedule(self, longer: int = 1) -> dict[str, int]:
+        """Return warm-up, decay, and after how many steps without firing a latent is dead."""
+        steps = longer * self.samples // self.batch
+        return {
+            "lr_warm_up_steps": steps // 20,
+            "lr_decay_steps": steps // 5,
+            "dead_feature_window": max(1, steps // longer // 10),
+        }
+
+
+def batches(x: torch.Tensor, size: int, seed: int) -> Iterator[torch.Tensor]:
+    """Yield batches of x [n, d_in] in a random order, another one in each epoch."""
+    generator = torch.Generator(x.device).manual_seed(seed)
+    while True:
+        for rows in torch.randperm(len(x), generator=generator, device=x.device).split(size):
+            if len(rows) == size:
+                yield x[rows].float()
+
+
+class Worker:
+    """
+    Args:
+        make_source: makes the source of the activations.
+        training: how every SAE is trained.
+    """
+
+    def __init__(self, make_source: Callable[[], Source], training: Training):
+        torch.set_float32_matmul_precision("high")
+        self.source, self.training = make_source(), training
+
+    def collect(self, part: int) -> None:
+        self.source.collect(part)
+
+    def about(self) -> dict[str, Any]:
+        return self.source.about
+
+    def train(self, kind: Kind, lr: float, seed: int, path: Path) -> dict[str, Any]:
+        """Train an SAE by SAELens's trainer, save it for inference, and say how it went."""
+        # Trainers are in reference cycles, and their recorded steps hold the GPU's memory.
+        gc.collect()
+        training = self.training
+        torch.manual_seed(seed)
+        sae = TrainingSAE.from_dict(
+            {
+                "architecture": kind.architecture,
+                "d_in": self.source.train.shape[1],
+                "d_sae": training.d_sae,
+                "k": kind.k,
+                "device": training.device,
+                # One learning rate then means the same for activations of any scale.
+                "normalize_activations": "expected_average_only_in",
+                **kind.fields,
+            }
+        )
+        sae.cfg.metadata = SAEMetadata(**self.source.metadata)
+        cfg = SAETrainerConfig(
+            total_training_samples=kind.longer * training.samples,
+            train_batch_size_samples=training.batch,
+            lr=lr,
+            lr_end=lr / 10,
+            device=training.device,
+            autocast=training.autocast,
+            n_batches_for_norm_estimate=20,
+            **training.schedule(kind.longer),
+        )
+        with sae_lens_flex.accelerate():
+            trainer = SAETrainer(cfg, sae, batches(self.source.train, training.batch, seed))
+            started = perf_counter()
+            trainer.fit()
+            if training.device.startswith("cuda"):
+                torch.cuda.synchronize()
+            seconds = perf_counter() - started
+        # For BatchTopK only saving and loading makes the SAE that a user gets.
+        trainer.sae.save_inference_model(path)
+        variances = self._validate(self._load(path), kind)
+        return {
+            "kind": kind.name,
+            "architecture": kind.architecture,
+            "seed": seed,
+            "lr": lr,
+            "seconds": round(seconds, 2),
+            "dead_in_training": int(trainer.dead_neurons.sum()),
+            "validation": sum(variances) / len(variances),
+            "validation_at_budgets": variances,
+        }
+
+    def measure(self, kind: Kind, path: Path) -> list[dict[str, Any]]:
+        """Return the metrics on the test at every budget."""
+        sae = self._load(path)
+        if isinstance(sae, TopKSAE) and len(kind.budgets) > 1 and kind.architecture == "flex_topk":
+            sae = sae_lens_flex.from_topk(sae)
+        return self.source.measure(sae, budgets_of(sae, kind.budgets))
+
+    def _load(self, path: Path) -> Any:
+        return SAE.load_from_disk(path, device=self.training.device)
+
+    def _validate(self, sae: Any, kind: Kind) -> list[float]:
+        """Return the explained variance at each budget, whose mean decides a learning rate."""
+        budgets = kind.budgets if kind.architecture == "hierarchical_topk" else None
+        rows = sae_lens_flex.sweep_budgets(
+            sae, self.source.validation.split(8192), budgets=budgets, show_progress=False
+        ).metrics
+        return [row.explained_variance for row in rows]
