@@ -1,7 +1,6 @@
 """Hugging Face's model in SAELens's wrapper, up to the hooked modules, as one function."""
 
 import inspect
-import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -10,14 +9,14 @@ from weakref import WeakKeyDictionary
 import torch
 from sae_lens.load_model import HookedProxyLM, StopForward
 from torch.nn.modules import module as torch_module
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, masking_utils
 
 _OF_SAELENS = HookedProxyLM.run_with_cache
 _FORWARD_OF_SAELENS = HookedProxyLM.forward
 _UNDERSTOOD = {"names_filter", "stop_at_layer", "prepend_bos"}  # what the store and evals pass
 _KEY = "sae_lens_flex"  # under which a tap hangs on a hook point
 
-# A call changes what all threads see: the taps on the model and `is_tracing` of transformers.
+# A call changes what all threads see: the hooks of the model and functions of transformers.
 _lock = threading.RLock()
 
 
@@ -29,13 +28,11 @@ class _Taps:
     Attributes:
         hooks: by the modules' names.
         kept: what modules returned in this call, by their names.
-        options: what the model is called with beside the tokens.
     """
 
-    def __init__(self, names: tuple[str, ...], options: dict[str, Any]) -> None:
+    def __init__(self, names: tuple[str, ...]) -> None:
         self.hooks = {name: self._hook(name) for name in names}
         self.kept: dict[str, torch.Tensor] = {}
-        self.options = options
 
     def _hook(self, name: str) -> Callable[[Any, Any, torch.Tensor], None]:
         def tap(module: Any, inputs: Any, output: torch.Tensor) -> None:
@@ -66,48 +63,44 @@ def run_with_cache(proxy: HookedProxyLM, *args: Any, **kwargs: Any) -> tuple[Any
     if not _is_plain(proxy, args, kwargs):
         return _OF_SAELENS(proxy, *args, **kwargs)
     names = tuple(dict.fromkeys(kwargs["names_filter"]))
-    masking = sys.modules.get("transformers.masking_utils")
+    without_cache = _can_do_without_cache(proxy.model)
     with _lock:
         known = _taps.setdefault(proxy, {})
         if names not in known:
-            known[names] = _Taps(names, _options(proxy.model))
+            known[names] = _Taps(names)
         taps = known[names]
-        is_tracing = getattr(masking, "is_tracing", None)
+        replaced = _MASKING if without_cache else {}
+        theirs = {name: getattr(masking_utils, name) for name in replaced}
         try:
             for name, hook in taps.hooks.items():
                 proxy.hook_dict[name]._forward_hooks[_KEY] = hook  # type: ignore[index]
-            if is_tracing is not None:
-                masking.is_tracing = _is_not_tracing  # type: ignore[union-attr]
-            outputs = _outputs(proxy.model, args[0], taps)
+            for name, ours in replaced.items():
+                setattr(masking_utils, name, ours)
+            outputs = _outputs(proxy.model, args[0], taps, without_cache)
         finally:
             taps.kept = {}
             for name in names:
                 proxy.hook_dict[name]._forward_hooks.pop(_KEY, None)  # type: ignore[call-overload]
-            if is_tracing is not None:
-                masking.is_tracing = is_tracing  # type: ignore[union-attr]
+            for name, function in theirs.items():
+                setattr(masking_utils, name, function)
     if outputs is None:  # The model has ended without one of them.
         return _OF_SAELENS(proxy, *args, **kwargs)
     return None, {name: output.detach() for name, output in zip(names, outputs, strict=True)}
 
 
-def _outputs(model: Any, tokens: torch.Tensor, taps: _Taps) -> list[torch.Tensor] | None:
+def _outputs(
+    model: Any, tokens: torch.Tensor, taps: _Taps, without_cache: bool
+) -> list[torch.Tensor] | None:
     """Return what the tapped modules return, or None if the model runs to its end."""
     taps.kept = {}
     try:
-        model(tokens, **taps.options)
+        if without_cache:
+            model(tokens, use_cache=False)
+        else:
+            model(tokens)
     except StopForward:
         return [taps.kept[name] for name in taps.hooks]
     return None
-
-
-def _is_not_tracing(tensor: Any = None) -> bool:
-    """Take the place of transformers' `is_tracing`, which makes it write out causal masks.
-
-    They take time, and PyTorch's attention computes several times as long with them. transformers
-    writes them out when it is exported, because an exported model may get longer keys than queries.
-    Here torch.compile compiles anew for other shapes.
-    """
-    return False
 
 
 @torch.compiler.disable(recursive=False)
@@ -138,8 +131,37 @@ def _is_plain(proxy: HookedProxyLM, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 @torch.compiler.disable(recursive=False)
-def _options(model: Any) -> dict[str, Any]:
-    if not isinstance(model, PreTrainedModel):
-        return {}
-    takes_it = "use_cache" in inspect.signature(model.forward).parameters
-    return {"use_cache": False} if takes_it else {}
+def _can_do_without_cache(model: Any) -> bool:
+    """Return whether the model would store keys and values, and has an option not to."""
+    return (
+        isinstance(model, PreTrainedModel)
+        and getattr(model.config, "use_cache", None) is True
+        and "use_cache" in inspect.signature(model.forward).parameters
+    )
+
+
+def _is_tracing(tensor: Any = None) -> bool:
+    """Take the place of transformers' function of this name, and let causal masks be left out.
+
+    PyTorch's attention takes `is_causal` in place of a mask, and is several times as fast with it.
+    While a model is compiled transformers makes the mask, because an exported model may get fewer
+    queries than keys. `torch.compile` compiles anew for other shapes.
+    """
+    return False
+
+
+def _find_packed_sequence_indices(position_ids: Any) -> None:
+    """Take the place of transformers' function of this name: a prompt is one sequence.
+
+    Where keys and values are stored, as in SAELens, transformers does not look for several.
+    """
+
+
+_MASKING = {
+    name: ours
+    for name, ours in (
+        ("is_tracing", _is_tracing),
+        ("find_packed_sequence_indices", _find_packed_sequence_indices),
+    )
+    if hasattr(masking_utils, name)
+}
