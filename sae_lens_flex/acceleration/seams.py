@@ -10,12 +10,17 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import sae_lens
+from sae_lens import load_model
+from sae_lens.load_model import HookedProxyLM
 from sae_lens.training import activations_store, sae_trainer
 from sae_lens.training import mixing_buffer as mixing_module
+from sae_lens.training.activations_store import ActivationsStore
 from torch.optim import Adam
 
 from .adam import FusedAdam
+from .language_model import run_with_cache
 from .mixing_buffer import mixing_buffer
+from .tokens import tokenized_sequences
 from .trainer_step import train_step
 
 
@@ -55,9 +60,15 @@ def fingerprint(function: Any) -> str | None:
     return hashlib.sha256(ast.unparse(definition).encode()).hexdigest()[:16]
 
 
+def _fingerprints(*functions: Any) -> tuple[str | None, ...]:
+    return tuple(fingerprint(each) for each in functions)
+
+
 # The code that ours is equal to, by its fingerprint: that of SAELens 6.54.0 to 6.54.12.
 TRAIN_STEP = "ce659a0620700418"
 MIXING_BUFFER = "42a84dd9b7985c08"
+TOKENIZED_SEQUENCES = ("108e17958d51e94c", "7b3c0508de7841f1")
+RUN_WITH_CACHE = ("94d2da907897c86f", "5187917b8003b861", "180f8a1638ac4788")
 
 _OPTIMIZER = _Seam(
     sae_trainer, "Adam", FusedAdam, "the fused optimizer", is_known=lambda theirs: theirs is Adam
@@ -84,6 +95,24 @@ _SEAMS = (
             (mixing_module, "of a run with several SAEs"),
         )
     ),
+    _Seam(
+        ActivationsStore,
+        "_iterate_tokenized_sequences",
+        tokenized_sequences,
+        "reading a pretokenized dataset many rows at a time",
+        is_known=lambda theirs: (
+            _fingerprints(theirs, ActivationsStore._iterate_raw_dataset) == TOKENIZED_SEQUENCES
+        ),
+    ),
+    _Seam(
+        HookedProxyLM,
+        "run_with_cache",
+        run_with_cache,
+        "Hugging Face's model as one function",
+        is_known=lambda theirs: (
+            _fingerprints(theirs, HookedProxyLM.forward, load_model.get_hook_fn) == RUN_WITH_CACHE
+        ),
+    ),
 )
 
 
@@ -96,7 +125,7 @@ def accelerate() -> Iterator[None]:
 
     `MultiSAETrainingRunner`, `SAETrainer` and `MultiSAETrainer` go faster likewise, whatever their
     SAEs are. A step's results are SAELens's up to rounding, and checkpoints are interchangeable.
-    Four things change:
+    Six things change:
 
     - A trainer that is made within the block has `torch.optim.Adam(fused=True)`, see `fused_adam`.
     - A trainer's step within the block clips the gradients in the pass in which Adam reads them.
@@ -122,10 +151,18 @@ def accelerate() -> Iterator[None]:
       drawn there, so the batches are other ones of the same distribution. The dtype is that in
       which the activations come, as in SAELens: in a run of one SAE float32, whatever the config's
       `dtype`, and in a run of several the language model's.
+    - A pretokenized `datasets.Dataset` is read many rows at a time. The sequences, their order and
+      what a checkpoint says of them are SAELens's. A dataset that is streamed (`streaming=True`,
+      SAELens's default) or has something else than lists of whole numbers is read in SAELens's way.
+    - Hugging Face's model (`model_class_name="AutoModelForCausalLM"`) runs up to the last hooked
+      module as one function, which `compile_llm` compiles as one graph. SAELens's way falls into
+      a piece a layer. The model does not store keys and values for a next token, and under
+      `compile_llm` uses attention's causal flag where transformers would make a mask. Activations
+      are the same. With hooks of other people on the model it runs in SAELens's way.
 
     After the block, also after an error, SAELens is as it was. A trainer that was made within it
-    keeps its optimizer, and a data loader that was begun within it keeps its buffer. Blocks may be
-    nested.
+    keeps its optimizer, a data loader that was begun within it its buffer and its way of reading,
+    and a model that `compile_llm` compiled within it stays so. Blocks may be nested.
 
     Where SAELens lacks one of these places, or other code is there than is known here, because of
     another version or of a patch, that place stays as it is. A warning names what is left out. The

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import sae_lens
 import torch
-from sae_lens import SAETrainer
+from sae_lens import ActivationsStore, SAETrainer
+from sae_lens.load_model import HookedProxyLM
 from sae_lens.training import activations_store, mixing_buffer, sae_trainer
 from torch.optim import Adam, AdamW
 
@@ -23,6 +24,8 @@ PLACES = {
     "_train_step": (SAETrainer, "_train_step"),
     "mixing_buffer of one": (activations_store, "mixing_buffer"),
     "mixing_buffer of several": (mixing_buffer, "mixing_buffer"),
+    "sequences": (ActivationsStore, "_iterate_tokenized_sequences"),
+    "run_with_cache": (HookedProxyLM, "run_with_cache"),
 }
 every_place = pytest.mark.parametrize("place", PLACES)
 
