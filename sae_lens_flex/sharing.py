@@ -103,8 +103,8 @@ def export_jumprelu(
     path = _check_export(sae, path)
     if not isinstance(budget, MeanBudget):
         raise TypeError(
-            f"budget is {budget!r}, expected a MeanBudget, which `mean_budget` makes: `export_topk` "
-            "takes a number of latents"
+            f"budget is {budget!r}, expected a MeanBudget, as `mean_budget` returns it: "
+            "`export_topk` takes a number of latents"
         )
     check_budget(budget, sae.cfg.k)
     cfg = _export_config(JumpReLUSAEConfig, sae, asdict(budget))

@@ -9,6 +9,7 @@ from transformer_lens.HookedTransformer import HookedRootModule  # pyright: igno
 
 from ..saes.budgets import MeanBudget, RuntimeBudget
 from ..saes.checks import check_number
+from ..saes.normalization import take_output_map
 from .batches import activations_of, draw_batches
 from .reconstruction import flat_heads
 
@@ -89,6 +90,7 @@ def mean_budget(
                 if len(largest) > n_kept + 1:
                     largest = largest.topk(n_kept + 1, sorted=False).values
                     lowest = largest.amin()
+    take_output_map(sae)  # what an `encode` without a `decode` leaves
     if len(largest) < n_kept:
         raise ValueError(
             f"mean is {mean!r}, expected at most {len(largest) / n_vectors:.4g}, the number of "

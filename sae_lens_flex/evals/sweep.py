@@ -1,5 +1,6 @@
 """Measuring SAEs at a list of budgets, every one on the same tokens."""
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -17,8 +18,11 @@ from ..saes.budgets import (
     doubling_budgets,
 )
 from .batches import activations_of, draw_batches, no_store
-from .metrics import BudgetSweep, Totals
+from .metrics import BudgetMetrics, BudgetSweep, Totals
 from .reconstruction import reconstruct
+
+# Explained variance that may be lost from one budget to a larger one without a warning.
+LARGEST_FALL = 0.005
 
 
 @torch.no_grad()
@@ -37,6 +41,8 @@ def sweep_budgets(
     show_progress: bool = True,
 ) -> BudgetSweep:
     """Measure SAEs at a list of budgets, every one on the same tokens.
+
+    It warns of an SAE that explains less of the variance with more latents.
 
     An SAE with a run-time budget (`hierarchical_topk`) is encoded once a batch and measured at
     every budget. Any other SAE is measured once, as it is.
@@ -100,9 +106,26 @@ def sweep_budgets(
                     total.add_model_metrics(batch.model_metrics(sae, reconstruction.x_hat))
     if n_tokens == 0:
         raise ValueError("activations gave no token, expected at least one")
-    return BudgetSweep(
-        [total.metrics(name, budget) for (name, budget), total in totals.items()], n_tokens
-    )
+    rows = [total.metrics(name, budget) for (name, budget), total in totals.items()]
+    for name in named:
+        _warn_of_fall([row for row in rows if row.sae == name and row.budget is not None])
+    return BudgetSweep(rows, n_tokens)
+
+
+def _warn_of_fall(rows: list[BudgetMetrics]) -> None:
+    """Warn where an SAE explains less with more latents."""
+    best = rows[0] if rows else None
+    for row in rows:
+        if best is None or row.explained_variance > best.explained_variance:
+            best = row
+        elif best.explained_variance - row.explained_variance > LARGEST_FALL:
+            warnings.warn(
+                f"explained variance of {row.sae!r} falls as the budget grows: "
+                f"{best.explained_variance:.3f} at {best.budget}, {row.explained_variance:.3f} at "
+                f"{row.budget}. A run with too high a learning rate ends so: try a lower one",
+                stacklevel=4,
+            )
+            return
 
 
 def _choose_budgets(

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from sae_lens.saes.sae import SAE
@@ -97,6 +97,24 @@ def check_budget(budget: Any, k: int) -> Budget:
     if budget.mean > k:
         raise ValueError(f"budget is {budget!r}, expected a mean up to k ({k})")
     return budget
+
+
+class WithoutBudget:
+    """Refuses a run-time budget, where SAELens's SAEs would take the attribute and ignore it."""
+
+    @property
+    def budget(self) -> NoReturn:
+        raise AttributeError(self._no_budget())  # so that `hasattr` says that there is none
+
+    @budget.setter
+    def budget(self, budget: Any) -> NoReturn:
+        raise AttributeError(self._no_budget())
+
+    def _no_budget(self) -> str:
+        return (
+            f"a {type(self).__name__} takes no budget at run time: it keeps as many latents as it "
+            "was trained for (a hierarchical_topk SAE takes any budget)"
+        )
 
 
 class RuntimeTopK(TopK):
