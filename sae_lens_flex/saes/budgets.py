@@ -242,7 +242,11 @@ class RuntimeBudget(OwnNormalization):
 
     @torch.no_grad()
     def encode_adaptive(self, x: torch.Tensor, tolerance: float) -> torch.Tensor:
-        """Encode each activation with as few latents as its reconstruction needs.
+        """Encode each activation with as few latents as leave a given error.
+
+        This bounds the error of each activation. It costs explained variance: at the same mean
+        number of latents a fixed budget explains more, and a MeanBudget more still, because those
+        that are hard to reconstruct take most of the latents here.
 
         Keeps the first j latents of an activation, j the smallest with
 

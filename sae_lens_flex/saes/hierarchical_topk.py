@@ -53,6 +53,7 @@ class HierarchicalTopKSAE(RuntimeBudget, TopKSAE):
         sae.budget = 16  # keep 16 latents from now on, 1..cfg.k
         with sae.at_budget(4):
             reconstruction = sae(activations)
+        sae.budget = mean_budget(sae, activations, 16)  # 16 on average, by one threshold
 
     Otherwise as SAELens's TopKSAE.
     """
