@@ -133,15 +133,16 @@ def compare(sae: Any) -> list[dict[str, Any]]:
 def table(rows: list[dict[str, Any]]) -> str:
     """Return README's table, in Markdown."""
     lines = [
-        "| mean of latents | explained variance, a fixed k | one threshold | a tolerance | "
-        "more than that tolerance left over, a fixed k | one threshold | a tolerance |",
-        "|" + "---|" * 7,
+        "| latents on average | explained variance, a fixed k | one threshold | a tolerance | "
+        "tolerance | beyond it, a fixed k | one threshold | a tolerance |",
+        "|" + "---|" * 8,
     ]
     for mean in MEANS:
         of = {row["rule"]: row for row in rows if row["mean"] == mean}
         explained = [of[rule]["explained_variance"] for rule in RULES]
         cells = [f"**{v:.3f}**" if v == max(explained) else f"{v:.3f}" for v in explained]
-        cells += [f"{of[rule]['above_tolerance']:.1%}" for rule in RULES]
+        cells += [f"{of['fixed']['tolerance']:.2f}"]
+        cells += [f"{100 * of[rule]['above_tolerance']:.1f} %" for rule in RULES]
         lines.append(f"| {mean} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -150,8 +151,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("sae", type=Path, help="a hierarchical_topk SAE of examples/tiny_lm")
+    parser.add_argument(
+        "sae",
+        type=Path,
+        nargs="?",
+        help="a hierarchical_topk SAE of examples/tiny_lm; left out: print what was kept",
+    )
     args = parser.parse_args()
+    if args.sae is None:
+        print(table(json.loads(RESULT.read_text())["rows"]))
+        return
     rows = compare(SAE.load_from_disk(args.sae))
     record = {
         "date": datetime.date.today().isoformat(),
