@@ -112,14 +112,15 @@ print(f"{budget} of {K} latents explain 0.9 of the variance that {K} do")
 # %% [markdown]
 # Use it within a `with` block, or for good with `sae.budget = budget`. `mean_budget` makes another
 # kind of budget of the same size: one threshold on the latents' activations, chosen so that an
-# activation vector gets as many latents on average. It explains more of the variance, because
-# vectors that need more latents get more:
+# activation vector gets as many latents on average. Vectors that need more latents get more, so it
+# mostly explains more of the variance:
 
 # %%
-activations = store.get_activations(store.get_batch_tokens(16)).flatten(0, -2)
-threshold = sae_lens_flex.mean_budget(sae, store, budget, n_batches=4, batch_size_prompts=16)
-compared = sae_lens_flex.sweep_budgets(sae, activations, budgets=[budget, threshold])
-print(compared)
+batches = {"n_batches": 4, "batch_size_prompts": 16}
+threshold = sae_lens_flex.mean_budget(sae, store, budget, **batches)
+print(sae_lens_flex.sweep_budgets(sae, store, budgets=[budget, threshold], **batches))
+
+activations = store.get_activations(store.get_batch_tokens(8)).flatten(0, -2)
 with sae.at_budget(threshold):
     n_latents = (sae.encode(activations) > 0).sum(-1)
 print(

@@ -1,5 +1,6 @@
 """The threshold with which an SAE keeps a number of latents on average."""
 
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -34,6 +35,10 @@ def mean_budget(
     threshold. It is the largest that is not, hence BatchTopK's rule (Bussmann et al. 2024, arXiv
     2412.06410) on all N as one batch. Fewer are above it where several are equal to it. On other
     activations the mean is another one: take some like those that the SAE is to be used on.
+
+    There is no highest number of latents, so that SAELens's "jumprelu" can hold the budget. Of a
+    mean near the SAE's k some vectors get more than k, for which the SAE was not trained; this
+    warns where they are more than 1 %.
 
     The N vectors are held in memory, and int(mean * N) numbers beside them.
 
@@ -82,10 +87,13 @@ def mean_budget(
         )
     largest = given[0].new_empty(0, dtype=sae.dtype)  # The n_kept + 1 largest so far, if so many.
     lowest: float | torch.Tensor = 0.0
+    beyond_k = []  # of each vector its largest activation after k larger ones
     with flat_heads(sae), sae.at_budget(MeanBudget(mean=k, threshold=0)):
         for x in given:
             for rows in x.split(max(1, MOST_ACTIVATIONS // sae.cfg.d_sae)):
                 acts = sae.encode(rows)  # [rows, d_sae]
+                if k < sae.cfg.d_sae:
+                    beyond_k.append(acts.topk(k + 1).values[..., -1])
                 largest = torch.cat((largest, acts[acts > lowest]))
                 if len(largest) > n_kept + 1:
                     largest = largest.topk(n_kept + 1, sorted=False).values
@@ -103,8 +111,18 @@ def mean_budget(
             f"mean is {mean!r}, and {len(largest)} activations of latents are equally large: no "
             "threshold keeps some of them"
         )
+    n_beyond = sum(int((each > threshold).sum()) for each in beyond_k)
+    if n_beyond > MOST_BEYOND_K * n_vectors:
+        warnings.warn(
+            f"at a mean of {mean:g} latents {n_beyond / n_vectors:.1%} of the activation vectors "
+            f"get more than k ({k}), for which the SAE was not trained: a smaller mean or a fixed "
+            "budget may do better, which `sweep_budgets` tells",
+            stacklevel=3,
+        )
     return MeanBudget(mean=n_above / n_vectors, threshold=threshold)
 
 
+# Share of the vectors that may get more than k latents without a warning.
+MOST_BEYOND_K = 0.01
 # Activations of latents that are computed at once, in the dense form of `encode`.
 MOST_ACTIVATIONS = 2**26

@@ -60,6 +60,22 @@ def test_the_mean_is_that_of_encode(dtype, normalize) -> None:
     assert 2.8 <= budget.mean <= 3.0
 
 
+def test_more_latents_than_k_for_more_than_one_vector_in_a_hundred_is_told() -> None:
+    sae = make_sae()
+    x = 0.5 + torch.randn(500, D_IN)
+    with pytest.warns(UserWarning, match=rf"^at a mean of {K} latents (.*)% of .* than k \({K}\)"):
+        budget = mean_budget(sae, x, K)
+    with sae.at_budget(budget):
+        counts = (sae.encode(x) > 0).sum(-1)
+    assert (counts > K).double().mean() > 0.1
+    told = f"{(counts > K).double().mean().item():.1%} of"
+    with pytest.warns(UserWarning, match=told):
+        mean_budget(sae, x, K)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mean_budget(sae, x, 1)
+
+
 def test_equal_activations_are_all_left_out() -> None:
     sae = make_sae()
     x = torch.randn(1, D_IN).repeat(10, 1)
