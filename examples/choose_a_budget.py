@@ -110,26 +110,46 @@ budget = sae_lens_flex.smallest_budget(sweep, explained_variance=0.9 * best, sae
 print(f"{budget} of {K} latents explain 0.9 of the variance that {K} do")
 
 # %% [markdown]
-# Use it within a `with` block, or for good with `sae.budget = budget`. Or let every activation take
-# as many latents as it needs, with `encode_adaptive`:
+# Use it within a `with` block, or for good with `sae.budget = budget`. `mean_budget` makes another
+# kind of budget of the same size: one threshold on the latents' activations, chosen so that an
+# activation vector gets as many latents on average. Vectors that need more latents get more, so it
+# mostly explains more of the variance:
 
 # %%
-activations = store.get_activations(store.get_batch_tokens(8)).flatten(0, -2)
-with sae.at_budget(budget):
-    print("latents per token at that budget:", (sae.encode(activations) > 0).sum(-1).float().mean())
+batches = {"n_batches": 4, "batch_size_prompts": 16}
+threshold = sae_lens_flex.mean_budget(sae, store, budget, **batches)
+print(sae_lens_flex.sweep_budgets(sae, store, budgets=[budget, threshold], **batches))
 
+activations = store.get_activations(store.get_batch_tokens(8)).flatten(0, -2)
+with sae.at_budget(threshold):
+    n_latents = (sae.encode(activations) > 0).sum(-1)
+print(
+    f"latents per token above the threshold, {threshold.mean:.1f} on average:",
+    *(f"{q:.0%}: {torch.quantile(n_latents.float(), q):.0f}" for q in (0.1, 0.5, 0.9)),
+)
+
+# %% [markdown]
+# Where each vector must be reconstructed to a given error, `encode_adaptive` keeps as few latents
+# as reach it. At the same number of latents that explains less of the variance, because hard
+# vectors take most of them:
+
+# %%
 adaptive = (sae.encode_adaptive(activations, tolerance=0.3) > 0).sum(-1)
 print(
-    "latents per token where a residual of 0.3 may be left:",
+    f"latents per token where a residual of 0.3 may be left, {adaptive.float().mean():.1f} on "
+    f"average, with {(adaptive == K).float().mean():.1%} at {K}:",
     *(f"{q:.0%}: {torch.quantile(adaptive.float(), q):.0f}" for q in (0.1, 0.5, 0.9)),
 )
 
 # %% [markdown]
 # ## Share
 #
-# `export_topk` saves the SAE at a fixed budget, as an ordinary TopK SAE of SAELens. That one loads
-# without this package:
+# `export_topk` saves the SAE at a fixed budget, as an ordinary TopK SAE of SAELens, and
+# `export_jumprelu` at a threshold, as an ordinary JumpReLU SAE. Both load without this package:
 
 # %%
-path = sae_lens_flex.export_topk(sae, args.output / f"topk_at_{budget}", budget=budget)
-print(f"SAE.load_from_disk({str(path)!r}) gives a {type(SAE.load_from_disk(path)).__name__}")
+for path in (
+    sae_lens_flex.export_topk(sae, args.output / f"topk_at_{budget}", budget=budget),
+    sae_lens_flex.export_jumprelu(sae, args.output / f"mean_{budget}", budget=threshold),
+):
+    print(f"SAE.load_from_disk({str(path)!r}) gives a {type(SAE.load_from_disk(path)).__name__}")

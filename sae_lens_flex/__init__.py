@@ -6,7 +6,7 @@ Importing this package registers the architectures "hierarchical_topk", "flex_to
 
 from .acceleration import accelerate, fused_adam
 from .distributed import ShardedTrainingRunner
-from .evals import BudgetMetrics, BudgetSweep, smallest_budget, sweep_budgets
+from .evals import BudgetMetrics, BudgetSweep, mean_budget, smallest_budget, sweep_budgets
 from .ops import (
     hierarchical_sae_loss,
     topk_sae_loss,
@@ -24,10 +24,11 @@ from .saes import (
     HierarchicalTopKSAEConfig,
     HierarchicalTopKTrainingSAE,
     HierarchicalTopKTrainingSAEConfig,
+    MeanBudget,
 )
 from .saes.registration import register_architectures
 from .saes.sharded import shard, unshard
-from .sharing import export_topk, from_topk, upload
+from .sharing import export_jumprelu, export_topk, from_topk, upload
 
 __version__ = "0.2.0"
 
@@ -44,12 +45,15 @@ __all__ = [
     "HierarchicalTopKSAEConfig",
     "HierarchicalTopKTrainingSAE",
     "HierarchicalTopKTrainingSAEConfig",
+    "MeanBudget",
     "ShardedTrainingRunner",
     "accelerate",
+    "export_jumprelu",
     "export_topk",
     "from_topk",
     "fused_adam",
     "hierarchical_sae_loss",
+    "mean_budget",
     "shard",
     "smallest_budget",
     "sweep_budgets",

@@ -1,7 +1,7 @@
-"""SAEs from and to others: start from a TopK SAE, export one at a fixed budget, upload."""
+"""SAEs from and to others: start from a TopK SAE, export one at a budget, upload."""
 
 import json
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
@@ -10,10 +10,11 @@ import torch
 from huggingface_hub import HfApi
 from huggingface_hub.utils import HfHubHTTPError, validate_repo_id
 from sae_lens import SAE, TrainingSAE, upload_saes_to_huggingface
+from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
 from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig, TopKTrainingSAE
 
 from .evals import BudgetSweep
-from .saes.budgets import doubling_budgets
+from .saes.budgets import MeanBudget, check_budget, doubling_budgets
 from .saes.checks import check_integer
 from .saes.hierarchical_topk import (
     HierarchicalTopKSAE,
@@ -49,7 +50,7 @@ def export_topk(
     Args:
         sae: the SAE. It is not changed.
         path: the directory to write. An earlier export in it is replaced.
-        budget: latents to keep, 1..k.
+        budget: latents to keep, 1..k. `export_jumprelu` takes a MeanBudget.
 
     Returns:
         The directory.
@@ -58,24 +59,89 @@ def export_topk(
         ValueError: if `path` holds an SAE that is no export, or `budget` is not within 1..k.
         NotADirectoryError: if `path` is a file, or lies below one.
     """
-    _check_hierarchical(sae)
-    _check_whole(sae)
+    path = _check_export(sae, path)
+    if isinstance(budget, MeanBudget):
+        raise ValueError(
+            f"budget is {budget!r}, expected a number of latents: `export_jumprelu` takes this one"
+        )
     budget = check_integer("budget", budget, sae.cfg.k, "k")
-    path = Path(path)
-    _check_export_directory(path)
-    values = {
-        field.name: getattr(sae.cfg, field.name)
-        for field in fields(TopKSAEConfig)
-        if field.name != "metadata"
-    }
-    cfg = TopKSAEConfig(**{**values, "k": budget, "device": "cpu"})
-    origin = {"architecture": sae.cfg.architecture(), "k": sae.cfg.k, "budget": budget}
-    cfg.metadata = _metadata_without(sae, *MEASURED_AT_K)
-    cfg.metadata[EXPORT_KEY] = origin
+    cfg = _export_config(TopKSAEConfig, sae, {"budget": budget}, k=budget)
     exported = TopKSAE(cfg)
     exported.load_state_dict(sae.state_dict())
     exported.save_model(path)
     return path
+
+
+@torch.no_grad()
+def export_jumprelu(
+    sae: HierarchicalTopKSAE | HierarchicalTopKTrainingSAE,
+    path: str | Path,
+    *,
+    budget: MeanBudget,
+) -> Path:
+    """Save an SAE at a MeanBudget as an ordinary SAELens "jumprelu" SAE.
+
+    `SAE.load_from_disk(path)` loads it with SAELens alone. It encodes and reconstructs as `sae`
+    does at that budget, up to rounding: a latent whose activation is as close to the threshold as
+    that may be kept by one of them only. With `rescale_acts_by_decoder_norm` the decoder's norms
+    are multiplied into the encoder, because SAELens's "jumprelu" knows no rescaling. The metadata
+    is as `export_topk` says.
+
+    Args:
+        sae: the SAE. It is not changed.
+        path: the directory to write. An earlier export in it is replaced.
+        budget: what `mean_budget` has returned for this SAE.
+
+    Returns:
+        The directory.
+
+    Raises:
+        TypeError: if `budget` is no MeanBudget.
+        ValueError: if `path` holds an SAE that is no export, or the budget's mean is above k.
+        NotADirectoryError: if `path` is a file, or lies below one.
+    """
+    path = _check_export(sae, path)
+    if not isinstance(budget, MeanBudget):
+        raise TypeError(
+            f"budget is {budget!r}, expected a MeanBudget, as `mean_budget` returns it: "
+            "`export_topk` takes a number of latents"
+        )
+    check_budget(budget, sae.cfg.k)
+    cfg = _export_config(JumpReLUSAEConfig, sae, asdict(budget))
+    exported = JumpReLUSAE(cfg)
+    weights = {name: weight.to("cpu") for name, weight in sae.state_dict().items()}
+    threshold = torch.full_like(weights["b_enc"], budget.threshold)
+    exported.load_state_dict(weights | {"threshold": threshold})
+    if sae.cfg.rescale_acts_by_decoder_norm:
+        norm = exported.W_dec.norm(dim=-1)  # [d_sae]
+        exported.W_enc.mul_(norm)
+        exported.b_enc.mul_(norm)
+        # A latent without a decoder row is never active here or there.
+        exported.W_dec.div_(norm.where(norm > 0, 1).unsqueeze(1))
+    exported.save_model(path)
+    return path
+
+
+def _check_export(sae: Any, path: str | Path) -> Path:
+    _check_hierarchical(sae)
+    _check_whole(sae)
+    path = Path(path)
+    _check_export_directory(path)
+    return path
+
+
+def _export_config(config_class: type[Any], sae: Any, budget: dict[str, Any], **own: Any) -> Any:
+    """Return the config of an export, which says of which SAE and budget it is."""
+    names = {field.name for field in fields(config_class)} - {"metadata", *own}
+    values = {name: getattr(sae.cfg, name) for name in names}
+    cfg = config_class(**values | own | {"device": "cpu"})
+    cfg.metadata = _metadata_without(sae, *MEASURED_AT_K)
+    cfg.metadata[EXPORT_KEY] = {
+        "architecture": sae.cfg.architecture(),
+        "k": sae.cfg.k,
+        **budget,
+    }
+    return cfg
 
 
 def _check_export_directory(path: Path) -> None:

@@ -29,8 +29,11 @@ from sae_lens_flex import (
     HierarchicalTopKSAEConfig,
     HierarchicalTopKTrainingSAE,
     HierarchicalTopKTrainingSAEConfig,
+    MeanBudget,
+    export_jumprelu,
     export_topk,
     from_topk,
+    mean_budget,
     upload,
 )
 from sae_lens_flex.sharing import model_card
@@ -131,6 +134,119 @@ def test_exports_load_without_the_plugin_and_compute_the_same(tmp_path: Path) ->
         assert acts.count_nonzero(-1).max() == budget
         torch.testing.assert_close(loaded[f"{name}.acts"], acts)
         torch.testing.assert_close(loaded[f"{name}.out"], out)
+
+
+JUMPRELU_WITHOUT_THE_PLUGIN = (
+    LOAD_WITHOUT_THE_PLUGIN.replace("TopKSAE", "JumpReLUSAE")
+    .replace('"topk"', '"jumprelu"')
+    .replace("sae.cfg.k", "sae.threshold.detach()")
+)
+
+
+def test_jumprelu_exports_load_without_the_plugin_and_compute_the_same(tmp_path: Path) -> None:
+    x = activations(64).double()
+    save_file({"x": x}, tmp_path / "in.safetensors")
+    folded = make_sae("hierarchical", dtype="float64")
+    folded.fold_W_dec_norm()
+    saes = {
+        "inference": make_sae("hierarchical", dtype="float64"),
+        "training": make_sae("hierarchical-training", dtype="float64"),
+        "as-is": make_sae("hierarchical", rescale=False, dtype="float64"),
+        "folded": folded,
+        "bias-kept": make_sae("hierarchical", apply_b_dec_to_input=False, dtype="float64"),
+        **{
+            normalize: make_sae("hierarchical", normalize_activations=normalize, dtype="float64")
+            for normalize in ("layer_norm", "constant_norm_rescale", "expected_average_only_in")
+        },
+    }
+    expected = {}
+    for name, sae in saes.items():
+        for mean in (2, K):
+            path = tmp_path / f"exported-{name}-{mean}"
+            budget = mean_budget(sae, x, mean)
+            # Between two activations, so that rounding decides nothing.
+            budget = MeanBudget(budget.mean, budget.threshold * (1 + 1e-9))
+            assert export_jumprelu(sae, path, budget=budget) == path
+            with torch.no_grad(), sae.at_budget(budget):
+                acts = sae.encode(x)
+                expected[path.name] = (budget.threshold, acts, sae.decode(acts))
+            assert sae.budget == K
+    run_python(JUMPRELU_WITHOUT_THE_PLUGIN, tmp_path)
+    loaded = load_file(tmp_path / "out.safetensors")
+    assert len(loaded) == 3 * len(expected) == 48
+    for name, (threshold, acts, out) in expected.items():
+        assert loaded[f"{name}.k"].tolist() == [threshold] * D_SAE
+        assert torch.equal(loaded[f"{name}.acts"] > 0, acts > 0)
+        assert acts.count_nonzero(-1).amax() > acts.count_nonzero(-1).amin()
+        torch.testing.assert_close(loaded[f"{name}.acts"], acts)
+        torch.testing.assert_close(loaded[f"{name}.out"], out)
+    assert max(int(acts.count_nonzero(-1).amax()) for _, acts, _ in expected.values()) > K
+
+
+def test_jumprelu_export_in_bfloat16_differs_by_rounding_only(tmp_path: Path) -> None:
+    x = activations(256).bfloat16()
+    sae = make_sae("hierarchical", dtype="bfloat16", reshape_activations="hook_z")
+    sae.cfg.metadata.hook_name = "blocks.0.attn.hook_z"
+    x = x.view(-1, 4, 4)
+    budget = mean_budget(make_sae("hierarchical", dtype="bfloat16"), x.flatten(1), 3)
+    export_jumprelu(sae, tmp_path, budget=budget)
+    exported = SAE.load_from_disk(tmp_path)
+    assert exported.dtype == torch.bfloat16
+    with torch.no_grad(), sae.at_budget(budget):
+        ours, theirs = sae.encode(x), exported.encode(x)
+        assert exported(x).shape == sae(x).shape == x.shape
+    differ = (ours > 0) != (theirs > 0)
+    assert differ.sum() < 0.02 * (ours > 0).sum()
+    # Those that only one keeps are next to the threshold.
+    near = torch.maximum(ours, theirs)[differ].float()
+    assert ((near - budget.threshold).abs() <= 0.02 * budget.threshold).all()
+    torch.testing.assert_close(ours[~differ], theirs[~differ], rtol=0.02, atol=0)
+
+
+def test_latents_without_a_decoder_row_stay_inactive_in_a_jumprelu_export(tmp_path: Path) -> None:
+    sae = make_sae("hierarchical")
+    with torch.no_grad():
+        sae.W_dec[3] = 0
+    export_jumprelu(sae, tmp_path, budget=MeanBudget(K, 0))
+    x = activations()
+    acts = SAE.load_from_disk(tmp_path).encode(x)
+    assert (acts[:, 3] == 0).all()
+    with sae.at_budget(MeanBudget(K, 0)):
+        torch.testing.assert_close(acts, sae.encode(x))
+
+
+def test_jumprelu_export_says_what_it_is_and_is_replaced(tmp_path: Path) -> None:
+    sae = make_sae("hierarchical")
+    sae.cfg.metadata.l0, sae.cfg.metadata.num_dead_features = 7.5, 3
+    before = {name: weight.clone() for name, weight in sae.state_dict().items()}
+    for threshold in (0.25, 0.5):
+        export_jumprelu(sae, tmp_path, budget=MeanBudget(3, threshold))
+        exported = SAE.load_from_disk(tmp_path)
+        assert exported.threshold.tolist() == [threshold] * D_SAE
+    assert exported.cfg.metadata.sae_lens_flex_export == {
+        "architecture": "hierarchical_topk",
+        "k": K,
+        "mean": 3.0,
+        "threshold": 0.5,
+    }
+    assert "l0" not in exported.cfg.metadata
+    assert exported.cfg.metadata.hook_name == "blocks.0.hook_resid_post"
+    assert all(torch.equal(weight, before[name]) for name, weight in sae.state_dict().items())
+    with pytest.raises(TypeError, match=r"^sae is a JumpReLUSAE"):
+        from_topk(exported)
+
+
+def test_exports_refuse_the_other_kind_of_budget(tmp_path: Path) -> None:
+    sae = make_sae("hierarchical")
+    with pytest.raises(ValueError, match=r"^budget is MeanBudget.*export_jumprelu"):
+        export_topk(sae, tmp_path, budget=MeanBudget(3, 0.5))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^budget is 3, .*export_topk"):
+        export_jumprelu(sae, tmp_path, budget=3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^budget is MeanBudget.*up to k"):
+        export_jumprelu(sae, tmp_path, budget=MeanBudget(K + 1, 0.5))
+    with pytest.raises(TypeError, match=r"^sae is a TopKSAE"):
+        export_jumprelu(make_sae("topk"), tmp_path, budget=MeanBudget(3, 0.5))
+    assert not any(tmp_path.iterdir())
 
 
 def test_export_keeps_the_metadata_and_leaves_the_sae_alone(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from itertools import islice
 from typing import Any
 
 import torch
-from sae_lens import SAE
+from sae_lens import SAE, ActivationsStore
 from sae_lens.util import (
     extract_stop_at_layer_from_tlens_hook_name,
     get_special_token_ids,
@@ -15,6 +15,10 @@ from sae_lens.util import (
 
 # TransformerLens < 3.3 defines the class elsewhere. From here it can be imported in every version.
 from transformer_lens.HookedTransformer import HookedRootModule  # pyright: ignore
+
+from ..saes.checks import check_integer
+
+N_BATCHES = 10  # that are taken of what may have no end
 
 # TransformerLens gives the activations at these hook points a dimension of heads.
 HEAD_HOOKS = ("hook_q", "hook_k", "hook_v", "hook_z")
@@ -90,6 +94,64 @@ def check_shape(x: torch.Tensor, saes: Mapping[str, SAE[Any]]) -> None:
                 f"activations has shape {list(x.shape)}, expected [..., {sae.cfg.d_in}], tokens by "
                 f"the d_in of {name!r}"
             )
+
+
+def draw_batches(
+    saes: dict[str, SAE[Any]],
+    activations: ActivationsStore | torch.Tensor | Iterable[torch.Tensor],
+    *,
+    model: HookedRootModule | None,
+    n_batches: int | None,
+    batch_size_prompts: int | None,
+    exclude_special_tokens: Iterable[int] | bool,
+    model_kwargs: Mapping[str, Any] | None,
+    with_ce: bool = False,
+    with_kl: bool = False,
+) -> tuple[Iterator["Batch"], int]:
+    """Return an iterator over the batches that SAEs are measured on, and how many there may be.
+
+    Args:
+        saes: the SAEs that read them.
+        activations, model, n_batches, batch_size_prompts, exclude_special_tokens, model_kwargs: as
+            in `sweep_budgets`.
+        with_ce, with_kl: which metrics of the model are wanted, of a store alone.
+    """
+    if n_batches is None:
+        n_batches = len(activations) if isinstance(activations, (list, tuple)) else N_BATCHES
+    else:
+        n_batches = check_integer("n_batches", n_batches)
+    if batch_size_prompts is not None:
+        batch_size_prompts = check_integer("batch_size_prompts", batch_size_prompts)
+    if not isinstance(activations, ActivationsStore):
+        if model is not None:
+            raise ValueError(no_store("model", activations))
+        return given_batches(saes, activations, n_batches), n_batches
+    store = activations
+    model = store.model if model is None else model
+    ignored = tokens_to_ignore(model, exclude_special_tokens)
+    runs = ModelRuns(model, ignored, with_ce, with_kl, dict(model_kwargs or {}))
+    batches = (
+        ModelBatch(store.get_batch_tokens(batch_size_prompts), list(saes.values()), runs)
+        for _ in range(n_batches)
+    )
+    return batches, n_batches
+
+
+def no_store(name: str, activations: Any) -> str:
+    """Return the message where `name` is given without a store."""
+    return (
+        f"{name} is given and activations is a {type(activations).__name__}, expected an "
+        "ActivationsStore with it"
+    )
+
+
+def activations_of(batch: Batch, name: str, sae: SAE[Any]) -> torch.Tensor:
+    """Return the activations [..., d_in] of a batch that an SAE reads. Raise where they are odd."""
+    x = batch.activations(sae)
+    check_shape(x, {name: sae})
+    if not x[batch.mask.to(x.device)].isfinite().all():
+        raise ValueError("activations has NaN or infinite values, expected finite ones")
+    return x
 
 
 @dataclass(frozen=True)

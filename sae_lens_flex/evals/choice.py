@@ -12,6 +12,8 @@ def smallest_budget(
 ) -> int:
     """Return the smallest budget of a sweep that explains at least that share of the variance.
 
+    It chooses among numbers of latents. The sweep's MeanBudgets are passed over.
+
     Args:
         sweep: the result of `sweep_budgets`.
         explained_variance: the share asked for, at most 1.

@@ -12,6 +12,7 @@ import torch
 from sae_lens import SAE
 from sae_lens.evals import ExplainedVarianceCalculator
 
+from ..saes.budgets import Budget, MeanBudget
 from . import figures
 from .reconstruction import Reconstruction
 
@@ -23,7 +24,8 @@ class BudgetMetrics:
 
     Args:
         sae (str): Name of the SAE.
-        budget (int | None): Latents kept per activation; None for an SAE without a fixed number.
+        budget (int | None): Latents kept per activation; None for an SAE without a fixed number,
+            and for a MeanBudget.
         explained_variance (float): 1 - E|x - x_hat|^2 / E|x - E x|^2.
         mse (float): E|x - x_hat|^2, summed over d_in.
         l0 (float): Mean number of active latents.
@@ -36,6 +38,8 @@ class BudgetMetrics:
         kl_div_score (float | None): Share of `kl_div_with_ablation` that the SAE avoids.
         kl_div_with_sae (float | None): KL(original || with reconstructions).
         kl_div_with_ablation (float | None): KL(original || with zeros).
+        threshold (float | None): The threshold of a MeanBudget. Its latents on these tokens are
+            `l0`, so `MeanBudget(row.l0, row.threshold)` is one like it.
     """
 
     sae: str
@@ -51,6 +55,7 @@ class BudgetMetrics:
     kl_div_score: float | None = None
     kl_div_with_sae: float | None = None
     kl_div_with_ablation: float | None = None
+    threshold: float | None = None
 
 
 @dataclass(frozen=True)
@@ -78,11 +83,11 @@ class BudgetSweep:
         """Return a table with one row per SAE and budget, and the number of tokens.
 
         It has the model's scores, but not the cross-entropies and divergences behind them. The
-        table then fits a terminal of 80 columns.
+        table then fits a terminal of 80 columns. A MeanBudget stands there as "> threshold".
         """
         frame = self.to_pandas()
-        frame["budget"] = ["-" if row.budget is None else row.budget for row in self.metrics]
-        parts = ("ce_loss_with", "kl_div_with")
+        frame["budget"] = [_budget_cell(row) for row in self.metrics]
+        parts = ("ce_loss_with", "kl_div_with", "threshold")
         names = [name for name in frame.columns if not name.startswith(parts)]
         if len({row.sae for row in self.metrics}) == 1:
             names.remove("sae")
@@ -106,7 +111,8 @@ class BudgetSweep:
         """Draw a metric against the budget.
 
         An SAE with several budgets becomes a line, any other a point with its name beside it. An
-        SAE without a fixed number of latents stands at its mean L0.
+        SAE without a fixed number of latents stands at its mean L0. So do the MeanBudgets of an
+        SAE, which are a line or a point of their own.
 
         Args:
             path: where to write the figure. With the suffix .html, or none, it becomes HTML that
@@ -117,17 +123,26 @@ class BudgetSweep:
         Raises:
             ValueError: if there is no such metric, or the sweep did not compute it.
         """
-        names = [field.name for field in fields(BudgetMetrics)][2:]
+        no_metrics = ("sae", "budget", "threshold")
+        names = [field.name for field in fields(BudgetMetrics) if field.name not in no_metrics]
         if metric not in names:
             raise ValueError(f"metric is {metric!r}, expected one of {', '.join(names)}")
         if all(getattr(row, metric) is None for row in self.metrics):
             raise ValueError(f"metric is {metric!r}, expected one that the sweep computed")
-        curves = []
-        for name in dict.fromkeys(row.sae for row in self.metrics):
-            rows = [row for row in self.metrics if row.sae == name]
-            latents = [row.l0 if row.budget is None else row.budget for row in rows]
-            curves.append(figures.Curve(name, latents, [getattr(row, metric) for row in rows]))
-        figure = figures.draw(curves, metric.replace("_", " "))
+        curves: dict[tuple[str, bool], list[BudgetMetrics]] = {}
+        for row in self.metrics:
+            curves.setdefault((row.sae, row.threshold is not None), []).append(row)
+        figure = figures.draw(
+            [
+                figures.Curve(
+                    f"{name}, one threshold" if is_mean else name,
+                    [row.l0 if row.budget is None else row.budget for row in rows],
+                    [getattr(row, metric) for row in rows],
+                )
+                for (name, is_mean), rows in curves.items()
+            ],
+            metric.replace("_", " "),
+        )
         if path is not None:
             figures.write(figure, path)
         return figure
@@ -172,7 +187,7 @@ class Totals:
             self.sums[name] = self.sums.get(name, 0.0) + float(value.double().sum())
             self.counts[name] = self.counts.get(name, 0) + value.numel()
 
-    def metrics(self, sae: str, budget: int | None) -> BudgetMetrics:
+    def metrics(self, sae: str, budget: Budget | None) -> BudgetMetrics:
         """Return the means over all tokens counted. At least one must have been."""
         means = {name: _ratio(self.sums[name], self.counts[name]) for name in self.sums}
         if "ce_loss_with_sae" in means:
@@ -185,15 +200,23 @@ class Totals:
                 means["kl_div_with_ablation"] - means["kl_div_with_sae"],
                 means["kl_div_with_ablation"],
             )
+        is_mean = isinstance(budget, MeanBudget)
         return BudgetMetrics(
             sae=sae,
-            budget=budget,
+            budget=None if is_mean else budget,
             explained_variance=self.variance.compute(),
             mse=self.variance.sum_squared_residual / self.n_tokens,
             l0=self.n_active / self.n_tokens,
             dead_latents=1 - float(self.fired.float().mean()),
+            threshold=budget.threshold if is_mean else None,
             **means,
         )
+
+
+def _budget_cell(row: BudgetMetrics) -> int | str:
+    if row.threshold is not None:
+        return f"> {row.threshold:.4g}"
+    return "-" if row.budget is None else row.budget
 
 
 def _ratio(numerator: float, denominator: float) -> float:

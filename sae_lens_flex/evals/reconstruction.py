@@ -1,13 +1,13 @@
 """An SAE's reconstructions of a batch, one per budget, from one encode."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from sae_lens import SAE
 
-from ..saes.budgets import RuntimeBudget
+from ..saes.budgets import MeanBudget, RuntimeBudget
 
 
 class Reconstruction(NamedTuple):
@@ -27,30 +27,32 @@ class Reconstruction(NamedTuple):
 
 
 def reconstruct(
-    sae: SAE[Any], x: torch.Tensor, budgets: list[int | None]
-) -> Iterator[tuple[int | None, Reconstruction]]:
+    sae: SAE[Any], x: torch.Tensor, budgets: Sequence[int | MeanBudget | None]
+) -> Iterator[tuple[int | MeanBudget | None, Reconstruction]]:
     """Yield each budget and its reconstruction.
 
     Args:
         sae: the SAE.
         x: activations, [..., d_in]. Attention heads are concatenated already.
-        budgets: ascending, for an SAE with a run-time budget. Any other SAE has one entry, which
-            is yielded as it came.
+        budgets: of an SAE with a run-time budget: numbers of latents, ascending, then MeanBudgets.
+            Any other SAE has one entry, which is yielded as it came.
     """
-    with _flat_heads(sae):
+    with flat_heads(sae):
         if not isinstance(sae, RuntimeBudget):
             yield budgets[0], _reconstruct_once(sae, x)
             return
-        ascending = cast(list[int], budgets)
+        ascending = [budget for budget in budgets if isinstance(budget, int)]
+        apart: list[int | MeanBudget] = [b for b in budgets if isinstance(b, MeanBudget)]
         if sae.replaced_decoding():
-            for budget in ascending:
-                with sae.at_budget(budget):
-                    yield budget, _reconstruct_once(sae, x)
-            return
-        with sae.at_budget(ascending[-1]):
-            acts, latents = sae.encode_levels(x)
-        for budget, x_hat in sae.decode_levels(acts, latents, ascending):
-            yield budget, Reconstruction(acts[..., :budget], latents[..., :budget], x_hat)
+            apart, ascending = [*ascending, *apart], []
+        if ascending:
+            with sae.at_budget(ascending[-1]):
+                acts, latents = sae.encode_levels(x)
+            for budget, x_hat in sae.decode_levels(acts, latents, ascending):
+                yield budget, Reconstruction(acts[..., :budget], latents[..., :budget], x_hat)
+        for budget in apart:
+            with sae.at_budget(budget):
+                yield budget, _reconstruct_once(sae, x)
 
 
 def _reconstruct_once(sae: SAE[Any], x: torch.Tensor) -> Reconstruction:
@@ -60,7 +62,7 @@ def _reconstruct_once(sae: SAE[Any], x: torch.Tensor) -> Reconstruction:
 
 
 @contextmanager
-def _flat_heads(sae: SAE[Any]) -> Iterator[None]:
+def flat_heads(sae: SAE[Any]) -> Iterator[None]:
     """Make the SAE take activations with concatenated heads, as `run_evals` does."""
     if not sae.hook_z_reshaping_mode:
         yield

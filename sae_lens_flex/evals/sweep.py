@@ -1,5 +1,6 @@
 """Measuring SAEs at a list of budgets, every one on the same tokens."""
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -8,13 +9,20 @@ from sae_lens import SAE, ActivationsStore
 from tqdm.auto import tqdm
 from transformer_lens.HookedTransformer import HookedRootModule  # pyright: ignore
 
-from ..saes.budgets import RuntimeBudget, check_budgets, doubling_budgets
-from ..saes.checks import check_integer
-from .batches import ModelBatch, ModelRuns, check_shape, given_batches, tokens_to_ignore
-from .metrics import BudgetSweep, Totals
+from ..saes.budgets import (
+    Budget,
+    MeanBudget,
+    RuntimeBudget,
+    check_budget,
+    check_budgets,
+    doubling_budgets,
+)
+from .batches import activations_of, draw_batches, no_store
+from .metrics import BudgetMetrics, BudgetSweep, Totals
 from .reconstruction import reconstruct
 
-N_BATCHES = 10  # that are taken of what may have no end
+# Explained variance that may be lost from one budget to a larger one without a warning.
+LARGEST_FALL = 0.005
 
 
 @torch.no_grad()
@@ -23,7 +31,7 @@ def sweep_budgets(
     activations: ActivationsStore | torch.Tensor | Iterable[torch.Tensor],
     *,
     model: HookedRootModule | None = None,
-    budgets: Sequence[int] | None = None,
+    budgets: Sequence[Budget] | None = None,
     n_batches: int | None = None,
     batch_size_prompts: int | None = None,
     compute_ce_loss: bool | None = None,
@@ -34,6 +42,8 @@ def sweep_budgets(
 ) -> BudgetSweep:
     """Measure SAEs at a list of budgets, every one on the same tokens.
 
+    It warns of an SAE that explains less of the variance with more latents.
+
     An SAE with a run-time budget (`hierarchical_topk`) is encoded once a batch and measured at
     every budget. Any other SAE is measured once, as it is.
 
@@ -42,8 +52,9 @@ def sweep_budgets(
         activations: SAELens's ActivationsStore, from which tokens are drawn for the model. Or the
             activations themselves: a tensor [..., d_in], or an iterable of such, one a batch.
         model: the language model. None takes the store's. Only a store goes with a model.
-        budgets: ascending, from 1 to the largest k of the SAEs. None takes 1, 2, 4, ... and k of
-            each SAE. Budgets above an SAE's own k are left out for it.
+        budgets: numbers of latents, ascending, from 1 to the largest k of the SAEs, and any number
+            of MeanBudgets, where one of the SAEs has a run-time budget. None takes 1, 2, 4, ... and
+            k of each SAE. Budgets above an SAE's own k are left out for it.
         n_batches: number of batches to take. None takes all of a tensor, list or tuple, and 10 of
             a store or another iterable, which may have fewer.
         batch_size_prompts: prompts in a batch. None takes the store's.
@@ -63,37 +74,23 @@ def sweep_budgets(
     for sae in named.values():
         if not isinstance(sae, SAE):
             raise TypeError(f"saes has a {type(sae).__name__}, expected SAELens's SAEs")
-    if n_batches is None:
-        n_batches = len(activations) if isinstance(activations, (list, tuple)) else N_BATCHES
-    else:
-        n_batches = check_integer("n_batches", n_batches)
-    if batch_size_prompts is not None:
-        batch_size_prompts = check_integer("batch_size_prompts", batch_size_prompts)
     budgets_of = _choose_budgets(named, budgets)
-    with_ce = with_kl = False
-    if isinstance(activations, ActivationsStore):
-        store = activations
-        model = store.model if model is None else model
-        with_ce, with_kl = compute_ce_loss is not False, compute_kl
-        ignored = tokens_to_ignore(model, exclude_special_tokens)
-        runs = ModelRuns(model, ignored, with_ce, with_kl, dict(model_kwargs or {}))
-        batches = (
-            ModelBatch(store.get_batch_tokens(batch_size_prompts), list(named.values()), runs)
-            for _ in range(n_batches)
-        )
-    else:
-        for name, is_given in (
-            ("model", model is not None),
-            ("compute_ce_loss", compute_ce_loss),
-            ("compute_kl", compute_kl),
-        ):
-            if is_given:
-                raise ValueError(
-                    f"{name} is given and activations is a {type(activations).__name__}, expected "
-                    "an ActivationsStore with it"
-                )
-        batches = given_batches(named, activations, n_batches)
-
+    is_store = isinstance(activations, ActivationsStore)
+    for name, is_given in (("compute_ce_loss", compute_ce_loss), ("compute_kl", compute_kl)):
+        if is_given and not is_store:
+            raise ValueError(no_store(name, activations))
+    with_ce, with_kl = is_store and compute_ce_loss is not False, compute_kl
+    batches, n_batches = draw_batches(
+        named,
+        activations,
+        model=model,
+        n_batches=n_batches,
+        batch_size_prompts=batch_size_prompts,
+        exclude_special_tokens=exclude_special_tokens,
+        model_kwargs=model_kwargs,
+        with_ce=with_ce,
+        with_kl=with_kl,
+    )
     totals = {
         (name, budget): Totals(sae) for name, sae in named.items() for budget in budgets_of[name]
     }
@@ -101,10 +98,7 @@ def sweep_budgets(
     for batch in tqdm(batches, total=n_batches, desc="Sweeping budgets", disable=not show_progress):
         n_tokens += int(batch.mask.sum())
         for name, sae in named.items():
-            x = batch.activations(sae)  # [..., d_in]
-            check_shape(x, {name: sae})
-            if not x[batch.mask.to(x.device)].isfinite().all():
-                raise ValueError("activations has NaN or infinite values, expected finite ones")
+            x = activations_of(batch, name, sae)  # [..., d_in]
             for budget, reconstruction in reconstruct(sae, x, budgets_of[name]):
                 total = totals[name, budget]
                 total.add(x, reconstruction, batch.mask)
@@ -112,33 +106,65 @@ def sweep_budgets(
                     total.add_model_metrics(batch.model_metrics(sae, reconstruction.x_hat))
     if n_tokens == 0:
         raise ValueError("activations gave no token, expected at least one")
-    return BudgetSweep(
-        [total.metrics(name, budget) for (name, budget), total in totals.items()], n_tokens
-    )
+    rows = [total.metrics(name, budget) for (name, budget), total in totals.items()]
+    for name in named:
+        _warn_of_fall([row for row in rows if row.sae == name and row.budget is not None])
+    return BudgetSweep(rows, n_tokens)
+
+
+def _warn_of_fall(rows: list[BudgetMetrics]) -> None:
+    """Warn where an SAE explains less with more latents."""
+    best = rows[0] if rows else None
+    for row in rows:
+        if best is None or row.explained_variance > best.explained_variance:
+            best = row
+        elif best.explained_variance - row.explained_variance > LARGEST_FALL:
+            warnings.warn(
+                f"explained variance of {row.sae!r} falls as the budget grows: "
+                f"{best.explained_variance:.3f} at {best.budget}, {row.explained_variance:.3f} at "
+                f"{row.budget}. A run with too high a learning rate ends so: try a lower one",
+                stacklevel=4,
+            )
+            return
 
 
 def _choose_budgets(
-    saes: dict[str, SAE[Any]], budgets: Sequence[int] | None
-) -> dict[str, list[int | None]]:
-    """Return the budgets of each SAE.
+    saes: dict[str, SAE[Any]], budgets: Sequence[Budget] | None
+) -> dict[str, list[Budget | None]]:
+    """Return the budgets of each SAE: numbers of latents, ascending, and then MeanBudgets.
 
     An SAE without a run-time budget gets one entry: its k, or None if it has none.
     """
     k_of = {name: sae.cfg.k for name, sae in saes.items() if isinstance(sae, RuntimeBudget)}
+    means: list[MeanBudget] = []
     if budgets is not None:
         if not k_of:
             raise ValueError(
                 f"budgets is {budgets!r}, expected None: no SAE of saes takes a budget at run time"
             )
-        budgets = check_budgets("budgets", budgets, max(k_of.values()))
-    chosen: dict[str, list[int | None]] = {}
+        if isinstance(budgets, (list, tuple)):
+            means = [budget for budget in budgets if isinstance(budget, MeanBudget)]
+            budgets = [budget for budget in budgets if not isinstance(budget, MeanBudget)]
+        if budgets or not means:
+            budgets = check_budgets("budgets", budgets, max(k_of.values()))
+        if means and len(k_of) > 1:
+            raise ValueError(
+                f"budgets has {means[0]!r}, whose threshold is that of one SAE, and saes has "
+                f"{len(k_of)} with budgets ({', '.join(k_of)}), expected one"
+            )
+        if len(set(means)) < len(means):
+            raise ValueError(f"budgets has {means!r}, expected no MeanBudget twice")
+    chosen: dict[str, list[Budget | None]] = {}
     for name, sae in saes.items():
         if name not in k_of:
             k = getattr(sae.cfg, "k", None)
             chosen[name] = [k if isinstance(k, int) else None]
             continue
         within = doubling_budgets(k_of[name]) if budgets is None else budgets
-        chosen[name] = [budget for budget in within if budget <= k_of[name]]
+        chosen[name] = [
+            *(budget for budget in within if isinstance(budget, int) and budget <= k_of[name]),
+            *(check_budget(budget, k_of[name]) for budget in means),
+        ]
         if not chosen[name]:
             raise ValueError(
                 f"budgets is {budgets!r}, expected one within {name!r}'s k ({k_of[name]})"

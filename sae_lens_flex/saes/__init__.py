@@ -1,5 +1,6 @@
 """The architectures as SAELens classes."""
 
+from .budgets import MeanBudget
 from .flex_batchtopk import FlexBatchTopKTrainingSAE, FlexBatchTopKTrainingSAEConfig
 from .flex_matryoshka_batchtopk import (
     FlexMatryoshkaBatchTopKTrainingSAE,
@@ -24,4 +25,5 @@ __all__ = [
     "HierarchicalTopKSAEConfig",
     "HierarchicalTopKTrainingSAE",
     "HierarchicalTopKTrainingSAEConfig",
+    "MeanBudget",
 ]

@@ -3,7 +3,8 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NoReturn
 
 import torch
 from sae_lens.saes.sae import SAE
@@ -63,39 +64,121 @@ def check_level_weights(weights: Any, n_budgets: int) -> list[float]:
     return checked
 
 
+@dataclass(frozen=True)
+class MeanBudget:
+    """
+    A budget of a mean number of latents: every activation of a latent above one threshold is kept.
+
+    This is what a BatchTopK SAE does after its training. An activation vector gets as many latents
+    as are above the threshold: none, or more than the SAE's k. `mean_budget` chooses the threshold
+    for an SAE. For other weights it means nothing.
+
+    Args:
+        mean (float): Latents kept per activation vector, on average over those that the threshold
+            was chosen on. Above 0.
+        threshold (float): Latents whose activation is above it are kept. At least 0.
+    """
+
+    mean: float
+    threshold: float
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mean", check_number("mean", self.mean, is_positive=True))
+        object.__setattr__(self, "threshold", check_number("threshold", self.threshold))
+
+
+Budget = int | MeanBudget
+
+
+def check_budget(budget: Any, k: int) -> Budget:
+    """Return a run-time budget of an SAE, or raise a ValueError that names it."""
+    if not isinstance(budget, MeanBudget):
+        return check_integer("budget", budget, k, "k")
+    if budget.mean > k:
+        raise ValueError(f"budget is {budget!r}, expected a mean up to k ({k})")
+    return budget
+
+
+class WithoutBudget:
+    """Refuses a run-time budget, where SAELens's SAEs would take the attribute and ignore it."""
+
+    @property
+    def budget(self) -> NoReturn:
+        raise AttributeError(self._no_budget())  # so that `hasattr` says that there is none
+
+    @budget.setter
+    def budget(self, budget: Any) -> NoReturn:
+        raise AttributeError(self._no_budget())
+
+    def _no_budget(self) -> str:
+        return (
+            f"a {type(self).__name__} takes no budget at run time: it keeps as many latents as it "
+            "was trained for (a hierarchical_topk SAE takes any budget)"
+        )
+
+
 class RuntimeTopK(TopK):
     """SAELens's TopK, whose k is a budget that was set, or the config's k."""
 
     def __init__(self, sae: SAE[Any]) -> None:
-        self._budget: int | None = None
+        self._budget: Budget | None = None
         # In a list, because a module would become a submodule, and this one is the SAE's own.
         self._sae = [sae]
         super().__init__(sae.cfg.k)
         self._budget = None
 
     @property
-    def k(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The number of latents to keep.
+    def budget(self) -> Budget:
+        """What is kept.
 
         Raises:
             ValueError: where the config's k was set below the budget.
         """
         highest = self._sae[0].cfg.k
-        if self._budget is None:
-            return highest
-        return check_integer("budget", self._budget, highest, "k")
+        return highest if self._budget is None else check_budget(self._budget, highest)
+
+    @property
+    def k(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The number of latents to keep.
+
+        Raises:
+            ValueError: where the config's k was set below the budget, or the budget is a mean.
+        """
+        return whole_budget("activation_fn.k", self.budget)
 
     @k.setter
-    def k(self, k: int) -> None:
+    def k(self, k: Budget) -> None:
         self._budget = k
+
+    @override
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        budget = self.budget
+        if not isinstance(budget, MeanBudget):
+            return super().forward(x)
+        # In one dimension and the SAE's dtype, as the threshold of SAELens's "jumprelu": they are
+        # then compared alike under autocast, too.
+        threshold = torch.full(
+            (1,), budget.threshold, dtype=self._sae[0].W_dec.dtype, device=x.device
+        )
+        return x.relu() * (x > threshold)
+
+
+def whole_budget(name: str, budget: Budget) -> int:
+    """Return a budget that is a number of latents. Raise a ValueError of `name` for a mean."""
+    if isinstance(budget, MeanBudget):
+        raise ValueError(
+            f"{name} needs a number of latents, and sae.budget is {budget!r}: set another, or use "
+            "`with sae.at_budget(...)`"
+        )
+    return budget
 
 
 class RuntimeBudget(OwnNormalization):
     """
-    Lets an SAE with a TopK activation function keep fewer than cfg.k latents.
+    Lets an SAE with a TopK activation function keep another number of latents than cfg.k.
 
-    `encode`, and all that calls it, keeps the `budget` largest latents. The config, and so a saved
-    SAE, knows nothing of it.
+    `encode`, and all that calls it, keeps the `budget` largest latents, or with a MeanBudget those
+    above its threshold. The config, and so a saved SAE, knows nothing of it.
     """
 
     activation_fn: TopK
@@ -105,17 +188,27 @@ class RuntimeBudget(OwnNormalization):
         return RuntimeTopK(self)
 
     @property
-    def budget(self) -> int:
-        """Number of latents that `encode` keeps, 1..cfg.k; cfg.k until it is set."""
-        return self.activation_fn.k
+    def budget(self) -> Budget:
+        """What `encode` keeps: a number of latents, 1..cfg.k, or a MeanBudget.
+
+        It is cfg.k until it is set.
+        """
+        activation_fn: Any = self.activation_fn
+        return activation_fn.budget if isinstance(activation_fn, RuntimeTopK) else activation_fn.k
 
     @budget.setter
-    def budget(self, budget: int) -> None:
-        self.activation_fn.k = check_integer("budget", budget, self.cfg.k, "k")
+    def budget(self, budget: Budget) -> None:
+        budget = check_budget(budget, self.cfg.k)
+        if isinstance(budget, MeanBudget) and not isinstance(self.activation_fn, RuntimeTopK):
+            raise ValueError(
+                f"budget is {budget!r}, expected a number of latents: activation_fn was replaced "
+                f"by a {type(self.activation_fn).__name__}, which has no threshold"
+            )
+        self.activation_fn.k = budget  # pyright: ignore[reportAttributeAccessIssue]
 
     @contextmanager
-    def at_budget(self, budget: int) -> Iterator[None]:
-        """Keep `budget` latents within the `with` block, then what was kept before."""
+    def at_budget(self, budget: Budget) -> Iterator[None]:
+        """Keep what `budget` says within the `with` block, then what was kept before."""
         name = "_budget" if isinstance(self.activation_fn, RuntimeTopK) else "k"
         previous = getattr(self.activation_fn, name)
         self.budget = budget
@@ -134,20 +227,26 @@ class RuntimeBudget(OwnNormalization):
             The activations of the kept latents, descending, and the latents, each [..., budget].
 
         Raises:
-            ValueError: for an `x` of another width.
+            ValueError: for an `x` of another width, or where `budget` is a MeanBudget, which has no
+                number of levels.
         """
+        budget = whole_budget("encode_levels", self.budget)
         width = x.shape[-2:].numel() if self.hook_z_reshaping_mode else x.shape[-1]
         if width != self.cfg.d_in:
             raise ValueError(
                 f"x has shape {list(x.shape)}, expected {self.cfg.d_in} values an activation"
             )
         take_output_map(self)  # what an `encode` without a `decode` may have left
-        acts, latents = self.encode(x).topk(self.budget)
+        acts, latents = self.encode(x).topk(budget)
         return acts, latents
 
     @torch.no_grad()
     def encode_adaptive(self, x: torch.Tensor, tolerance: float) -> torch.Tensor:
-        """Encode each activation with as few latents as its reconstruction needs.
+        """Encode each activation with as few latents as leave a given error.
+
+        This bounds the error of each activation. It costs explained variance: at the same mean
+        number of latents a fixed budget explains more, and a MeanBudget more still, because those
+        that are hard to reconstruct take most of the latents here.
 
         Keeps the first j latents of an activation, j the smallest with
 
@@ -164,10 +263,12 @@ class RuntimeBudget(OwnNormalization):
             Feature activations, [..., d_sae], without gradients.
 
         Raises:
-            ValueError: for an `x` of another width, or an impossible tolerance.
+            ValueError: for an `x` of another width, or an impossible tolerance, or where `budget`
+                is a MeanBudget.
             NotImplementedError: where `decode` is not SAELens's own.
         """
         self._check_decode("encode_adaptive")
+        whole_budget("encode_adaptive", self.budget)
         tolerance = check_number("tolerance", tolerance)
         acts, latents = self.encode_levels(x)  # [..., k]
         k = acts.shape[-1]

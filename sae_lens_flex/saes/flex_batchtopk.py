@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from ..training.node import Losses
 from ..training.threshold import Threshold
+from .budgets import WithoutBudget
 from .checks import check_number
 from .configs import FusedTopKTrainingSAEConfig
 from .fused_path import METHODS, OF_BATCHES, replaced
@@ -80,7 +81,7 @@ def check_mean_k(name: str, k: Any, n_latents: int) -> float:
     return k
 
 
-class FlexBatchTopKTrainingSAE(FusedTopKTrainingSAE, BatchTopKTrainingSAE):
+class FlexBatchTopKTrainingSAE(WithoutBudget, FusedTopKTrainingSAE, BatchTopKTrainingSAE):
     """
     SAELens's `batchtopk`, trained through the fused kernels.
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from typing_extensions import override
 
+from .budgets import WithoutBudget
 from .checks import check_integer
 from .configs import FusedTopKTrainingSAEConfig
 from .fused_topk import FusedTopKTrainingSAE
@@ -23,7 +24,7 @@ class FlexTopKTrainingSAEConfig(FusedTopKTrainingSAEConfig):
         return "flex_topk"
 
 
-class FlexTopKTrainingSAE(FusedTopKTrainingSAE):
+class FlexTopKTrainingSAE(WithoutBudget, FusedTopKTrainingSAE):
     """
     SAELens's `topk`, trained through the fused kernels.
 

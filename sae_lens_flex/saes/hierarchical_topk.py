@@ -53,6 +53,7 @@ class HierarchicalTopKSAE(RuntimeBudget, TopKSAE):
         sae.budget = 16  # keep 16 latents from now on, 1..cfg.k
         with sae.at_budget(4):
             reconstruction = sae(activations)
+        sae.budget = mean_budget(sae, activations, 16)  # 16 on average, by one threshold
 
     Otherwise as SAELens's TopKSAE.
     """
@@ -155,7 +156,11 @@ class HierarchicalTopKTrainingSAE(RuntimeBudget, FusedTopKTrainingSAE):
     def _logging_metrics(
         self, x: torch.Tensor, code: Code, output_map: OutputMap, shards: Whole
     ) -> dict[str, torch.Tensor]:
-        """Return explained variance and MSE at budgets 1, 2, 4, ... k, as SAELens defines them."""
+        """Return explained variance and MSE at budgets 1, 2, 4, ... k, as SAELens defines them.
+
+        `explained_variance_fall` is the most that explained variance loses from one of these
+        budgets to a larger one. It is 0 where more latents explain more.
+        """
         return self._metrics_of(x, code.with_values(code.values.relu()), output_map, shards)
 
     @torch.no_grad()
@@ -303,7 +308,7 @@ class _OutputsByDecode(NamedTuple):
 def _metrics(
     x: torch.Tensor, residuals: Iterable[tuple[int, torch.Tensor]], shards: Whole = WHOLE
 ) -> dict[str, torch.Tensor]:
-    """Return explained variance and MSE at each budget, as SAELens defines them.
+    """Return explained variance and MSE at each budget, and the fall of the former.
 
     Args:
         x: this process's part of the width of all activations, [batch, D_r].
@@ -311,11 +316,14 @@ def _metrics(
         shards: which process that is.
     """
     variance = shards.sum((x - x.mean(0)).square().sum(-1).mean())
-    metrics = {}
+    metrics, explained = {}, []
     for budget, residual in residuals:
         mse = shards.sum(residual.square().sum(-1).mean())
-        metrics[f"explained_variance_at_{budget}"] = 1 - mse / variance
+        explained.append(1 - mse / variance)
+        metrics[f"explained_variance_at_{budget}"] = explained[-1]
         metrics[f"mse_at_{budget}"] = mse
+    curve = torch.stack(explained)
+    metrics["explained_variance_fall"] = (curve.cummax(0).values - curve).amax()
     return metrics
 
 

@@ -1,6 +1,6 @@
 """SAEs and sweeps for the tests of this directory, and the metrics that SAELens gives them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -15,6 +15,7 @@ from sae_lens_flex import (
     BudgetSweep,
     HierarchicalTopKSAE,
     HierarchicalTopKSAEConfig,
+    MeanBudget,
     sweep_budgets,
 )
 
@@ -87,21 +88,24 @@ def saelens_metrics(
 
 
 def assert_equal_to_run_evals(
-    sae: Any, make_store: Callable[..., ActivationsStore], exclude: Any
+    sae: Any,
+    make_store: Callable[..., ActivationsStore],
+    exclude: Any,
+    budgets: Sequence[int | MeanBudget] = BUDGETS,
 ) -> BudgetSweep:
     sweep = sweep_budgets(
         sae,
         make_store(sae),
-        budgets=BUDGETS,
+        budgets=budgets,
         n_batches=N_BATCHES,
         compute_kl=True,
         exclude_special_tokens=exclude,
         show_progress=False,
     )
-    assert [row.budget for row in sweep.metrics] == BUDGETS
-    for row in sweep.metrics:
-        assert row.budget is not None
-        with sae.at_budget(row.budget):
+    for row, budget in zip(sweep.metrics, budgets, strict=True):
+        assert row.budget == (budget if isinstance(budget, int) else None)
+        assert row.threshold == (None if isinstance(budget, int) else budget.threshold)
+        with sae.at_budget(budget):
             expected = saelens_metrics(sae, make_store, exclude)
         for name in RECONSTRUCTION_METRICS + CE_METRICS + KL_METRICS:
             # A score is a ratio of differences, which SAELens takes of means in float32.

@@ -1,19 +1,32 @@
 """Budgets at run time: levels of a reconstruction, adaptive encoding, and what training logs."""
 
+import copy
 from typing import Any
 
 import pytest
 import torch
-from comparison import BATCH, D_IN, D_SAE, K, assert_close, random_activations, trained_sae
+from comparison import (
+    BATCH,
+    D_IN,
+    D_SAE,
+    EVERY_ARCHITECTURE,
+    K,
+    assert_close,
+    random_activations,
+    trained_sae,
+)
 from sae_lens import LoggingConfig, SAETrainer
 from sae_lens.config import SAETrainerConfig
-from sae_lens.saes.sae import TrainStepInput
+from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
+from sae_lens.saes.topk_sae import TopK, TopKSAE, TopKSAEConfig
 
 from sae_lens_flex import (
     HierarchicalTopKSAE,
     HierarchicalTopKSAEConfig,
     HierarchicalTopKTrainingSAE,
+    MeanBudget,
 )
+from sae_lens_flex.saes.budgets import RuntimeBudget
 
 BUDGETS = [1, 2, 3, 5, K]
 NORMALIZATIONS = ["none", "layer_norm", "constant_norm_rescale", "expected_average_only_in"]
@@ -119,6 +132,144 @@ def test_levels_of_a_bfloat16_sae_are_as_close_as_its_decode(normalize) -> None:
         assert_close(reconstruction, references[budget], 1e-2)
         error = (reconstruction.double() - references[budget]).norm()
         assert error <= 1.05 * (stock[budget].double() - references[budget]).norm()
+
+
+def above_threshold(sae: Any, x: torch.Tensor, threshold: float) -> torch.Tensor:
+    """SAELens's TopK SAE with every positive latent kept, and then those above the threshold."""
+    stock = trained_topk_of(sae)
+    acts = stock.encode(x)
+    return acts.where(acts > threshold, 0)
+
+
+def trained_topk_of(sae: Any) -> TopKSAE:
+    names = ("d_in", "d_sae", "dtype", "rescale_acts_by_decoder_norm", "apply_b_dec_to_input")
+    fields = {name: getattr(sae.cfg, name) for name in (*names, "normalize_activations")}
+    stock = TopKSAE(TopKSAEConfig(**fields, k=sae.cfg.d_sae))
+    stock.load_state_dict(sae.state_dict())
+    return stock
+
+
+@pytest.mark.parametrize("rescale", [False, True], ids=["as-is", "rescaled"])
+@pytest.mark.parametrize("kind", ["inference", "training"])
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+def test_a_mean_budget_keeps_what_is_above_its_threshold(normalize, kind, rescale) -> None:
+    sae = hierarchical_sae(
+        kind,
+        normalize_activations=normalize,
+        rescale_acts_by_decoder_norm=rescale,
+        dtype="float64",
+    )
+    x = random_activations(2, 24, D_IN, dtype=torch.float64)
+    counts = set()
+    for threshold in (0.0, 1.0, 3.0):
+        with torch.no_grad(), sae.at_budget(MeanBudget(3, threshold)):
+            acts = sae.encode(x)
+            assert sae.budget == MeanBudget(3, threshold)
+            stock = trained_topk_of(sae)
+            expected = above_threshold(sae, x, threshold)
+            torch.testing.assert_close(acts, expected)
+            stock.process_sae_in(x)
+            torch.testing.assert_close(sae(x), stock.decode(expected))
+        counts |= set(acts.count_nonzero(-1).flatten().tolist())
+    assert sae.budget == K
+    assert min(counts) < 3
+    assert max(counts) > K
+
+
+def test_a_mean_budget_has_the_gradients_of_what_it_keeps() -> None:
+    sae = hierarchical_sae("training")
+    x = random_activations()
+    sae.budget = MeanBudget(3, 0.5)
+    kept = sae.encode(x)
+    kept.sum().backward()
+    gradient = sae.b_enc.grad.clone()
+    norms = sae.W_dec.norm(dim=-1) if sae.cfg.rescale_acts_by_decoder_norm else 1
+    torch.testing.assert_close(gradient, (kept > 0).sum(0) * norms)
+
+
+def test_a_mean_budget_compares_under_autocast_as_jumprelu_does() -> None:
+    # In bfloat16 the threshold would be 1.0, and would not keep 1.0.
+    sae = hierarchical_sae(rescale_acts_by_decoder_norm=False)
+    sae.budget = MeanBudget(3, 0.999)
+    acts = torch.tensor([[0.5, 1.0, -2.0, 1.5]], dtype=torch.bfloat16)
+    assert sae.activation_fn(acts).tolist() == [[0, 1.0, 0, 1.5]]
+
+
+def test_a_training_step_keeps_k_latents_at_a_mean_budget() -> None:
+    x = random_activations()
+    steps = []
+    for fused in (True, False):
+        sae = hierarchical_sae("training")
+        sae.use_fused_path = fused
+        expected = step(sae, x)
+        sae.budget = MeanBudget(1, 1.0)
+        assert torch.equal(step(sae, x).loss, expected.loss)
+        steps.append(expected)
+        assert sae.budget == MeanBudget(1, 1.0)
+    assert_close(steps[0].loss, steps[1].loss)
+
+
+@pytest.mark.parametrize("name", ["encode_levels", "encode_adaptive", "activation_fn.k"])
+def test_what_needs_a_number_of_latents_refuses_a_mean_budget(name) -> None:
+    sae = hierarchical_sae()
+    x = random_activations()
+    sae.budget = MeanBudget(3, 0.5)
+    calls = {
+        "encode_levels": lambda: sae.encode_levels(x),
+        "encode_adaptive": lambda: sae.encode_adaptive(x, 0.4),
+        "activation_fn.k": lambda: sae.activation_fn.k,
+    }
+    with pytest.raises(ValueError, match=rf"^{name} needs a number .* MeanBudget\(mean=3.0"):
+        calls[name]()
+
+
+@pytest.mark.parametrize(
+    ("mean", "threshold"), [(0, 1), (-1, 1), ("3", 1), (3, -0.1), (3, float("nan")), (3, None)]
+)
+def test_an_impossible_mean_budget_raises(mean, threshold) -> None:
+    with pytest.raises(ValueError, match=r"^(mean|threshold) is "):
+        MeanBudget(mean, threshold)
+
+
+def test_a_mean_above_k_is_refused_and_leaves_the_budget() -> None:
+    sae = hierarchical_sae()
+    sae.budget = 5
+    with pytest.raises(ValueError, match=rf"^budget is MeanBudget\(.*up to k \({K}\)"):
+        sae.budget = MeanBudget(K + 1, 0.1)
+    assert sae.budget == 5
+    sae.budget = MeanBudget(K, 0.1)
+    sae.cfg.k = K - 1
+    with pytest.raises(ValueError, match=r"^budget is MeanBudget"):
+        sae.encode(random_activations())
+
+
+def test_a_replaced_activation_function_refuses_a_mean_budget() -> None:
+    sae = hierarchical_sae()
+    sae.activation_fn = TopK(4)
+    with pytest.raises(ValueError, match="activation_fn was replaced by a TopK"):
+        sae.budget = MeanBudget(3, 0.5)
+    assert sae.budget == 4
+
+
+def test_copies_have_a_mean_budget_of_their_own() -> None:
+    sae = hierarchical_sae()
+    sae.budget = MeanBudget(3, 0.5)
+    twin = copy.deepcopy(sae)
+    sae.budget = 2
+    assert twin.budget == MeanBudget(3, 0.5)
+    x = random_activations()
+    torch.testing.assert_close(twin.encode(x), above_threshold(sae, x, 0.5))
+
+
+@pytest.mark.parametrize("architecture", EVERY_ARCHITECTURE)
+def test_training_saes_without_budgets_refuse_one(architecture) -> None:
+    sae = trained_sae(architecture)
+    assert hasattr(sae, "budget") == hasattr(sae, "at_budget") == isinstance(sae, RuntimeBudget)
+    if architecture == "hierarchical_topk":
+        return
+    with pytest.raises(AttributeError, match=rf"^a {type(sae).__name__} takes no budget"):
+        sae.budget = 4
+    assert "budget" not in vars(copy.deepcopy(sae))
 
 
 def test_levels_leave_the_sae_as_it_was() -> None:
@@ -239,7 +390,7 @@ def test_replaced_decoding_is_refused_by_name(how, name, kind) -> None:
         sae.encode_adaptive(x, 0.1)
 
 
-def logged(sae: Any, x: torch.Tensor, is_logging_step: bool) -> dict[str, Any]:
+def step(sae: Any, x: torch.Tensor, is_logging_step: bool = False) -> TrainStepOutput:
     return sae.training_forward_pass(
         TrainStepInput(
             sae_in=x,
@@ -248,7 +399,11 @@ def logged(sae: Any, x: torch.Tensor, is_logging_step: bool) -> dict[str, Any]:
             n_training_steps=0,
             is_logging_step=is_logging_step,
         )
-    ).metrics
+    )
+
+
+def logged(sae: Any, x: torch.Tensor, is_logging_step: bool) -> dict[str, Any]:
+    return step(sae, x, is_logging_step).metrics
 
 
 def expected_metrics(sae: Any, x: torch.Tensor) -> dict[str, float]:
@@ -259,7 +414,9 @@ def expected_metrics(sae: Any, x: torch.Tensor) -> dict[str, float]:
         mse = (reconstruction - x).square().sum(-1).mean()
         metrics[f"explained_variance_at_{budget}"] = (1 - mse / variance).item()
         metrics[f"mse_at_{budget}"] = mse.item()
-    return metrics
+    curve = [value for name, value in metrics.items() if name.startswith("explained")]
+    falls = [high - low for n, high in enumerate(curve) for low in curve[n:]]
+    return metrics | {"explained_variance_fall": max(falls)}
 
 
 @pytest.mark.parametrize("path", ["fused", "unfused"])
@@ -272,7 +429,19 @@ def test_logging_steps_report_every_doubling_budget(normalize, rescale, path) ->
     sae.use_fused_path = path == "fused"
     x = random_activations()
     metrics = {name: float(value) for name, value in logged(sae, x, True).items()}
-    assert metrics == pytest.approx(expected_metrics(sae, x), rel=1e-5)
+    expected = expected_metrics(sae, x)
+    assert metrics == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    assert expected["explained_variance_fall"] > 0.01, "the SAE shows no fall"
+
+
+def test_a_curve_that_only_rises_has_no_fall() -> None:
+    sae = hierarchical_sae("training", d_sae=D_IN)
+    with torch.no_grad():  # Each latent is a coordinate, so a further one takes off some error.
+        for weight in sae.parameters():
+            torch.nn.init.eye_(weight) if weight.ndim == 2 else weight.zero_()
+    metrics = logged(sae, random_activations().abs(), True)
+    assert metrics["explained_variance_at_1"] < metrics["explained_variance_at_2"]
+    assert metrics["explained_variance_fall"] == 0
 
 
 @pytest.mark.filterwarnings("ignore:training steps take the unfused path")
@@ -289,7 +458,7 @@ def test_logging_steps_report_what_a_replaced_decode_returns(normalize) -> None:
     expected = expected_metrics(sae, x)
     assert expected != pytest.approx(plain, rel=0.01)
     metrics = {name: float(value) for name, value in logged(sae, x, True).items()}
-    assert metrics == pytest.approx(expected, rel=1e-5)
+    assert metrics == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize("path", ["fused", "unfused"])
@@ -336,7 +505,7 @@ def test_trainer_logs_the_budgets_under_metrics_on_logging_steps_only(monkeypatc
     assert len(logs) == len(expected) == 2
     for log, metrics in zip(logs, expected, strict=True):
         assert {name: log[f"metrics/{name}"] for name in metrics} == pytest.approx(
-            metrics, rel=1e-5
+            metrics, rel=1e-5, abs=1e-6
         )
         # SAELens's own metric, of the reconstruction at k
         assert log[f"metrics/explained_variance_at_{K}"] == pytest.approx(
