@@ -41,6 +41,8 @@ METRICS = [
 OF_AN_SAE = ("dead_in_training", "seconds")
 # The end of a series' name where each budget has its correction.
 CORRECTED = "_corrected"
+# The end where one threshold keeps k latents on average.
+THRESHOLD = "_threshold"
 
 # Values by series, budget and seed.
 Values = dict[str, dict[int, list[float]]]
@@ -55,6 +57,9 @@ def rows_of(measured: list[dict[str, Any]]) -> list[tuple[str, int, dict[str, An
         for row in one["metrics"]:
             row = row | {name: one[name] for name in OF_AN_SAE}
             corrected = CORRECTED if row.get("corrected") else ""
+            if row.get("threshold") is not None:
+                rows.append((one["kind"] + THRESHOLD, row["mean"], row))
+                continue
             if family not in FAMILIES:
                 rows.append((one["kind"] + corrected, row["budget"], row))
                 continue
@@ -67,7 +72,7 @@ def rows_of(measured: list[dict[str, Any]]) -> list[tuple[str, int, dict[str, An
 
 def split(series: str) -> tuple[str, int]:
     """Return a series' name without suffixes, and how many times as long it was trained."""
-    name, _, longer = series.removesuffix(CORRECTED).partition("_x")
+    name, _, longer = series.removesuffix(CORRECTED).removesuffix(THRESHOLD).partition("_x")
     return name, int(longer or 1)
 
 
@@ -78,6 +83,8 @@ def label(series: str) -> str:
         parts.append(f"{longer} times as long")
     if series.endswith(CORRECTED):
         parts.append("corrected")
+    if series.endswith(THRESHOLD):
+        parts.append("one threshold")
     return ", ".join(parts)
 
 
@@ -104,7 +111,7 @@ def table(measured: list[dict[str, Any]], metric: str, digits: int) -> str:
         values = {
             name: each
             for name, each in values.items()
-            if split(name)[0] != "topk_cut" and not name.endswith(CORRECTED)
+            if split(name)[0] != "topk_cut" and not name.endswith((CORRECTED, THRESHOLD))
         }
     budgets = sorted({budget for series in values.values() for budget in series})
     lines = [
@@ -151,7 +158,8 @@ def draw(measured: list[dict[str, Any]], drawn: list[str] | None = None) -> go.F
 
     Args:
         measured: the results.
-        drawn: the series, such as "even_corrected"; None draws all that are not corrected.
+        drawn: the series, such as "even_corrected" or "even_threshold"; None draws those without such
+            an end.
     """
     panels = [("explained_variance", "explained variance")]
     if values_of(measured, "ce_increase"):
@@ -162,7 +170,8 @@ def draw(measured: list[dict[str, Any]], drawn: list[str] | None = None) -> go.F
     colors = dict(zip(NAMES, _COLORS, strict=True))
     for column, (metric, title) in enumerate(panels, start=1):
         for name, series in values_of(measured, metric).items():
-            if name.endswith(CORRECTED) if drawn is None else name not in drawn:
+            is_variant = name.endswith((CORRECTED, THRESHOLD))
+            if is_variant if drawn is None else name not in drawn:
                 continue
             budgets = sorted(series)
             spread = [stdev(series[k]) if len(series[k]) > 1 else 0 for k in budgets]
@@ -206,6 +215,8 @@ def _dash(series: str) -> str:
         return "dash"
     if series.endswith(CORRECTED):
         return "dashdot"
+    if series.endswith(THRESHOLD):
+        return "longdash"
     return "solid" if name in SCHEMES else "dot"
 
 

@@ -40,7 +40,7 @@ from sae_lens_flex import HierarchicalTopKTrainingSAEConfig
 from sae_lens_flex.evals.batches import ModelBatch, ModelRuns, tokens_to_ignore
 from sae_lens_flex.evals.metrics import Totals
 from sae_lens_flex.evals.reconstruction import reconstruct
-from sae_lens_flex.saes.budgets import RuntimeBudget
+from sae_lens_flex.saes.budgets import Budget, MeanBudget, RuntimeBudget
 
 # Activations whose norm is so many times the median are left out. In SmolLM2 these are BOS and some
 # separators; their squared norms would be most of what an SAE is trained on and measured by.
@@ -90,7 +90,7 @@ class Source(Protocol):
         """What the activations are, for the result. All parts must have been made."""
         ...
 
-    def measure(self, sae: SAE[Any], budgets: list[int | None]) -> list[dict[str, Any]]:
+    def measure(self, sae: SAE[Any], budgets: list[Budget | None]) -> list[dict[str, Any]]:
         """Return the metrics of an SAE on the test, at each budget."""
         ...
 
@@ -104,8 +104,8 @@ class Correction(NamedTuple):
 
 @torch.no_grad()
 def fit_corrections(
-    sae: SAE[Any], x: torch.Tensor, budgets: list[int | None]
-) -> dict[int | None, Correction]:
+    sae: SAE[Any], x: torch.Tensor, budgets: list[Budget | None]
+) -> dict[Budget | None, Correction]:
     """Return the correction of each budget by which E|x - g x_hat - s|^2 is smallest.
 
     One SAE for all budgets has one decoder bias, and a latent has one value whether many follow it
@@ -119,7 +119,7 @@ def fit_corrections(
         budgets: to fit at.
     """
     mean_x = x.double().mean(0)
-    sums: dict[int | None, list[torch.Tensor]] = {}
+    sums: dict[Budget | None, list[torch.Tensor]] = {}
     for part in x.split(8192):
         centred = part.double() - mean_x
         for budget, reconstruction in reconstruct(sae, part, budgets):
@@ -127,7 +127,7 @@ def fit_corrections(
             new = [x_hat.sum(0), x_hat.square().sum(), (x_hat * centred).sum()]
             old = sums.get(budget)
             sums[budget] = new if old is None else [a + b for a, b in zip(old, new, strict=True)]
-    corrections = {}
+    corrections: dict[Budget | None, Correction] = {}
     for budget, (total, squares, products) in sums.items():
         mean = total / len(x)
         gain = float(products / (squares - len(x) * mean.square().sum()))
@@ -330,18 +330,22 @@ class LanguageModelSource:
         return {"train": made[:filled], "counts": torch.tensor([kept, seen])}
 
     @torch.no_grad()
-    def measure(self, sae: SAE[Any], budgets: list[int | None]) -> list[dict[str, Any]]:
-        """Return the metrics of an SAE on the test, at each budget as it is and corrected."""
-        corrections = fit_corrections(sae, self.validation, budgets)
-        totals: dict[tuple[int | None, bool], Totals] = {}
+    def measure(self, sae: SAE[Any], budgets: list[Budget | None]) -> list[dict[str, Any]]:
+        """Return the metrics of an SAE on the test, at each budget, numbers corrected too."""
+        numbers = [budget for budget in budgets if not isinstance(budget, MeanBudget)]
+        corrections = fit_corrections(sae, self.validation, numbers)
+        totals: dict[tuple[Budget | None, bool], Totals] = {}
         runs = ModelRuns(self.model, self.ignored, True, True, {}, max_norm=self.max_norm)
         for tokens in self.test.split(max(1, 16384 // self.test.shape[1])):
             batch = ModelBatch(tokens, [sae], runs)
             x = batch.activations(sae)
             for budget, reconstruction in reconstruct(sae, x, budgets):
-                gain, shift = corrections[budget]
-                corrected = reconstruction._replace(x_hat=gain * reconstruction.x_hat + shift)
-                for is_corrected, version in ((False, reconstruction), (True, corrected)):
+                versions = [(False, reconstruction)]
+                if budget in corrections:
+                    gain, shift = corrections[budget]
+                    corrected = reconstruction._replace(x_hat=gain * reconstruction.x_hat + shift)
+                    versions.append((True, corrected))
+                for is_corrected, version in versions:
                     total = totals.setdefault((budget, is_corrected), Totals(sae))
                     total.add(x, version, batch.mask)
                     total.add_model_metrics(batch.model_metrics(sae, version.x_hat))
@@ -428,7 +432,7 @@ class SyntheticSource:
         pass
 
     @torch.no_grad()
-    def measure(self, sae: SAE[Any], budgets: list[int | None]) -> list[dict[str, Any]]:
+    def measure(self, sae: SAE[Any], budgets: list[Budget | None]) -> list[dict[str, Any]]:
         features = self.model.feature_dict.feature_vectors.detach()
         decoder = sae.W_dec.detach().float()
         # At full size the Hungarian algorithm takes a CPU's core 10 to 20 s.
@@ -477,7 +481,7 @@ def saved_config(path: Path) -> LanguageModelSAERunnerConfig[Any]:
     return LanguageModelSAERunnerConfig.from_dict(json.loads(path.read_text()))
 
 
-def budgets_of(sae: SAE[Any], budgets: list[int]) -> list[int | None]:
+def budgets_of(sae: SAE[Any], budgets: list[int]) -> list[Budget | None]:
     """Return the budgets to measure an SAE at: its own where it takes none at run time."""
     return list(budgets) if isinstance(sae, RuntimeBudget) else [None]
 

@@ -125,11 +125,26 @@ class Worker:
         }
 
     def measure(self, kind: Kind, path: Path) -> list[dict[str, Any]]:
-        """Return the metrics on the test at every budget."""
+        """Return the metrics on the test at every budget, and at thresholds of the same means."""
         sae = self._load(path)
         if isinstance(sae, TopKSAE) and len(kind.budgets) > 1 and kind.architecture == "flex_topk":
             sae = sae_lens_flex.from_topk(sae)
-        return self.source.measure(sae, budgets_of(sae, kind.budgets))
+        budgets = budgets_of(sae, kind.budgets)
+        means: dict[float | None, int] = {}
+        if kind.architecture == "hierarchical_topk":
+            for k in kind.budgets:
+                try:
+                    budget = sae_lens_flex.mean_budget(sae, self.source.validation, k)
+                except ValueError as error:  # as where fewer latents are positive
+                    print(f"{kind.name} has no threshold for {k}: {error}", flush=True)
+                    continue
+                means[budget.threshold] = k
+                budgets.append(budget)
+        rows = self.source.measure(sae, budgets)
+        for row in rows:
+            if row["threshold"] is not None:
+                row["mean"] = means[row["threshold"]]
+        return rows
 
     def _load(self, path: Path) -> Any:
         return SAE.load_from_disk(path, device=self.training.device)
