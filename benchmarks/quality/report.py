@@ -158,8 +158,8 @@ def draw(measured: list[dict[str, Any]], drawn: list[str] | None = None) -> go.F
 
     Args:
         measured: the results.
-        drawn: the series, such as "even_corrected" or "even_threshold"; None draws those without such
-            an end.
+        drawn: the series, such as "even_corrected" or "even_threshold". None draws those without
+            such an end.
     """
     panels = [("explained_variance", "explained variance")]
     if values_of(measured, "ce_increase"):
