@@ -162,7 +162,7 @@ QUICK_CASES = [
         with_stages=True,
     ),
     Case("quick_dead", d_in=64, d_sae=2048, k=16, batch=256, n_dead=500, device="cpu"),
-    Case("quick_batch", d_in=64, d_sae=2048, k=16, batch=256, device="cpu", **BATCH),
+    Case("quick_batch", d_in=64, d_sae=512, k=8, batch=128, device="cpu", **BATCH, n_steps=3),
 ]
 
 

@@ -54,7 +54,7 @@ from sae_lens.saes.topk_sae import TopK
 from torch.utils.checkpoint import checkpoint
 
 N_PROGRAMS, N_ACTIONS = 200, 20
-SHARE_OF_BATCHES = 5  # One program of so many: they share most with the others.
+SHARE_OF_BATCHES = 8  # One program of so many: they share most with the others.
 # On a GPU: ten times as many, in parts that may run beside each other.
 N_PARTS, N_PROGRAMS_PER_PART = 8, 250
 
