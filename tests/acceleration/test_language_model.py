@@ -30,8 +30,8 @@ SIZES: dict[str, Any] = {
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
 }
-GROUPED = SIZES | {"num_key_value_heads": 2}
-WINDOW = {"sliding_window": 8, "head_dim": 8}
+GROUPED: dict[str, Any] = SIZES | {"num_key_value_heads": 2}
+WINDOW: dict[str, Any] = {"sliding_window": 8, "head_dim": 8}
 MODELS = {  # a config, the layers' name, and whether its masks are left out under compilation
     "gpt2": (GPT2Config(vocab_size=WORDS, n_embd=32, n_head=4, n_layer=3), "transformer.h", True),
     "llama": (LlamaConfig(**GROUPED), "model.layers", True),
