@@ -60,32 +60,42 @@ def run_with_cache(proxy: HookedProxyLM, *args: Any, **kwargs: Any) -> tuple[Any
     It is SAELens's own function that runs where anyone else has hooks on the model, where the model
     is not stopped (`stop_at_layer` is None) and where other arguments are given.
     """
-    if not _is_plain(proxy, args, kwargs):
-        return _OF_SAELENS(proxy, *args, **kwargs)
-    names = tuple(dict.fromkeys(kwargs["names_filter"]))
-    without_cache = _can_do_without_cache(proxy.model)
     with _lock:
-        known = _taps.setdefault(proxy, {})
-        if names not in known:
-            known[names] = _Taps(names)
-        taps = known[names]
-        replaced = _MASKING if without_cache else {}
-        theirs = {name: getattr(masking_utils, name) for name in replaced}
-        try:
-            for name, hook in taps.hooks.items():
-                proxy.hook_dict[name]._forward_hooks[_KEY] = hook  # type: ignore[index]
-            for name, ours in replaced.items():
-                setattr(masking_utils, name, ours)
-            outputs = _outputs(proxy.model, args[0], taps, without_cache)
-        finally:
-            taps.kept = {}
-            for name in names:
-                proxy.hook_dict[name]._forward_hooks.pop(_KEY, None)  # type: ignore[call-overload]
-            for name, function in theirs.items():
-                setattr(masking_utils, name, function)
-    if outputs is None:  # The model has ended without one of them.
-        return _OF_SAELENS(proxy, *args, **kwargs)
-    return None, {name: output.detach() for name, output in zip(names, outputs, strict=True)}
+        outputs = _as_one_function(proxy, args, kwargs)
+    return _OF_SAELENS(proxy, *args, **kwargs) if outputs is None else (None, outputs)
+
+
+@torch.compiler.disable(recursive=False)
+def _as_one_function(
+    proxy: HookedProxyLM, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, torch.Tensor] | None:
+    """Return what the modules return, or None where SAELens has to run the model."""
+    if not _is_plain(proxy, args, kwargs):
+        return None
+    names = tuple(dict.fromkeys(kwargs["names_filter"]))
+    known = _taps.setdefault(proxy, {})
+    if names not in known:
+        known[names] = _Taps(names)
+    taps = known[names]
+    without_cache = _can_do_without_cache(proxy.model)
+    replaced = _MASKING if without_cache else {}
+    theirs = {name: getattr(masking_utils, name) for name in replaced}
+    points = [proxy.hook_dict[name]._forward_hooks for name in names]
+    try:
+        for point, hook in zip(points, taps.hooks.values(), strict=True):
+            point[_KEY] = hook  # type: ignore[index]
+        for name, ours in replaced.items():
+            setattr(masking_utils, name, ours)
+        outputs = _outputs(proxy.model, args[0], taps, without_cache)
+    finally:
+        taps.kept = {}
+        for point in points:
+            point.pop(_KEY, None)  # type: ignore[call-overload]
+        for name, function in theirs.items():
+            setattr(masking_utils, name, function)
+    if outputs is None:  # The model has run to its end without one of them.
+        return None
+    return {name: output.detach() for name, output in zip(names, outputs, strict=True)}
 
 
 def _outputs(

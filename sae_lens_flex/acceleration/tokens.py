@@ -82,7 +82,8 @@ def _has_nulls(column: Any) -> bool:
 
 def _sequences(column: Any, n: int, device: torch.device) -> tuple[torch.Tensor, ...]:
     """Return the first n tokens of each row, or all of a shorter one, as int64 on the device."""
-    lengths = pc.list_value_length(column).to_numpy(zero_copy_only=False)
+    lengths: Any = pc.list_value_length(column)  # type: ignore[attr-defined]
+    lengths = lengths.to_numpy(zero_copy_only=False)
     ends = np.cumsum(lengths)
     tokens = column.flatten().to_numpy()
     starts = ends - lengths

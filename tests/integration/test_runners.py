@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from sae_lens.synthetic import (
     SyntheticSAERunner,
     SyntheticSAERunnerConfig,
 )
+from sae_lens.training.activation_scaler import ActivationScaler
 from torch._dynamo.utils import counters
 
 import sae_lens_flex
@@ -358,6 +360,67 @@ def test_accelerated_run_of_several_saes_trains_the_same_ones(
         with_accelerate=(False, True),
     )
     assert accelerated.keys() == {"hierarchical", "topk"}
+    torch.testing.assert_close(accelerated, plain, rtol=0, atol=1e-4)
+
+
+def hugging_face_fields(hf_model_dir: Path) -> dict[str, Any]:
+    return runner_fields() | {
+        "model_class_name": "AutoModelForCausalLM",
+        "model_name": str(hf_model_dir),
+    }
+
+
+def test_accelerated_run_on_hugging_faces_model_trains_the_same_sae(
+    hf_model_dir: Path, token_dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+):
+    # Inductor takes half a minute, and what it makes is not tested here.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    fields = hugging_face_fields(hf_model_dir)
+    fields["hook_name"] = "transformer.h.1"
+    compile_llm = iter((False, True))
+    evaluated: list[dict[str, Any]] = []
+
+    def run_once() -> Any:
+        cfg = runner_config(
+            training_sae_config("hierarchical_topk"),
+            **fields,
+            compile_llm=next(compile_llm),
+            exclude_special_tokens=[0],
+        )
+        runner = LanguageModelSAETrainingRunner(cfg, override_dataset=token_dataset)
+        sae = runner.run()
+        evaluated.append(
+            runner.evaluator(sae, runner.activations_store, ActivationScaler())  # cross-entropy too
+        )
+        return sae
+
+    counters.clear()
+    plain, accelerated = weights_of_runs(run_once, with_accelerate=(False, True))
+    assert counters["stats"]["unique_graphs"] == 1
+    torch.testing.assert_close(accelerated, plain, rtol=0, atol=1e-4)
+    assert "ce_loss_score" in evaluated[0]["model_performance_preservation"]
+    assert evaluated[1].keys() == evaluated[0].keys()
+    for group, metrics in evaluated[0].items():
+        assert evaluated[1][group] == pytest.approx(metrics, rel=1e-3)
+
+
+def test_accelerated_run_of_saes_at_several_modules_trains_the_same_ones(
+    hf_model_dir: Path, token_dataset: Dataset
+):
+    fields = hugging_face_fields(hf_model_dir)
+    del fields["hook_name"], fields["verbose"]
+    hooks = {"layer": "transformer.h.1", "inside": "transformer.h.0.mlp"}
+    cfg = MultiSAETrainingRunnerConfig(
+        saes={name: training_sae_config("flex_topk") for name in hooks},
+        hook_names=hooks,
+        prefetch_llm_batches=True,
+        **fields,
+    )
+    plain, accelerated = weights_of_runs(
+        lambda: MultiSAETrainingRunner(cfg, override_dataset=token_dataset).run(),
+        with_accelerate=(False, True),
+    )
+    assert accelerated.keys() == set(hooks)
     torch.testing.assert_close(accelerated, plain, rtol=0, atol=1e-4)
 
 
