@@ -12,7 +12,6 @@ import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -33,6 +32,7 @@ from .distributed.processes import are_several, is_first_to_fail, is_rank_0, joi
 from .distributed.runner import check_settings
 from .evals import sweep_budgets
 from .evals.batches import flat_activations
+from .evals.figures import check_can_write
 from .ops.policy import uses_triton
 from .saes.budgets import RuntimeBudget, check_budgets
 from .saes.registration import TOPK_TRAINING_CLASSES
@@ -98,7 +98,8 @@ It prints for every budget
   explained_variance  share of the activations' variance that the SAE reconstructs
   mse                 squared error of an activation, summed over its d_in components
   l0                  latents active on a token, on average
-  dead_latents        share of the latents that no token activated
+  not_seen            share of the latents that none of the tokens activated (dead_latents in
+                      --json); the more tokens are measured, the smaller it is
   ce_loss_score       share of the model's cross-entropy kept: 1 with its own activations, 0 with
                       zeros in their place; --json has the cross-entropies it is made of, too
 """
@@ -408,6 +409,9 @@ def sweep(argv: list[str]) -> int:
         "--dataset", help="text, on the hub or in a directory; default: what the SAE was trained on"
     )
     parser.add_argument(
+        "--split", default="train", help="split of the text; default: train, as in training"
+    )
+    parser.add_argument(
         "--n-batches", type=_count, default=10, metavar="N", help="batches of prompts; default: 10"
     )
     parser.add_argument(
@@ -427,19 +431,15 @@ def sweep(argv: list[str]) -> int:
         "--figure",
         type=_path,
         metavar="FILE",
-        help="draw explained variance here: .html, or with the package kaleido .png, .svg, .pdf",
+        help="draw explained variance here: .html, or with the package kaleido and a Chrome .png, "
+        ".svg, .pdf",
     )
     args = parser.parse_args(argv)
 
-    for flag, path in (("--json", args.json), ("--figure", args.figure)):
-        if path is not None and (path.is_dir() or not path.parent.is_dir()):
-            parser.error(f"argument {flag}: {str(path)!r} is no file in an existing directory")
     if args.figure is not None and args.figure.suffix not in FIGURE_SUFFIXES:
         parser.error(
             f"argument --figure: {str(args.figure)!r} ends in none of {', '.join(FIGURE_SUFFIXES)}"
         )
-    if args.figure is not None and args.figure.suffix != ".html" and not find_spec("kaleido"):
-        parser.error("argument --figure: images need the package kaleido; give a name in .html")
 
     _device(args.device)
     sae = _load(args.sae, args.sae_id, args.device)
@@ -460,6 +460,12 @@ def sweep(argv: list[str]) -> int:
         parser.error("the SAE names no language model: give --model")
     if not dataset:
         parser.error("the SAE names no dataset: give --dataset")
+    for flag, path in (("--json", args.json), ("--figure", args.figure)):
+        if path is not None:
+            with _naming(f"argument {flag}"), _quietly():
+                _check_can_be_written(path)
+                if path is args.figure:
+                    check_can_write(path)
     with _quietly():
         with _naming(f"model {model_name}{_missing_directory(model_name, '--model')}"):
             model = load_model(
@@ -469,8 +475,15 @@ def sweep(argv: list[str]) -> int:
                 model_from_pretrained_kwargs=metadata.model_from_pretrained_kwargs,
                 hook_names=[metadata.hook_name],
             )
-        with _naming(f"dataset {dataset}{_missing_directory(dataset, '--dataset')}"):
-            store = ActivationsStore.from_sae(model, sae, dataset=dataset, device=args.device)
+        with _naming(
+            f"dataset {dataset}, split {args.split}{_missing_directory(dataset, '--dataset')}"
+        ):
+            # Of a name SAELens takes the split train, and checks the tokenizer of its tokens.
+            text = dataset
+            if args.split != "train":
+                text = datasets.load_dataset(dataset, split=args.split, streaming=True)
+            store = ActivationsStore.from_sae(model, sae, dataset=text, device=args.device)
+    first_pass = store.iterable_sequences
     result = sweep_budgets(
         sae,
         store,
@@ -481,10 +494,20 @@ def sweep(argv: list[str]) -> int:
         compute_kl=args.kl,
     )
     print(result)
-    if args.json is not None:
-        result.to_json(args.json)
-    if args.figure is not None:
-        result.plot(args.figure)
+    if (dataset, args.split) == (metadata.dataset_path, "train"):
+        origin = "the text that the SAE was trained on, from its beginning"
+    else:
+        origin = "from its beginning"
+    print(f"text: {dataset}, split {args.split}, {origin}")
+    if store.iterable_sequences is not first_pass:
+        print("The text ended and began again, so some of its tokens count more than once.")
+    for what, path, write in (
+        ("json", args.json, result.to_json),
+        ("figure", args.figure, result.plot),
+    ):
+        if path is not None:
+            write(path)
+            print(f"{what}: {path}")
     return 0
 
 
@@ -510,6 +533,16 @@ def export(argv: list[str]) -> int:
     export_topk(_load(args.sae, args.sae_id, "cpu"), args.output, budget=args.budget)
     print(f"{args.output}: a topk SAE with k={args.budget}")
     return 0
+
+
+def _check_can_be_written(path: Path) -> None:
+    """Raise an OSError if there can be no file of this name. Make its directory."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    is_new = not path.exists()
+    with path.open("a"):
+        pass
+    if is_new:
+        path.unlink()
 
 
 def _missing_directory(name: str, flag: str) -> str:

@@ -380,14 +380,17 @@ sae.budget = {k}  # or {budgets}: any of 1..{k}
 ```
 """
     if sweep is not None:
-        table = sweep.to_pandas()
+        table = sweep.to_pandas().rename(columns={"dead_latents": "not_seen"})
         rows = [list(table.columns), ["---"] * table.shape[1]]
         rows += [
             [f"{value:.4g}" if isinstance(value, float) else str(value) for value in row]
             for row in table.astype(object).fillna("").itertuples(index=False)
         ]
         lines = "\n".join("| " + " | ".join(row) + " |" for row in rows)
-        card += f"\nMeasured on the same {sweep.n_tokens} tokens at every budget:\n\n{lines}\n"
+        card += (
+            f"\nMeasured on the same {sweep.n_tokens} tokens at every budget. `not_seen` is the "
+            f"share of the latents that none of them activated.\n\n{lines}\n"
+        )
     return card
 
 

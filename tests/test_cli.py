@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import plotly.graph_objects as go
 import pytest
 import torch
 from datasets import Dataset
@@ -115,21 +116,60 @@ def test_train_saves_an_sae_from_flags_alone(trained: Path) -> None:
     assert sae.cfg.metadata.hook_name == HOOK_NAME
 
 
-def test_sweep_prints_and_writes_every_budget(trained: Path, run, tmp_path: Path) -> None:
+def test_sweep_prints_and_writes_every_budget(
+    trained: Path, run, tmp_path: Path, text_dir: Path
+) -> None:
     result = run(
         *("sweep", trained, "--n-batches", 2, "--batch-size-prompts", 4, "--kl"),
-        *("--json", tmp_path / "sweep.json", "--figure", tmp_path / "sweep.html"),
+        *("--json", tmp_path / "sweep.json", "--figure", tmp_path / "new" / "far" / "sweep.html"),
     )
     assert result.code == 0, result.err
-    header, *rows, n_tokens = result.out.splitlines()
-    for metric in ("budget", "explained_variance", "mse", "l0", "ce_loss_score", "kl_div_score"):
+    header, *rows, n_tokens, text, json_file, figure = result.out.splitlines()
+    for metric in ("explained_variance", "mse", "l0", "not_seen", "ce_loss_score", "kl_div_score"):
         assert metric in header.split()
     assert [row.split()[0] for row in rows] == ["1", "2", "4", "8"]
     sweep = BudgetSweep.from_json((tmp_path / "sweep.json").read_text())
     assert [row.budget for row in sweep.metrics] == [1, 2, 4, 8]
     assert 0 < sweep.n_tokens <= 2 * 4 * toy.CONTEXT_SIZE
-    assert n_tokens == f"(of {sweep.n_tokens} tokens)"
-    assert "plotly" in (tmp_path / "sweep.html").read_text()
+    assert n_tokens.startswith(f"(of {sweep.n_tokens} tokens; not_seen: ")
+    assert text.startswith(f"text: {text_dir}, split train, the text that the SAE was trained on")
+    assert json_file == f"json: {tmp_path / 'sweep.json'}"
+    assert figure == f"figure: {tmp_path / 'new' / 'far' / 'sweep.html'}"
+    assert "plotly" in (tmp_path / "new" / "far" / "sweep.html").read_text()
+
+
+def test_sweep_measures_the_split_that_it_says(
+    trained: Path, run, text_dir: Path, tmp_path: Path
+) -> None:
+    for split, document in (("train", "w1 w2 w3"), ("validation", "w4 w5 w6")):
+        Dataset.from_dict({"text": 20 * [20 * document]}).to_json(tmp_path / f"{split}.jsonl")
+
+    def explained_variance(*flags: Any) -> tuple[float, str]:
+        result = run("sweep", trained, "--n-batches", 1, "--no-ce", "--budgets", K, *flags)
+        assert result.code == 0, result.err
+        _, row, _, text = result.out.splitlines()
+        return float(row.split()[1]), text
+
+    on_training_text, text = explained_variance()
+    assert text == f"text: {text_dir}, split train, the text that the SAE was trained on, from " + (
+        "its beginning"
+    )
+    results = [on_training_text]
+    for split in ("train", "validation"):
+        result, text = explained_variance("--dataset", tmp_path, "--split", split)
+        assert text == f"text: {tmp_path}, split {split}, from its beginning"
+        results.append(result)
+    assert len(set(results)) == 3
+
+
+def test_sweep_says_that_the_text_began_again(trained: Path, run, tmp_path: Path) -> None:
+    Dataset.from_dict({"text": 4 * [20 * "w1 w2 w3 "]}).to_json(tmp_path / "train.jsonl")
+    for n_prompts, words in ((2, "from its beginning"), (2000, "began again")):
+        result = run(
+            *("sweep", trained, "--n-batches", 1, "--batch-size-prompts", n_prompts),
+            *("--dataset", tmp_path, "--no-ce"),
+        )
+        assert words in result.out.splitlines()[-1]
 
 
 def test_sweep_takes_its_flags(trained: Path, run, hf_model_dir: Path, text_dir: Path) -> None:
@@ -139,7 +179,7 @@ def test_sweep_takes_its_flags(trained: Path, run, hf_model_dir: Path, text_dir:
         *("--dataset", text_dir, "--device", "cpu"),
     )
     assert result.code == 0, result.err
-    header, *rows, _ = result.out.splitlines()
+    header, *rows, _, _ = result.out.splitlines()
     assert "ce_loss_score" not in header
     assert [row.split()[0] for row in rows] == ["3", "5"]
 
@@ -148,7 +188,7 @@ def test_sweep_measures_a_stock_sae_as_it_is(trained: Path, run, tmp_path: Path)
     assert run("export", trained, "--budget", 4, "--output", tmp_path / "topk").code == 0
     result = run("sweep", tmp_path / "topk", "--n-batches", 1)
     assert result.code == 0, result.err
-    assert [row.split()[0] for row in result.out.splitlines()[1:-1]] == ["4"]
+    assert [row.split()[0] for row in result.out.splitlines()[1:-2]] == ["4"]
 
 
 def test_export_writes_a_topk_sae(trained: Path, run, tmp_path: Path) -> None:
@@ -333,9 +373,11 @@ def test_unknown_command_is_refused(command, run) -> None:
         ("sweep SAE --n-batches 0", ["--n-batches", "0"]),
         ("sweep SAE --n-batches many", ["--n-batches", "many"]),
         ("sweep SAE --batch-size-prompts -1", ["--batch-size-prompts"]),
-        ("sweep SAE --json MISSING/sweep.json", ["--json", "missing"]),
-        ("sweep SAE --figure MISSING/sweep.html", ["--figure", "missing"]),
+        ("sweep SAE --json FILE/sweep.json", ["--json", "file"]),
+        ("sweep SAE --figure FILE/new/sweep.html", ["--figure", "file"]),
         ("sweep SAE --figure TMP", ["--figure"]),
+        ("sweep SAE --json TMP", ["--json", "irectory"]),
+        ("sweep SAE --split nonsense", ["split nonsense", "train"]),
         ("sweep SAE --figure TMP/sweep.gif", ["--figure", "sweep.gif", ".png"]),
         ("sweep MISSING", ["missing", "--sae-id"]),
         ("sweep someone/saes", ["someone/saes", "--sae-id"]),
@@ -388,11 +430,20 @@ def test_wrong_arguments_are_refused(
     assert SAE.load_from_disk(trained).cfg.architecture() == "hierarchical_topk"
 
 
-def test_image_without_the_package_that_draws_it_is_refused(
+def test_image_that_cannot_be_drawn_is_refused_before_anything_is_measured(
     trained: Path, run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sae_lens_flex.cli, "find_spec", lambda name: None)
-    assert_refused(run("sweep", trained, "--figure", tmp_path / "sweep.png"), "kaleido", ".html")
+    def no_chrome(self: Any, *args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("no browser\nhere")
+
+    monkeypatch.setattr(go.Figure, "to_image", no_chrome)
+    monkeypatch.setattr(sae_lens_flex.cli, "load_model", None)  # It would raise a TypeError.
+    path = tmp_path / "sweep.png"
+    result = run("sweep", trained, "--figure", path)
+    assert_refused(
+        result, "--figure", "kaleido", "Chrome", ".html", "RuntimeError: no browser here"
+    )
+    assert not path.exists()
 
 
 @pytest.mark.parametrize(

@@ -575,7 +575,7 @@ def test_card_shows_the_import_the_budgets_and_the_sweep() -> None:
     assert "same 4096 tokens" in card
     table = lines[lines.index(next(line for line in lines if line.startswith("| sae | budget"))) :]
     assert table == [
-        "| sae | budget | explained_variance | mse | l0 | dead_latents |",
+        "| sae | budget | explained_variance | mse | l0 | not_seen |",
         "| --- | --- | --- | --- | --- | --- |",
         "| sae | 1 | 0.51 | 11.25 | 1 | 0.125 |",
         "| sae | 2 | 0.52 | 10.25 | 2 | 0.125 |",

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import plotly.graph_objects as go
 
+HTML_SUFFIXES = ("", ".html")
+
 
 @dataclass(frozen=True)
 class Curve:
@@ -61,9 +63,28 @@ def draw(curves: Sequence[Curve], label: str) -> go.Figure:
 def write(figure: go.Figure, path: str | Path) -> None:
     """Write a figure as HTML (suffix .html or none), or as an image (any other suffix).
 
-    The HTML holds plotly.js, so it needs no network. For an image plotly needs the package kaleido.
+    Directories that are missing are made. The HTML holds plotly.js, so it needs no network. For an
+    image plotly needs the package kaleido and a Chrome.
     """
-    if Path(path).suffix in ("", ".html"):
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    if Path(path).suffix in HTML_SUFFIXES:
         figure.write_html(path, include_plotlyjs=True)
     else:
         figure.write_image(path, scale=2)
+
+
+def check_can_write(path: str | Path) -> None:
+    """Raise a ValueError if a figure of this name could not be drawn here.
+
+    An image is drawn for this, which takes seconds: a Chrome that is there may still not start.
+    """
+    suffix = Path(path).suffix
+    if suffix in HTML_SUFFIXES:
+        return
+    try:
+        go.Figure().to_image(format=suffix[1:], width=50, height=50)
+    except Exception as error:
+        raise ValueError(
+            f"{str(path)!r} cannot be drawn: images need the package kaleido and a Chrome; a name "
+            f"in .html needs neither ({type(error).__name__}: {' '.join(str(error).split())})"
+        ) from error

@@ -29,7 +29,8 @@ class BudgetMetrics:
         explained_variance (float): 1 - E|x - x_hat|^2 / E|x - E x|^2.
         mse (float): E|x - x_hat|^2, summed over d_in.
         l0 (float): Mean number of active latents.
-        dead_latents (float): Fraction of the dictionary that no token activated.
+        dead_latents (float): Fraction of the dictionary that none of the sweep's `n_tokens`
+            activated. More tokens activate more latents, so compare it at equal `n_tokens` only.
         ce_loss_score (float | None): Share of the model's cross-entropy that the SAE keeps. It is 1
             with the model's own activations and 0 with zeros in their place.
         ce_loss_with_sae (float | None): The model's cross-entropy with reconstructions in place.
@@ -83,7 +84,8 @@ class BudgetSweep:
         """Return a table with one row per SAE and budget, and the number of tokens.
 
         It has the model's scores, but not the cross-entropies and divergences behind them. The
-        table then fits a terminal of 80 columns. A MeanBudget stands there as "> threshold".
+        table then fits a terminal of 80 columns. `dead_latents` is called `not_seen` in it, and a
+        MeanBudget stands there as "> threshold".
         """
         frame = self.to_pandas()
         frame["budget"] = [_budget_cell(row) for row in self.metrics]
@@ -91,13 +93,18 @@ class BudgetSweep:
         names = [name for name in frame.columns if not name.startswith(parts)]
         if len({row.sae for row in self.metrics}) == 1:
             names.remove("sae")
-        table = frame[names].to_string(index=False, na_rep="-", float_format="%.4f")
-        return f"{table}\n(of {self.n_tokens} tokens)"
+        frame = frame[names].rename(columns={"dead_latents": "not_seen"})
+        table = frame.to_string(index=False, na_rep="-", float_format="%.4f")
+        return (
+            f"{table}\n(of {self.n_tokens} tokens; not_seen: share of the latents that none "
+            "of them activated)"
+        )
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """Return the sweep as JSON. Also write it to `path` if one is given."""
+        """Return the sweep as JSON. Also write it to `path`, whose missing directories are made."""
         text = json.dumps(asdict(self), indent=2)
         if path is not None:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
             Path(path).write_text(text + "\n")
         return text
 
@@ -115,9 +122,9 @@ class BudgetSweep:
         SAE, which are a line or a point of their own.
 
         Args:
-            path: where to write the figure. With the suffix .html, or none, it becomes HTML that
-                needs no network. With another (.png, .svg, .pdf) it becomes an image, for which
-                plotly needs the package kaleido.
+            path: where to write the figure. Directories that are missing are made. With the suffix
+                .html, or none, it becomes HTML that needs no network. With another (.png, .svg,
+                .pdf) it becomes an image, for which plotly needs the package kaleido and a Chrome.
             metric: a field of BudgetMetrics.
 
         Raises:
