@@ -117,9 +117,9 @@ class BudgetSweep:
     def plot(self, path: str | Path | None = None, metric: str = "explained_variance") -> go.Figure:
         """Draw a metric against the budget.
 
-        An SAE with several budgets becomes a line, any other a point with its name beside it. An
-        SAE without a fixed number of latents stands at its mean L0. So do the MeanBudgets of an
-        SAE, which are a line or a point of their own.
+        An SAE with several budgets becomes a line, any other a point. The legend names each. An SAE
+        without a fixed number of latents stands at its mean L0. So do the MeanBudgets of an SAE,
+        which are a line or a point of their own.
 
         Args:
             path: where to write the figure. Directories that are missing are made. With the suffix
@@ -139,6 +139,7 @@ class BudgetSweep:
         curves: dict[tuple[str, bool], list[BudgetMetrics]] = {}
         for row in self.metrics:
             curves.setdefault((row.sae, row.threshold is not None), []).append(row)
+        label = "latents not seen" if metric == "dead_latents" else metric.replace("_", " ")
         figure = figures.draw(
             [
                 figures.Curve(
@@ -148,7 +149,8 @@ class BudgetSweep:
                 )
                 for (name, is_mean), rows in curves.items()
             ],
-            metric.replace("_", " "),
+            label,
+            title=f"{label[0].upper()}{label[1:]} on {self.n_tokens:,} tokens",
         )
         if path is not None:
             figures.write(figure, path)
