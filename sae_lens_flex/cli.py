@@ -2,15 +2,17 @@
 
 import argparse
 import contextlib
-import io
+import difflib
 import json
 import logging
 import math
 import os
+import re
+import signal
 import sys
 import textwrap
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,12 +22,12 @@ import huggingface_hub
 import torch
 import torch.distributed as dist
 import transformers
-from sae_lens import SAE, ActivationsStore, LanguageModelSAETrainingRunner
-from sae_lens.llm_sae_training_runner import InterruptedException, _parse_cfg_args
+from sae_lens import SAE, ActivationsStore
 from sae_lens.load_model import load_model
 from sae_lens.saes.topk_sae import TopKSAE
+from sae_lens.training._interruption import InterruptedException
 
-from . import __version__
+from . import __version__, train_flags
 from .acceleration import accelerate
 from .distributed import ShardedTrainingRunner
 from .distributed.processes import are_several, is_first_to_fail, is_rank_0, join
@@ -33,6 +35,7 @@ from .distributed.runner import check_settings
 from .evals import sweep_budgets
 from .evals.batches import flat_activations
 from .evals.figures import check_can_write
+from .interruption import InterruptibleRunner, catching_signals, telling_what_is_saved
 from .ops.policy import uses_triton
 from .saes.budgets import RuntimeBudget, check_budgets
 from .saes.registration import TOPK_TRAINING_CLASSES
@@ -144,11 +147,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 2
     try:
-        return commands[command](rest)
-    except (KeyboardInterrupt, InterruptedException):
+        with catching_signals() as stop:
+            return commands[command](rest)
+    except (KeyboardInterrupt, InterruptedException) as interruption:
         if is_first_to_fail():
-            print(f"sae-lens-flex {command}: interrupted", file=sys.stderr)
-        return 130
+            nothing_saved = "interrupted, nothing saved" if command == "train" else "interrupted"
+            what = str(interruption) or nothing_saved
+            print(f"sae-lens-flex {command}: {what}", file=sys.stderr)
+        return 128 + (stop.number or signal.SIGINT)
     except Exception as error:
         if not is_first_to_fail():
             return 2
@@ -201,12 +207,12 @@ def train(argv: list[str]) -> int:
     if not argv:
         raise ValueError("no flags given (see sae-lens-flex train --help)")
     pretrained, flags = _pretrained(argv)
-    cfg = _parse_train_arguments([*flags, *argv])
+    cfg = train_flags.parse([*flags, *argv])
     _fit_buffer(cfg, argv)
     sae = None if pretrained is None else _start(pretrained, cfg)
     del pretrained  # Its weights would take as much memory as the new SAE's.
     _make_paths_absolute(cfg)
-    runner_class = LanguageModelSAETrainingRunner
+    runner_class: Any = InterruptibleRunner
     if are_several():
         runner_class = ShardedTrainingRunner
         check_settings(cfg, join(cfg.device))  # From here on "cuda" is this process's GPU.
@@ -215,12 +221,12 @@ def train(argv: list[str]) -> int:
         names = [f"model {cfg.model_name}", f"dataset {cfg.dataset_path}"]
         if cfg.model_class_name == "AutoModelForCausalLM" and not Path(cfg.model_name).is_dir():
             names[0] += " (not a directory here)"
-        with _naming(", ".join(names)):
+        with _naming(", ".join(names)), _offering_hook_names(cfg):
             runner = runner_class(cfg, override_sae=sae)
         _check_activations(runner)
     if cfg.output_path is not None and is_rank_0():
         Path(cfg.output_path).mkdir(parents=True, exist_ok=True)
-    with accelerate():
+    with accelerate(), telling_what_is_saved(cfg):
         trained: Any = runner.run()
     if are_several():
         dist.destroy_process_group()
@@ -349,7 +355,37 @@ def _make_paths_absolute(cfg: Any) -> None:
             setattr(cfg, name, str(Path(path).absolute()))
 
 
-def _check_activations(runner: LanguageModelSAETrainingRunner) -> None:
+@contextlib.contextmanager
+def _offering_hook_names(cfg: Any) -> Iterator[None]:
+    """Name modules of Hugging Face's model where SAELens says that `hook_name` is none of them."""
+    try:
+        yield
+    except ValueError as error:
+        if "hook_names not found" not in str(error):
+            raise
+        # The model is gone with the error. One without weights has the same modules.
+        try:
+            with torch.device("meta"):
+                model = transformers.AutoModelForCausalLM.from_config(
+                    transformers.AutoConfig.from_pretrained(cfg.model_name)
+                )
+        except Exception:
+            raise error from None
+        raise ValueError(_wrong_hook_name(cfg.hook_name, dict(model.named_modules()))) from error
+
+
+def _wrong_hook_name(name: str, known: Collection[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=4)
+    if not near:
+        # The names of whole layers, or of what TransformerLens has after each.
+        near = [other for other in known if re.search(r"\.\d+$|hook_resid_post$", other)]
+    if len(near) > 4:
+        near = [*near[:3], "...", near[-1]]
+    such_as = f", such as {', '.join(near)}" if near else ""
+    return f"hook_name is {name!r}, expected a hook point of the model{such_as}"
+
+
+def _check_activations(runner: Any) -> None:
     """Raise if the model does not give the activations that the SAE is to read.
 
     The model runs on one prompt for this. Without the check the first step of training would fail,
@@ -364,29 +400,12 @@ def _check_activations(runner: LanguageModelSAETrainingRunner) -> None:
             tokens, names_filter=[cfg.hook_name], **runner.activations_store.model_kwargs
         )
     if cfg.hook_name not in cache:
-        raise ValueError(f"hook_name is {cfg.hook_name!r}, expected a hook point of the model")
+        raise ValueError(_wrong_hook_name(cfg.hook_name, model.hook_dict))
     width = flat_activations(cache[cfg.hook_name], cfg.hook_name, cfg.hook_head_index).shape[-1]
     if width != cfg.sae.d_in:
         raise ValueError(
             f"d_in is {cfg.sae.d_in}, expected {width}, the width of {cfg.hook_name!r}"
         )
-
-
-def _parse_train_arguments(argv: list[str]) -> Any:
-    argv = ["--help" if argument == "--all-flags" else argument for argument in argv]
-    messages = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(messages):
-            return _parse_cfg_args(argv)
-    except argparse.ArgumentError as error:
-        raise ValueError(str(error)) from None
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        # argparse has printed the usage of some hundred flags, and then the error as the last line.
-        raise ValueError(
-            messages.getvalue().strip().splitlines()[-1].partition("error: ")[2]
-        ) from None
 
 
 def sweep(argv: list[str]) -> int:

@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,13 +19,14 @@ import torch
 from datasets import Dataset
 from integration import conftest as toy
 from integration.flows import BATCH_SIZE, run_python
-from sae_lens import SAE, LanguageModelSAETrainingRunner
-from sae_lens.llm_sae_training_runner import InterruptedException
+from sae_lens import SAE, LanguageModelSAETrainingRunner, SAETrainer
 from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
+from sae_lens.training._interruption import InterruptedException
 
 import sae_lens_flex
 from sae_lens_flex import BudgetSweep, HierarchicalTopKSAE, HierarchicalTopKTrainingSAEConfig
-from sae_lens_flex.cli import _parse_train_arguments, main
+from sae_lens_flex.cli import main
+from sae_lens_flex.train_flags import parse
 
 hf_model_dir, text_dir, step_losses = toy.hf_model_dir, toy.text_dir, toy.step_losses
 
@@ -311,7 +313,7 @@ def test_example_in_the_help_of_train_is_understood(run) -> None:
     example = run("train", "--help").out.partition("For example")[2].split("\n\n")[1]
     words = shlex.split(example.replace("\\\n", ""))
     assert words[:2] == ["sae-lens-flex", "train"]
-    cfg = _parse_train_arguments(words[2:])
+    cfg = parse(words[2:])
     assert isinstance(cfg.sae, HierarchicalTopKTrainingSAEConfig)
     assert (cfg.sae.k, cfg.model_name, cfg.is_dataset_tokenized) == (64, "gpt2", False)
     assert (cfg.output_path, cfg.logger.log_to_wandb) == ("my_sae", False)
@@ -523,6 +525,29 @@ def test_sae_that_does_not_say_what_it_reads_is_refused(
             ["--n_batches_in_buffer is 3", "at least 4", "--context_size", "--train_batch_size"],
         ),
         ({"--hook_name": ""}, []),
+        ({"--hook_name": "transformer.h.10"}, ["expected a hook point", "transformer.h.1,"]),
+        ({"--hook_name": "blocks.0.hook_resid_post"}, ["transformer.h.0, transformer.h.1"]),
+        ({"--traning_tokens": 9}, ["--traning_tokens is no flag", "--training_tokens?"]),
+        ({"--training-token": 9}, ["--training_tokens?"]),
+        ({"--nonsense": 1, "--wandb_projekt": 9}, ["--wandb_project?"]),
+        ({"--architecture": None}, ["--architecture is missing", "--k", "hierarchical_topk"]),
+        (
+            {"--architecture": None, "--architeture": "hierarchical_topk"},
+            ["did you mean --architecture?"],
+        ),
+        (
+            {"--architecture": None, "--k": None, "--budgets": 8},
+            ["--architecture is missing", "--budgets is a flag of hierarchical_topk, not of"],
+        ),
+        (
+            {"--architecture": "topk", "--budgets": 8},
+            ["--budgets is a flag of hierarchical_topk, not of --architecture topk"],
+        ),
+        ({"--architecture": "hierarchical_topK"}, ["did you mean hierarchical_topk?"]),
+        ({"--budgets": "[1,4,8]"}, ["--budgets is '[1,4,8]'", "--budgets 1 4 8"]),
+        ({"--budgets": "1,4,8"}, ["--budgets is '1,4,8'", "--budgets 1 4 8"]),
+        ({"--level_weights": "1, 0.5"}, ["--level_weights 1 0.5"]),
+        ({"--budgets": "one"}, ["--budgets", "one"]),
         ({"--output_path": "FILE"}, ["file"]),
         ({"--device": "gpu"}, ["gpu"]),
     ],
@@ -570,7 +595,83 @@ def test_interrupted_training_says_so(
     monkeypatch.setattr(LanguageModelSAETrainingRunner, "run", interrupted)
     result = run("train", *as_arguments(train_flags))
     assert result.code == 130
-    assert result.err.splitlines() == ["sae-lens-flex train: interrupted"]
+    assert result.err.splitlines() == ["sae-lens-flex train: interrupted, nothing saved"]
+
+
+@pytest.fixture
+def signals_in_steps(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[int]]:
+    """Return a dictionary of the signals that a run sends itself in its steps, by step from 1."""
+    signals: dict[int, list[int]] = {}
+    step = SAETrainer.step
+
+    def signalling_step(self: Any, batch: torch.Tensor) -> Any:
+        for number in signals.get(self.n_training_steps + 1, []):
+            os.kill(os.getpid(), number)
+        return step(self, batch)
+
+    monkeypatch.setattr(SAETrainer, "step", signalling_step)
+    return signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_signal_ends_training_after_the_step_with_a_checkpoint_to_go_on_from(
+    number, signals_in_steps, train_flags, run, tmp_path: Path
+) -> None:
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    flags = train_flags | {"--checkpoint_path": tmp_path / "new", "--output_path": tmp_path / "sae"}
+    signals_in_steps[3] = [number]
+    result = run("train", *as_arguments(flags))
+    assert result.code == 128 + number
+    (checkpoint,) = (tmp_path / "new").glob("*/*")
+    assert checkpoint.name == str(3 * BATCH_SIZE)
+    assert result.err.splitlines()[-1] == (
+        f"sae-lens-flex train: interrupted after {3 * BATCH_SIZE} tokens, saved {checkpoint} (go "
+        f"on with the same flags and --resume_from_checkpoint {checkpoint})"
+    )
+    assert not any((tmp_path / "sae").iterdir())
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+    signals_in_steps.clear()
+    before = SAE.load_from_disk(checkpoint).W_dec
+    result = run("train", *as_arguments(flags | {"--resume_from_checkpoint": checkpoint}))
+    assert result.code == 0, result.err
+    assert "differ" not in result.err
+    assert torch.load(checkpoint / "trainer_state.pt")["n_training_steps"] == 3
+    assert not torch.equal(SAE.load_from_disk(tmp_path / "sae").W_dec, before)
+
+
+@pytest.mark.parametrize(
+    ("flags", "signals", "message"),
+    [
+        # The flag without a path stands for none.
+        ({"--checkpoint_path": None}, {3: 1}, "interrupted, nothing saved"),
+        # The second signal does not wait for the step.
+        ({}, {3: 2}, "interrupted, nothing saved"),
+        ({"--n_checkpoints": 3}, {9: 2}, "interrupted, nothing saved since CHECKPOINT"),
+    ],
+    ids=["without-checkpoints", "two-signals", "two-signals-after-a-checkpoint"],
+)
+def test_interruption_that_saves_nothing_says_what_is_there(
+    flags, signals, message, signals_in_steps, train_flags, run, tmp_path: Path
+) -> None:
+    flags = train_flags | {"--checkpoint_path": tmp_path / "new"} | flags
+    signals_in_steps |= {step: n * [signal.SIGTERM] for step, n in signals.items()}
+    no_path = ["--checkpoint_path"] if flags["--checkpoint_path"] is None else []
+    result = run("train", *as_arguments(flags), *no_path)
+    assert result.code == 128 + signal.SIGTERM
+    checkpoints = [str(path) for path in (tmp_path / "new").glob("*/*")]
+    assert len(checkpoints) == ("--n_checkpoints" in flags)
+    message = message.replace("CHECKPOINT", "".join(checkpoints))
+    assert result.err.splitlines()[-1] == f"sae-lens-flex train: {message}"
+
+
+def test_signal_while_a_model_loads_ends_the_command(
+    train_flags, trained: Path, run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sae_lens_flex.cli, "_quietly", lambda: os.kill(os.getpid(), signal.SIGTERM))
+    result = run("train", *as_arguments(train_flags))
+    assert (result.code, result.err) == (143, "sae-lens-flex train: interrupted, nothing saved\n")
+    result = run("sweep", trained)
+    assert (result.code, result.err) == (143, "sae-lens-flex sweep: interrupted\n")
 
 
 def test_repository_that_cannot_be_reached_is_refused(tmp_path: Path) -> None:
