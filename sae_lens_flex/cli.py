@@ -35,7 +35,7 @@ from .distributed.runner import check_settings
 from .evals import sweep_budgets
 from .evals.batches import flat_activations
 from .evals.figures import check_can_write
-from .interruption import InterruptibleRunner, catching_signals, telling_what_is_saved
+from .interruption import InterruptibleRunner, Stop, catching_signals, telling_what_is_saved
 from .ops.policy import uses_triton
 from .saes.budgets import RuntimeBudget, check_budgets
 from .saes.registration import TOPK_TRAINING_CLASSES
@@ -146,8 +146,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+    stop = Stop()
     try:
-        with catching_signals() as stop:
+        with catching_signals(stop):
             return commands[command](rest)
     except (KeyboardInterrupt, InterruptedException) as interruption:
         if is_first_to_fail():

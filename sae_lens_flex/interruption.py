@@ -40,16 +40,16 @@ _stop = Stop()
 
 
 @contextmanager
-def catching_signals() -> Iterator[Stop]:
+def catching_signals(stop: Stop) -> Iterator[None]:
     """Catch Ctrl-C and SIGTERM within the block. Only in the main thread this has an effect."""
     global _stop
-    _stop = Stop()
+    _stop = stop
     if threading.current_thread() is not threading.main_thread():
-        yield _stop
+        yield
         return
-    before = {number: signal.signal(number, _stop.receive) for number in SIGNALS}
+    before = {number: signal.signal(number, stop.receive) for number in SIGNALS}
     try:
-        yield _stop
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

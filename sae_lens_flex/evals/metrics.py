@@ -87,14 +87,13 @@ class BudgetSweep:
         table then fits a terminal of 80 columns. `dead_latents` is called `not_seen` in it, and a
         MeanBudget stands there as "> threshold".
         """
-        frame = self.to_pandas()
+        frame = self.to_pandas().rename(columns={"dead_latents": "not_seen"})
         frame["budget"] = [_budget_cell(row) for row in self.metrics]
         parts = ("ce_loss_with", "kl_div_with", "threshold")
         names = [name for name in frame.columns if not name.startswith(parts)]
         if len({row.sae for row in self.metrics}) == 1:
             names.remove("sae")
-        frame = frame[names].rename(columns={"dead_latents": "not_seen"})
-        table = frame.to_string(index=False, na_rep="-", float_format="%.4f")
+        table = frame[names].to_string(index=False, na_rep="-", float_format="%.4f")
         return (
             f"{table}\n(of {self.n_tokens} tokens; not_seen: share of the latents that none "
             "of them activated)"
