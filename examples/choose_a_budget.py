@@ -93,9 +93,8 @@ store = ActivationsStore.from_sae(model, saes["hierarchical"], dataset=text["val
 sweep = sae_lens_flex.sweep_budgets(saes, store, n_batches=args.n_batches, batch_size_prompts=16)
 sweep.to_json(args.output / "sweep.json")
 sweep.plot(args.output / "sweep.html")
-columns = ["sae", "budget", "explained_variance", "ce_loss_score", "dead_latents"]
-print(sweep.to_pandas()[columns].to_string(index=False, float_format="{:.3f}".format))
-print(f"{sweep.n_tokens} tokens; the figure is {args.output / 'sweep.html'}")
+print(sweep)
+print(f"The figure is {args.output / 'sweep.html'}")
 
 # %% [markdown]
 # ## Choose

@@ -28,7 +28,7 @@ from .saes import (
 )
 from .saes.registration import register_architectures
 from .saes.sharded import shard, unshard
-from .sharing import export_jumprelu, export_topk, from_topk, upload
+from .sharing import export_jumprelu, export_sparsify, export_topk, from_topk, upload
 
 __version__ = "0.2.0"
 
@@ -49,6 +49,7 @@ __all__ = [
     "ShardedTrainingRunner",
     "accelerate",
     "export_jumprelu",
+    "export_sparsify",
     "export_topk",
     "from_topk",
     "fused_adam",

@@ -2,17 +2,18 @@
 
 import argparse
 import contextlib
-import io
+import difflib
 import json
 import logging
 import math
 import os
+import re
+import signal
 import sys
 import textwrap
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,18 +22,20 @@ import huggingface_hub
 import torch
 import torch.distributed as dist
 import transformers
-from sae_lens import SAE, ActivationsStore, LanguageModelSAETrainingRunner
-from sae_lens.llm_sae_training_runner import InterruptedException, _parse_cfg_args
+from sae_lens import SAE, ActivationsStore
 from sae_lens.load_model import load_model
 from sae_lens.saes.topk_sae import TopKSAE
+from sae_lens.training._interruption import InterruptedException
 
-from . import __version__
+from . import __version__, train_flags
 from .acceleration import accelerate
 from .distributed import ShardedTrainingRunner
 from .distributed.processes import are_several, is_first_to_fail, is_rank_0, join
 from .distributed.runner import check_settings
 from .evals import sweep_budgets
 from .evals.batches import flat_activations
+from .evals.figures import check_can_write
+from .interruption import InterruptibleRunner, Stop, catching_signals, telling_what_is_saved
 from .ops.policy import uses_triton
 from .saes.budgets import RuntimeBudget, check_budgets
 from .saes.registration import TOPK_TRAINING_CLASSES
@@ -98,7 +101,8 @@ It prints for every budget
   explained_variance  share of the activations' variance that the SAE reconstructs
   mse                 squared error of an activation, summed over its d_in components
   l0                  latents active on a token, on average
-  dead_latents        share of the latents that no token activated
+  not_seen            share of the latents that none of the tokens activated (dead_latents in
+                      --json); the more tokens are measured, the smaller it is
   ce_loss_score       share of the model's cross-entropy kept: 1 with its own activations, 0 with
                       zeros in their place; --json has the cross-entropies it is made of, too
 """
@@ -142,12 +146,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+    stop = Stop()
     try:
-        return commands[command](rest)
-    except (KeyboardInterrupt, InterruptedException):
+        with catching_signals(stop):
+            return commands[command](rest)
+    except (KeyboardInterrupt, InterruptedException) as interruption:
         if is_first_to_fail():
-            print(f"sae-lens-flex {command}: interrupted", file=sys.stderr)
-        return 130
+            nothing_saved = "interrupted, nothing saved" if command == "train" else "interrupted"
+            what = str(interruption) or nothing_saved
+            print(f"sae-lens-flex {command}: {what}", file=sys.stderr)
+        return 128 + (stop.number or signal.SIGINT)
     except Exception as error:
         if not is_first_to_fail():
             return 2
@@ -200,12 +208,12 @@ def train(argv: list[str]) -> int:
     if not argv:
         raise ValueError("no flags given (see sae-lens-flex train --help)")
     pretrained, flags = _pretrained(argv)
-    cfg = _parse_train_arguments([*flags, *argv])
+    cfg = train_flags.parse([*flags, *argv])
     _fit_buffer(cfg, argv)
     sae = None if pretrained is None else _start(pretrained, cfg)
     del pretrained  # Its weights would take as much memory as the new SAE's.
     _make_paths_absolute(cfg)
-    runner_class = LanguageModelSAETrainingRunner
+    runner_class: Any = InterruptibleRunner
     if are_several():
         runner_class = ShardedTrainingRunner
         check_settings(cfg, join(cfg.device))  # From here on "cuda" is this process's GPU.
@@ -214,12 +222,12 @@ def train(argv: list[str]) -> int:
         names = [f"model {cfg.model_name}", f"dataset {cfg.dataset_path}"]
         if cfg.model_class_name == "AutoModelForCausalLM" and not Path(cfg.model_name).is_dir():
             names[0] += " (not a directory here)"
-        with _naming(", ".join(names)):
+        with _naming(", ".join(names)), _offering_hook_names(cfg):
             runner = runner_class(cfg, override_sae=sae)
         _check_activations(runner)
     if cfg.output_path is not None and is_rank_0():
         Path(cfg.output_path).mkdir(parents=True, exist_ok=True)
-    with accelerate():
+    with accelerate(), telling_what_is_saved(cfg):
         trained: Any = runner.run()
     if are_several():
         dist.destroy_process_group()
@@ -348,7 +356,37 @@ def _make_paths_absolute(cfg: Any) -> None:
             setattr(cfg, name, str(Path(path).absolute()))
 
 
-def _check_activations(runner: LanguageModelSAETrainingRunner) -> None:
+@contextlib.contextmanager
+def _offering_hook_names(cfg: Any) -> Iterator[None]:
+    """Name modules of Hugging Face's model where SAELens says that `hook_name` is none of them."""
+    try:
+        yield
+    except ValueError as error:
+        if "hook_names not found" not in str(error):
+            raise
+        # The model is gone with the error. One without weights has the same modules.
+        try:
+            with torch.device("meta"):
+                model = transformers.AutoModelForCausalLM.from_config(
+                    transformers.AutoConfig.from_pretrained(cfg.model_name)
+                )
+        except Exception:
+            raise error from None
+        raise ValueError(_wrong_hook_name(cfg.hook_name, dict(model.named_modules()))) from error
+
+
+def _wrong_hook_name(name: str, known: Collection[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=4)
+    if not near:
+        # The names of whole layers, or of what TransformerLens has after each.
+        near = [other for other in known if re.search(r"\.\d+$|hook_resid_post$", other)]
+    if len(near) > 4:
+        near = [*near[:3], "...", near[-1]]
+    such_as = f", such as {', '.join(near)}" if near else ""
+    return f"hook_name is {name!r}, expected a hook point of the model{such_as}"
+
+
+def _check_activations(runner: Any) -> None:
     """Raise if the model does not give the activations that the SAE is to read.
 
     The model runs on one prompt for this. Without the check the first step of training would fail,
@@ -363,29 +401,12 @@ def _check_activations(runner: LanguageModelSAETrainingRunner) -> None:
             tokens, names_filter=[cfg.hook_name], **runner.activations_store.model_kwargs
         )
     if cfg.hook_name not in cache:
-        raise ValueError(f"hook_name is {cfg.hook_name!r}, expected a hook point of the model")
+        raise ValueError(_wrong_hook_name(cfg.hook_name, model.hook_dict))
     width = flat_activations(cache[cfg.hook_name], cfg.hook_name, cfg.hook_head_index).shape[-1]
     if width != cfg.sae.d_in:
         raise ValueError(
             f"d_in is {cfg.sae.d_in}, expected {width}, the width of {cfg.hook_name!r}"
         )
-
-
-def _parse_train_arguments(argv: list[str]) -> Any:
-    argv = ["--help" if argument == "--all-flags" else argument for argument in argv]
-    messages = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(messages):
-            return _parse_cfg_args(argv)
-    except argparse.ArgumentError as error:
-        raise ValueError(str(error)) from None
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        # argparse has printed the usage of some hundred flags, and then the error as the last line.
-        raise ValueError(
-            messages.getvalue().strip().splitlines()[-1].partition("error: ")[2]
-        ) from None
 
 
 def sweep(argv: list[str]) -> int:
@@ -408,6 +429,9 @@ def sweep(argv: list[str]) -> int:
         "--dataset", help="text, on the hub or in a directory; default: what the SAE was trained on"
     )
     parser.add_argument(
+        "--split", default="train", help="split of the text; default: train, as in training"
+    )
+    parser.add_argument(
         "--n-batches", type=_count, default=10, metavar="N", help="batches of prompts; default: 10"
     )
     parser.add_argument(
@@ -427,19 +451,15 @@ def sweep(argv: list[str]) -> int:
         "--figure",
         type=_path,
         metavar="FILE",
-        help="draw explained variance here: .html, or with the package kaleido .png, .svg, .pdf",
+        help="draw explained variance here: .html, or with the package kaleido and a Chrome .png, "
+        ".svg, .pdf",
     )
     args = parser.parse_args(argv)
 
-    for flag, path in (("--json", args.json), ("--figure", args.figure)):
-        if path is not None and (path.is_dir() or not path.parent.is_dir()):
-            parser.error(f"argument {flag}: {str(path)!r} is no file in an existing directory")
     if args.figure is not None and args.figure.suffix not in FIGURE_SUFFIXES:
         parser.error(
             f"argument --figure: {str(args.figure)!r} ends in none of {', '.join(FIGURE_SUFFIXES)}"
         )
-    if args.figure is not None and args.figure.suffix != ".html" and not find_spec("kaleido"):
-        parser.error("argument --figure: images need the package kaleido; give a name in .html")
 
     _device(args.device)
     sae = _load(args.sae, args.sae_id, args.device)
@@ -460,6 +480,12 @@ def sweep(argv: list[str]) -> int:
         parser.error("the SAE names no language model: give --model")
     if not dataset:
         parser.error("the SAE names no dataset: give --dataset")
+    for flag, path in (("--json", args.json), ("--figure", args.figure)):
+        if path is not None:
+            with _naming(f"argument {flag}"), _quietly():
+                _check_can_be_written(path)
+                if path is args.figure:
+                    check_can_write(path)
     with _quietly():
         with _naming(f"model {model_name}{_missing_directory(model_name, '--model')}"):
             model = load_model(
@@ -469,8 +495,15 @@ def sweep(argv: list[str]) -> int:
                 model_from_pretrained_kwargs=metadata.model_from_pretrained_kwargs,
                 hook_names=[metadata.hook_name],
             )
-        with _naming(f"dataset {dataset}{_missing_directory(dataset, '--dataset')}"):
-            store = ActivationsStore.from_sae(model, sae, dataset=dataset, device=args.device)
+        with _naming(
+            f"dataset {dataset}, split {args.split}{_missing_directory(dataset, '--dataset')}"
+        ):
+            # Of a name SAELens takes the split train, and checks the tokenizer of its tokens.
+            text = dataset
+            if args.split != "train":
+                text = datasets.load_dataset(dataset, split=args.split, streaming=True)
+            store = ActivationsStore.from_sae(model, sae, dataset=text, device=args.device)
+    first_pass = store.iterable_sequences
     result = sweep_budgets(
         sae,
         store,
@@ -481,10 +514,20 @@ def sweep(argv: list[str]) -> int:
         compute_kl=args.kl,
     )
     print(result)
-    if args.json is not None:
-        result.to_json(args.json)
-    if args.figure is not None:
-        result.plot(args.figure)
+    if (dataset, args.split) == (metadata.dataset_path, "train"):
+        origin = "the text that the SAE was trained on, from its beginning"
+    else:
+        origin = "from its beginning"
+    print(f"text: {dataset}, split {args.split}, {origin}")
+    if store.iterable_sequences is not first_pass:
+        print("The text ended and began again, so some of its tokens count more than once.")
+    for what, path, write in (
+        ("json", args.json, result.to_json),
+        ("figure", args.figure, result.plot),
+    ):
+        if path is not None:
+            write(path)
+            print(f"{what}: {path}")
     return 0
 
 
@@ -510,6 +553,16 @@ def export(argv: list[str]) -> int:
     export_topk(_load(args.sae, args.sae_id, "cpu"), args.output, budget=args.budget)
     print(f"{args.output}: a topk SAE with k={args.budget}")
     return 0
+
+
+def _check_can_be_written(path: Path) -> None:
+    """Raise an OSError if there can be no file of this name. Make its directory."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    is_new = not path.exists()
+    with path.open("a"):
+        pass
+    if is_new:
+        path.unlink()
 
 
 def _missing_directory(name: str, flag: str) -> str:

@@ -10,8 +10,16 @@ import torch
 from huggingface_hub import HfApi
 from huggingface_hub.utils import HfHubHTTPError, validate_repo_id
 from sae_lens import SAE, TrainingSAE, upload_saes_to_huggingface
+from sae_lens.constants import (
+    RUNNER_CFG_FILENAME,
+    SAE_CFG_FILENAME,
+    SAE_WEIGHTS_FILENAME,
+    SPARSIFY_WEIGHTS_FILENAME,
+    SPARSITY_FILENAME,
+)
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
 from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig, TopKTrainingSAE
+from safetensors.torch import save_file
 
 from .evals import BudgetSweep
 from .saes.budgets import MeanBudget, check_budget, doubling_budgets
@@ -26,8 +34,14 @@ from .saes.sharded import ShardedTrainingSAE
 
 # Metadata that SAELens's trainer measured at the SAE's own k. At another budget it is wrong.
 MEASURED_AT_K = ("l0", "num_dead_features")
-# An export has this key in its metadata. A later export replaces an SAE that has it, and no other.
+# An export has this key in its metadata; in sparsify's format, in its cfg.json. A later export of
+# the same format replaces an SAE that has it, and no other.
 EXPORT_KEY = "sae_lens_flex_export"
+# Who opens a directory as an SAE reads what there is of these.
+FILES_OF_SAES = (
+    *(SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME, RUNNER_CFG_FILENAME),
+    SPARSIFY_WEIGHTS_FILENAME,
+)
 # These fields belong to the weights. With other values the weights would be another SAE's.
 SETTLED = tuple(
     field.name for field in fields(TopKSAEConfig) if field.name not in ("device", "metadata")
@@ -49,14 +63,15 @@ def export_topk(
 
     Args:
         sae: the SAE. It is not changed.
-        path: the directory to write. An earlier export in it is replaced.
+        path: the directory to write. An earlier export in it is replaced. Files that belong to no
+            SAE are left as they are.
         budget: latents to keep, 1..k. `export_jumprelu` takes a MeanBudget.
 
     Returns:
         The directory.
 
     Raises:
-        ValueError: if `path` holds an SAE that is no export, or `budget` is not within 1..k.
+        ValueError: if `path` holds files of another SAE, or `budget` is not within 1..k.
         NotADirectoryError: if `path` is a file, or lies below one.
     """
     path = _check_export(sae, path)
@@ -89,7 +104,7 @@ def export_jumprelu(
 
     Args:
         sae: the SAE. It is not changed.
-        path: the directory to write. An earlier export in it is replaced.
+        path: the directory to write, as for `export_topk`.
         budget: what `mean_budget` has returned for this SAE.
 
     Returns:
@@ -97,7 +112,7 @@ def export_jumprelu(
 
     Raises:
         TypeError: if `budget` is no MeanBudget.
-        ValueError: if `path` holds an SAE that is no export, or the budget's mean is above k.
+        ValueError: if `path` holds files of another SAE, or the budget's mean is above k.
         NotADirectoryError: if `path` is a file, or lies below one.
     """
     path = _check_export(sae, path)
@@ -122,11 +137,84 @@ def export_jumprelu(
     return path
 
 
-def _check_export(sae: Any, path: str | Path) -> Path:
+@torch.no_grad()
+def export_sparsify(
+    sae: HierarchicalTopKSAE | HierarchicalTopKTrainingSAE, path: str | Path, *, budget: int
+) -> Path:
+    """Save an SAE at a fixed budget in the format of EleutherAI's sparsify, which delphi reads too.
+
+    `sparsify.SparseCoder.load_from_disk(path)` loads it. Up to rounding it keeps the latents that
+    `sae` keeps at that budget, with the same activations and the same reconstruction. For this the
+    decoder's norms are folded into the weights where `rescale_acts_by_decoder_norm` is set, and
+    `b_dec` into the encoder's bias where `apply_b_dec_to_input` is not. A latent whose folded norm
+    is zero never fires.
+
+    sparsify and delphi take the name of the last directory for the model's module, such as
+    "layers.12", and read the activations that the module returns.
+
+    Args:
+        sae: the SAE. It is not changed.
+        path: the directory to write. An earlier export in this format is replaced, and files that
+            belong to no SAE are left as they are.
+        budget: latents to keep, 1..k.
+
+    Returns:
+        The directory.
+
+    Raises:
+        ValueError: if the format cannot hold the SAE, which is so with `normalize_activations` and
+            `reshape_activations` other than "none"; if `path` holds files of another SAE; or if
+            `budget` is not within 1..k.
+        NotADirectoryError: if `path` is a file, or lies below one.
+    """
+    path = _check_export(sae, path, SPARSIFY_WEIGHTS_FILENAME)
+    budget = check_integer("budget", budget, sae.cfg.k, "k")
+    for name in ("normalize_activations", "reshape_activations"):
+        if getattr(sae.cfg, name) != "none":
+            raise ValueError(
+                f"{name} is {getattr(sae.cfg, name)!r} in the SAE's config, expected 'none': "
+                "sparsify's format has no place for it"
+            )
+    weights = {name: value.double().cpu() for name, value in sae.state_dict().items()}
+    encoder, b_enc, decoder = weights["W_enc"].T, weights["b_enc"], weights["W_dec"]  # [F, D], [F]
+    if sae.cfg.rescale_acts_by_decoder_norm:
+        norms = decoder.norm(dim=1)  # [F]
+        encoder, b_enc = encoder * norms[:, None], b_enc * norms
+        decoder = decoder / norms.where(norms > 0, 1.0)[:, None]
+    if not sae.cfg.apply_b_dec_to_input:
+        b_enc = b_enc + encoder @ weights["b_dec"]  # sparsify subtracts b_dec from every input.
+    tensors = {
+        "encoder.weight": encoder,
+        "encoder.bias": b_enc,
+        "W_dec": decoder,
+        "b_dec": weights["b_dec"],
+    }
+    cfg = {
+        "activation": "topk",
+        "d_in": sae.cfg.d_in,
+        "num_latents": sae.cfg.d_sae,
+        "k": budget,
+        # sparsify's trainer keeps the norms of the decoder at 1, if they are.
+        "normalize_decoder": sae.cfg.rescale_acts_by_decoder_norm,
+        "multi_topk": False,
+        "skip_connection": False,
+        "transcode": False,
+        EXPORT_KEY: _origin(sae, {"budget": budget}),
+    }
+    path.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {name: value.to(sae.dtype).contiguous() for name, value in tensors.items()},
+        path / SPARSIFY_WEIGHTS_FILENAME,
+    )
+    (path / SAE_CFG_FILENAME).write_text(json.dumps(cfg, indent=2) + "\n")
+    return path
+
+
+def _check_export(sae: Any, path: str | Path, weights_name: str = SAE_WEIGHTS_FILENAME) -> Path:
     _check_hierarchical(sae)
     _check_whole(sae)
     path = Path(path)
-    _check_export_directory(path)
+    _check_export_directory(path, weights_name)
     return path
 
 
@@ -136,30 +224,34 @@ def _export_config(config_class: type[Any], sae: Any, budget: dict[str, Any], **
     values = {name: getattr(sae.cfg, name) for name in names}
     cfg = config_class(**values | own | {"device": "cpu"})
     cfg.metadata = _metadata_without(sae, *MEASURED_AT_K)
-    cfg.metadata[EXPORT_KEY] = {
-        "architecture": sae.cfg.architecture(),
-        "k": sae.cfg.k,
-        **budget,
-    }
+    cfg.metadata[EXPORT_KEY] = _origin(sae, budget)
     return cfg
 
 
-def _check_export_directory(path: Path) -> None:
+def _origin(sae: Any, budget: dict[str, Any]) -> dict[str, Any]:
+    return {"architecture": sae.cfg.architecture(), "k": sae.cfg.k, **budget}
+
+
+def _check_export_directory(path: Path, weights_name: str) -> None:
+    """Raise if an export, whose weights would have that name, cannot go there."""
     existing = next(part for part in (path, *path.parents) if part.exists())
     if not existing.is_dir():
         raise NotADirectoryError(
             f"path is {str(path)!r}, expected a directory: {str(existing)!r} is a file"
         )
-    if not (path / "cfg.json").exists():
-        return
+    there = {name for name in FILES_OF_SAES if (path / name).exists()}
     try:
-        is_export = EXPORT_KEY in json.loads((path / "cfg.json").read_text())["metadata"]
+        cfg = json.loads((path / SAE_CFG_FILENAME).read_text())
+        is_sparsify = weights_name == SPARSIFY_WEIGHTS_FILENAME
+        is_export = EXPORT_KEY in (cfg if is_sparsify else cfg["metadata"])
     except (OSError, ValueError, KeyError, TypeError):
         is_export = False
-    if not is_export:
+    if is_export:
+        there -= {SAE_CFG_FILENAME, weights_name}
+    if there:
         raise ValueError(
-            f"path is {str(path)!r}, which holds another SAE (its cfg.json is of no earlier "
-            "export), expected a new directory"
+            f"path is {str(path)!r}, which holds another SAE ({', '.join(sorted(there))} of no "
+            "earlier export in this format), expected a new directory"
         )
 
 
@@ -282,6 +374,7 @@ def upload(
     *,
     sweep: BudgetSweep | None = None,
     revision: str = "main",
+    folder: str | Path | None = None,
 ) -> None:
     """Upload an SAE to the Hugging Face hub, where `SAE.from_pretrained(repo_id, sae_id)` finds it.
 
@@ -295,27 +388,31 @@ def upload(
         sae_id: the SAE's folder in the repository.
         sweep: the result of `sweep_budgets`, which the model card then shows as a table.
         revision: the branch.
+        folder: a directory. With it the files are written there as they would lie in the
+            repository. Nothing is sent, and no hub is asked.
 
     Raises:
         ValueError, TypeError: for arguments that do not fit. Nothing has been sent then.
+        FileExistsError: if there is something at `{folder}/{sae_id}` already.
         ConnectionError: if the hub cannot be reached.
         HfHubHTTPError: if the hub refuses. The class is huggingface_hub's.
     """
     _check_hierarchical(sae)
+    _check_whole(sae)
     validate_repo_id(repo_id)
     if not isinstance(sae_id, str) or not sae_id.strip("/"):
         raise ValueError(f"sae_id is {sae_id!r}, expected the name of a folder")
     if sweep is not None and not isinstance(sweep, BudgetSweep):
         raise TypeError(f"sweep is a {type(sweep).__name__}, expected a BudgetSweep")
+    card = model_card(sae, repo_id, sae_id, sweep)
+    if folder is not None:
+        _write(sae, card, Path(folder), sae_id)
+        return
     api = HfApi()
-    card = model_card(sae, repo_id, sae_id, sweep).encode()
     with TemporaryDirectory() as directory:
-        if isinstance(sae, TrainingSAE):
-            sae.save_inference_model(directory)
-        else:
-            sae.save_model(directory)
+        _save(sae, directory)
         try:
-            _send(api, directory, card, repo_id, sae_id, revision)
+            _send(api, directory, card.encode(), repo_id, sae_id, revision)
         except HfHubHTTPError as error:
             error.append_to_message(f"\nrepo_id is {repo_id!r}, sae_id is {sae_id!r}")
             raise
@@ -324,6 +421,27 @@ def upload(
                 f"repo_id is {repo_id!r}: the upload to the hub at {api.endpoint} failed: "
                 f"{type(error).__name__}: {error}"
             ) from error
+
+
+def _save(sae: SAE[Any], path: str | Path) -> None:
+    if isinstance(sae, TrainingSAE):
+        sae.save_inference_model(str(path))
+    else:
+        sae.save_model(path)
+
+
+def _write(sae: SAE[Any], card: str, folder: Path, sae_id: str) -> None:
+    """Write what `upload` sends into a directory."""
+    path = folder / sae_id.strip("/")
+    path.mkdir(parents=True, exist_ok=True)
+    if any(path.iterdir()):
+        raise FileExistsError(
+            f"folder is {str(folder)!r}, in which there is {sae_id!r} already, expected a new one"
+        )
+    _save(sae, path)
+    (path / "README.md").write_text(card)
+    if not (folder / "README.md").exists():
+        (folder / "README.md").write_text(card)
 
 
 def _send(
@@ -380,14 +498,17 @@ sae.budget = {k}  # or {budgets}: any of 1..{k}
 ```
 """
     if sweep is not None:
-        table = sweep.to_pandas()
+        table = sweep.to_pandas().rename(columns={"dead_latents": "not_seen"})
         rows = [list(table.columns), ["---"] * table.shape[1]]
         rows += [
             [f"{value:.4g}" if isinstance(value, float) else str(value) for value in row]
             for row in table.astype(object).fillna("").itertuples(index=False)
         ]
         lines = "\n".join("| " + " | ".join(row) + " |" for row in rows)
-        card += f"\nMeasured on the same {sweep.n_tokens} tokens at every budget:\n\n{lines}\n"
+        card += (
+            f"\nMeasured on the same {sweep.n_tokens} tokens at every budget. `not_seen` is the "
+            f"share of the latents that none of them activated.\n\n{lines}\n"
+        )
     return card
 
 

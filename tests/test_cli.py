@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,18 +13,20 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import plotly.graph_objects as go
 import pytest
 import torch
 from datasets import Dataset
 from integration import conftest as toy
 from integration.flows import BATCH_SIZE, run_python
-from sae_lens import SAE, LanguageModelSAETrainingRunner
-from sae_lens.llm_sae_training_runner import InterruptedException
+from sae_lens import SAE, LanguageModelSAETrainingRunner, SAETrainer
 from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
+from sae_lens.training._interruption import InterruptedException
 
 import sae_lens_flex
 from sae_lens_flex import BudgetSweep, HierarchicalTopKSAE, HierarchicalTopKTrainingSAEConfig
-from sae_lens_flex.cli import _parse_train_arguments, main
+from sae_lens_flex.cli import main
+from sae_lens_flex.train_flags import parse
 
 hf_model_dir, text_dir, step_losses = toy.hf_model_dir, toy.text_dir, toy.step_losses
 
@@ -115,21 +118,60 @@ def test_train_saves_an_sae_from_flags_alone(trained: Path) -> None:
     assert sae.cfg.metadata.hook_name == HOOK_NAME
 
 
-def test_sweep_prints_and_writes_every_budget(trained: Path, run, tmp_path: Path) -> None:
+def test_sweep_prints_and_writes_every_budget(
+    trained: Path, run, tmp_path: Path, text_dir: Path
+) -> None:
     result = run(
         *("sweep", trained, "--n-batches", 2, "--batch-size-prompts", 4, "--kl"),
-        *("--json", tmp_path / "sweep.json", "--figure", tmp_path / "sweep.html"),
+        *("--json", tmp_path / "sweep.json", "--figure", tmp_path / "new" / "far" / "sweep.html"),
     )
     assert result.code == 0, result.err
-    header, *rows, n_tokens = result.out.splitlines()
-    for metric in ("budget", "explained_variance", "mse", "l0", "ce_loss_score", "kl_div_score"):
+    header, *rows, n_tokens, text, json_file, figure = result.out.splitlines()
+    for metric in ("explained_variance", "mse", "l0", "not_seen", "ce_loss_score", "kl_div_score"):
         assert metric in header.split()
     assert [row.split()[0] for row in rows] == ["1", "2", "4", "8"]
     sweep = BudgetSweep.from_json((tmp_path / "sweep.json").read_text())
     assert [row.budget for row in sweep.metrics] == [1, 2, 4, 8]
     assert 0 < sweep.n_tokens <= 2 * 4 * toy.CONTEXT_SIZE
-    assert n_tokens == f"(of {sweep.n_tokens} tokens)"
-    assert "plotly" in (tmp_path / "sweep.html").read_text()
+    assert n_tokens.startswith(f"(of {sweep.n_tokens} tokens; not_seen: ")
+    assert text.startswith(f"text: {text_dir}, split train, the text that the SAE was trained on")
+    assert json_file == f"json: {tmp_path / 'sweep.json'}"
+    assert figure == f"figure: {tmp_path / 'new' / 'far' / 'sweep.html'}"
+    assert "plotly" in (tmp_path / "new" / "far" / "sweep.html").read_text()
+
+
+def test_sweep_measures_the_split_that_it_says(
+    trained: Path, run, text_dir: Path, tmp_path: Path
+) -> None:
+    for split, document in (("train", "w1 w2 w3"), ("validation", "w4 w5 w6")):
+        Dataset.from_dict({"text": 20 * [20 * document]}).to_json(tmp_path / f"{split}.jsonl")
+
+    def explained_variance(*flags: Any) -> tuple[float, str]:
+        result = run("sweep", trained, "--n-batches", 1, "--no-ce", "--budgets", K, *flags)
+        assert result.code == 0, result.err
+        _, row, _, text = result.out.splitlines()
+        return float(row.split()[1]), text
+
+    on_training_text, text = explained_variance()
+    assert text == f"text: {text_dir}, split train, the text that the SAE was trained on, from " + (
+        "its beginning"
+    )
+    results = [on_training_text]
+    for split in ("train", "validation"):
+        result, text = explained_variance("--dataset", tmp_path, "--split", split)
+        assert text == f"text: {tmp_path}, split {split}, from its beginning"
+        results.append(result)
+    assert len(set(results)) == 3
+
+
+def test_sweep_says_that_the_text_began_again(trained: Path, run, tmp_path: Path) -> None:
+    Dataset.from_dict({"text": 4 * [20 * "w1 w2 w3 "]}).to_json(tmp_path / "train.jsonl")
+    for n_prompts, words in ((2, "from its beginning"), (2000, "began again")):
+        result = run(
+            *("sweep", trained, "--n-batches", 1, "--batch-size-prompts", n_prompts),
+            *("--dataset", tmp_path, "--no-ce"),
+        )
+        assert words in result.out.splitlines()[-1]
 
 
 def test_sweep_takes_its_flags(trained: Path, run, hf_model_dir: Path, text_dir: Path) -> None:
@@ -139,7 +181,7 @@ def test_sweep_takes_its_flags(trained: Path, run, hf_model_dir: Path, text_dir:
         *("--dataset", text_dir, "--device", "cpu"),
     )
     assert result.code == 0, result.err
-    header, *rows, _ = result.out.splitlines()
+    header, *rows, _, _ = result.out.splitlines()
     assert "ce_loss_score" not in header
     assert [row.split()[0] for row in rows] == ["3", "5"]
 
@@ -148,7 +190,7 @@ def test_sweep_measures_a_stock_sae_as_it_is(trained: Path, run, tmp_path: Path)
     assert run("export", trained, "--budget", 4, "--output", tmp_path / "topk").code == 0
     result = run("sweep", tmp_path / "topk", "--n-batches", 1)
     assert result.code == 0, result.err
-    assert [row.split()[0] for row in result.out.splitlines()[1:-1]] == ["4"]
+    assert [row.split()[0] for row in result.out.splitlines()[1:-2]] == ["4"]
 
 
 def test_export_writes_a_topk_sae(trained: Path, run, tmp_path: Path) -> None:
@@ -271,7 +313,7 @@ def test_example_in_the_help_of_train_is_understood(run) -> None:
     example = run("train", "--help").out.partition("For example")[2].split("\n\n")[1]
     words = shlex.split(example.replace("\\\n", ""))
     assert words[:2] == ["sae-lens-flex", "train"]
-    cfg = _parse_train_arguments(words[2:])
+    cfg = parse(words[2:])
     assert isinstance(cfg.sae, HierarchicalTopKTrainingSAEConfig)
     assert (cfg.sae.k, cfg.model_name, cfg.is_dataset_tokenized) == (64, "gpt2", False)
     assert (cfg.output_path, cfg.logger.log_to_wandb) == ("my_sae", False)
@@ -333,9 +375,11 @@ def test_unknown_command_is_refused(command, run) -> None:
         ("sweep SAE --n-batches 0", ["--n-batches", "0"]),
         ("sweep SAE --n-batches many", ["--n-batches", "many"]),
         ("sweep SAE --batch-size-prompts -1", ["--batch-size-prompts"]),
-        ("sweep SAE --json MISSING/sweep.json", ["--json", "missing"]),
-        ("sweep SAE --figure MISSING/sweep.html", ["--figure", "missing"]),
+        ("sweep SAE --json FILE/sweep.json", ["--json", "file"]),
+        ("sweep SAE --figure FILE/new/sweep.html", ["--figure", "file"]),
         ("sweep SAE --figure TMP", ["--figure"]),
+        ("sweep SAE --json TMP", ["--json", "irectory"]),
+        ("sweep SAE --split nonsense", ["split nonsense", "train"]),
         ("sweep SAE --figure TMP/sweep.gif", ["--figure", "sweep.gif", ".png"]),
         ("sweep MISSING", ["missing", "--sae-id"]),
         ("sweep someone/saes", ["someone/saes", "--sae-id"]),
@@ -388,11 +432,20 @@ def test_wrong_arguments_are_refused(
     assert SAE.load_from_disk(trained).cfg.architecture() == "hierarchical_topk"
 
 
-def test_image_without_the_package_that_draws_it_is_refused(
+def test_image_that_cannot_be_drawn_is_refused_before_anything_is_measured(
     trained: Path, run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sae_lens_flex.cli, "find_spec", lambda name: None)
-    assert_refused(run("sweep", trained, "--figure", tmp_path / "sweep.png"), "kaleido", ".html")
+    def no_chrome(self: Any, *args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("no browser\nhere")
+
+    monkeypatch.setattr(go.Figure, "to_image", no_chrome)
+    monkeypatch.setattr(sae_lens_flex.cli, "load_model", None)  # It would raise a TypeError.
+    path = tmp_path / "sweep.png"
+    result = run("sweep", trained, "--figure", path)
+    assert_refused(
+        result, "--figure", "kaleido", "Chrome", ".html", "RuntimeError: no browser here"
+    )
+    assert not path.exists()
 
 
 @pytest.mark.parametrize(
@@ -472,6 +525,29 @@ def test_sae_that_does_not_say_what_it_reads_is_refused(
             ["--n_batches_in_buffer is 3", "at least 4", "--context_size", "--train_batch_size"],
         ),
         ({"--hook_name": ""}, []),
+        ({"--hook_name": "transformer.h.10"}, ["expected a hook point", "transformer.h.1,"]),
+        ({"--hook_name": "blocks.0.hook_resid_post"}, ["transformer.h.0, transformer.h.1"]),
+        ({"--traning_tokens": 9}, ["--traning_tokens is no flag", "--training_tokens?"]),
+        ({"--training-token": 9}, ["--training_tokens?"]),
+        ({"--nonsense": 1, "--wandb_projekt": 9}, ["--wandb_project?"]),
+        ({"--architecture": None}, ["--architecture is missing", "--k", "hierarchical_topk"]),
+        (
+            {"--architecture": None, "--architeture": "hierarchical_topk"},
+            ["did you mean --architecture?"],
+        ),
+        (
+            {"--architecture": None, "--k": None, "--budgets": 8},
+            ["--architecture is missing", "--budgets is a flag of hierarchical_topk, not of"],
+        ),
+        (
+            {"--architecture": "topk", "--budgets": 8},
+            ["--budgets is a flag of hierarchical_topk, not of --architecture topk"],
+        ),
+        ({"--architecture": "hierarchical_topK"}, ["did you mean hierarchical_topk?"]),
+        ({"--budgets": "[1,4,8]"}, ["--budgets is '[1,4,8]'", "--budgets 1 4 8"]),
+        ({"--budgets": "1,4,8"}, ["--budgets is '1,4,8'", "--budgets 1 4 8"]),
+        ({"--level_weights": "1, 0.5"}, ["--level_weights 1 0.5"]),
+        ({"--budgets": "one"}, ["--budgets", "one"]),
         ({"--output_path": "FILE"}, ["file"]),
         ({"--device": "gpu"}, ["gpu"]),
     ],
@@ -519,7 +595,83 @@ def test_interrupted_training_says_so(
     monkeypatch.setattr(LanguageModelSAETrainingRunner, "run", interrupted)
     result = run("train", *as_arguments(train_flags))
     assert result.code == 130
-    assert result.err.splitlines() == ["sae-lens-flex train: interrupted"]
+    assert result.err.splitlines() == ["sae-lens-flex train: interrupted, nothing saved"]
+
+
+@pytest.fixture
+def signals_in_steps(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[int]]:
+    """Return a dictionary of the signals that a run sends itself in its steps, by step from 1."""
+    signals: dict[int, list[int]] = {}
+    step = SAETrainer.step
+
+    def signalling_step(self: Any, batch: torch.Tensor) -> Any:
+        for number in signals.get(self.n_training_steps + 1, []):
+            os.kill(os.getpid(), number)
+        return step(self, batch)
+
+    monkeypatch.setattr(SAETrainer, "step", signalling_step)
+    return signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_signal_ends_training_after_the_step_with_a_checkpoint_to_go_on_from(
+    number, signals_in_steps, train_flags, run, tmp_path: Path
+) -> None:
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    flags = train_flags | {"--checkpoint_path": tmp_path / "new", "--output_path": tmp_path / "sae"}
+    signals_in_steps[3] = [number]
+    result = run("train", *as_arguments(flags))
+    assert result.code == 128 + number
+    (checkpoint,) = (tmp_path / "new").glob("*/*")
+    assert checkpoint.name == str(3 * BATCH_SIZE)
+    assert result.err.splitlines()[-1] == (
+        f"sae-lens-flex train: interrupted after {3 * BATCH_SIZE} tokens, saved {checkpoint} (go "
+        f"on with the same flags and --resume_from_checkpoint {checkpoint})"
+    )
+    assert not any((tmp_path / "sae").iterdir())
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+    signals_in_steps.clear()
+    before = SAE.load_from_disk(checkpoint).W_dec
+    result = run("train", *as_arguments(flags | {"--resume_from_checkpoint": checkpoint}))
+    assert result.code == 0, result.err
+    assert "differ" not in result.err
+    assert torch.load(checkpoint / "trainer_state.pt")["n_training_steps"] == 3
+    assert not torch.equal(SAE.load_from_disk(tmp_path / "sae").W_dec, before)
+
+
+@pytest.mark.parametrize(
+    ("flags", "signals", "message"),
+    [
+        # The flag without a path stands for none.
+        ({"--checkpoint_path": None}, {3: 1}, "interrupted, nothing saved"),
+        # The second signal does not wait for the step.
+        ({}, {3: 2}, "interrupted, nothing saved"),
+        ({"--n_checkpoints": 3}, {9: 2}, "interrupted, nothing saved since CHECKPOINT"),
+    ],
+    ids=["without-checkpoints", "two-signals", "two-signals-after-a-checkpoint"],
+)
+def test_interruption_that_saves_nothing_says_what_is_there(
+    flags, signals, message, signals_in_steps, train_flags, run, tmp_path: Path
+) -> None:
+    flags = train_flags | {"--checkpoint_path": tmp_path / "new"} | flags
+    signals_in_steps |= {step: n * [signal.SIGTERM] for step, n in signals.items()}
+    no_path = ["--checkpoint_path"] if flags["--checkpoint_path"] is None else []
+    result = run("train", *as_arguments(flags), *no_path)
+    assert result.code == 128 + signal.SIGTERM
+    checkpoints = [str(path) for path in (tmp_path / "new").glob("*/*")]
+    assert len(checkpoints) == ("--n_checkpoints" in flags)
+    message = message.replace("CHECKPOINT", "".join(checkpoints))
+    assert result.err.splitlines()[-1] == f"sae-lens-flex train: {message}"
+
+
+def test_signal_while_a_model_loads_ends_the_command(
+    train_flags, trained: Path, run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sae_lens_flex.cli, "_quietly", lambda: os.kill(os.getpid(), signal.SIGTERM))
+    result = run("train", *as_arguments(train_flags))
+    assert (result.code, result.err) == (143, "sae-lens-flex train: interrupted, nothing saved\n")
+    result = run("sweep", trained)
+    assert (result.code, result.err) == (143, "sae-lens-flex sweep: interrupted\n")
 
 
 def test_repository_that_cannot_be_reached_is_refused(tmp_path: Path) -> None:

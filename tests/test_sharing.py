@@ -31,6 +31,7 @@ from sae_lens_flex import (
     HierarchicalTopKTrainingSAEConfig,
     MeanBudget,
     export_jumprelu,
+    export_sparsify,
     export_topk,
     from_topk,
     mean_budget,
@@ -289,6 +290,130 @@ def test_export_leaves_another_sae_alone(kind, tmp_path: Path) -> None:
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def test_export_leaves_files_that_belong_to_no_sae(tmp_path: Path) -> None:
+    for name in ("notes.txt", "sweep.json", "README.md"):
+        (tmp_path / name).write_text(name)
+    sae = make_sae("hierarchical")
+    for budget in (5, 2):
+        export_topk(sae, tmp_path, budget=budget)
+        assert SAE.load_from_disk(tmp_path).cfg.k == budget
+    for name in ("notes.txt", "sweep.json", "README.md"):
+        assert (tmp_path / name).read_text() == name
+
+
+@pytest.mark.parametrize("function", [export_topk, export_sparsify])
+@pytest.mark.parametrize(
+    "name",
+    ["sae_weights.safetensors", "sparsity.safetensors", "runner_cfg.json", "sae.safetensors"],
+)
+@pytest.mark.parametrize("beside_an_export", [False, True])
+def test_export_refuses_files_that_an_sae_is_read_from(
+    function, name, beside_an_export, tmp_path: Path
+) -> None:
+    sae = make_sae("hierarchical")
+    if beside_an_export:
+        function(sae, tmp_path, budget=3)
+        own = "sae_weights.safetensors" if function is export_topk else "sae.safetensors"
+        if name == own:
+            function(sae, tmp_path, budget=2)
+            assert json.loads((tmp_path / "cfg.json").read_text())["k"] == 2
+            return
+    (tmp_path / name).write_text("theirs")
+    with pytest.raises(ValueError, match=rf"^path is .*another SAE \({name} of no"):
+        function(sae, tmp_path, budget=1)
+    assert (tmp_path / name).read_text() == "theirs"
+
+
+def test_an_export_does_not_replace_one_in_another_format(tmp_path: Path) -> None:
+    sae = make_sae("hierarchical")
+    for i, functions in enumerate([(export_topk, export_sparsify), (export_sparsify, export_topk)]):
+        functions[0](sae, tmp_path / str(i), budget=3)
+        with pytest.raises(ValueError, match="another SAE"):
+            functions[1](sae, tmp_path / str(i), budget=3)
+
+
+def sparsify_forward(path: Path, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute what sparsify's SparseCoder is defined to, in float64.
+
+    Returns:
+        Activations [tokens, d_sae] and reconstructions [tokens, d_in].
+    """
+    cfg = json.loads((path / "cfg.json").read_text())
+    weights = {name: w.double() for name, w in load_file(path / "sae.safetensors").items()}
+    assert set(weights) == {"encoder.weight", "encoder.bias", "W_dec", "b_dec"}
+    assert weights["encoder.weight"].shape == (cfg["num_latents"], cfg["d_in"])
+    assert (cfg["activation"], cfg["transcode"], cfg["skip_connection"]) == ("topk", False, False)
+    centred = x.double() - weights["b_dec"]
+    hidden = torch.relu(centred @ weights["encoder.weight"].T + weights["encoder.bias"])
+    values, latents = hidden.topk(cfg["k"], dim=-1)
+    acts = torch.zeros_like(hidden).scatter(-1, latents, values)
+    return acts, acts @ weights["W_dec"] + weights["b_dec"]
+
+
+@RESCALE
+@pytest.mark.parametrize("applied", [False, True], ids=["b_dec-kept", "b_dec-applied"])
+@pytest.mark.parametrize("kind", ["hierarchical", "hierarchical-training"])
+def test_sparsify_keeps_the_same_latents_and_reconstructs_the_same(
+    kind, applied, rescale, tmp_path: Path
+) -> None:
+    sae = make_sae(kind, rescale, apply_b_dec_to_input=applied)
+    before = {name: value.clone() for name, value in sae.state_dict().items()}
+    x = activations()
+    for budget in (1, 3, K):
+        assert export_sparsify(sae, tmp_path / "layers.0", budget=budget) == tmp_path / "layers.0"
+        acts, out = sparsify_forward(tmp_path / "layers.0", x)
+        with torch.no_grad(), sae.at_budget(budget):
+            expected = sae.encode(x)
+            assert torch.equal(acts != 0, expected != 0)
+            torch.testing.assert_close(acts.float(), expected)
+            torch.testing.assert_close(out.float(), sae(x))
+    assert all(torch.equal(value, before[name]) for name, value in sae.state_dict().items())
+
+
+def test_latent_without_a_decoder_row_never_fires_in_sparsify(tmp_path: Path) -> None:
+    sae = make_sae("hierarchical")
+    with torch.no_grad():
+        sae.W_dec[5] = 0
+    acts, out = sparsify_forward(export_sparsify(sae, tmp_path, budget=K), activations())
+    assert acts[:, 5].count_nonzero() == 0
+    assert out.isfinite().all()
+
+
+@RESCALE
+def test_sparsify_itself_opens_the_export(rescale, tmp_path: Path) -> None:
+    sparsify = pytest.importorskip("sparsify")
+    sae = make_sae("hierarchical", rescale, apply_b_dec_to_input=not rescale)
+    export_sparsify(sae, tmp_path / "layers.0", budget=3)
+    coder = sparsify.SparseCoder.load_many(str(tmp_path), local=True)["layers.0"]
+    x = activations()
+    with torch.no_grad(), sae.at_budget(3):
+        acts, latents, _ = coder.encode(x)
+        expected = sae.encode(x)
+        torch.testing.assert_close(torch.zeros_like(expected).scatter(1, latents, acts), expected)
+        torch.testing.assert_close(coder(x).sae_out, sae(x))
+    assert coder.cfg.normalize_decoder == rescale
+    if rescale:
+        torch.testing.assert_close(coder.W_dec.norm(dim=1), torch.ones(D_SAE))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("normalize_activations", "layer_norm"),
+        ("normalize_activations", "constant_norm_rescale"),
+        ("normalize_activations", "expected_average_only_in"),
+        ("reshape_activations", "hook_z"),
+    ],
+)
+def test_sparsify_export_refuses_by_name_what_its_format_cannot_hold(
+    field, value, tmp_path: Path
+) -> None:
+    sae = make_sae("hierarchical", **{field: value})
+    with pytest.raises(ValueError, match=rf"^{field} is '{value}'"):
+        export_sparsify(sae, tmp_path / "new", budget=1)
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"metadata": null}'], ids=repr)
 def test_export_leaves_a_config_that_it_cannot_read_alone(text, tmp_path: Path) -> None:
     (tmp_path / "cfg.json").write_text(text)
@@ -300,8 +425,9 @@ def test_export_leaves_a_config_that_it_cannot_read_alone(text, tmp_path: Path) 
 @pytest.mark.parametrize("name", ["file", "file/below", "file/far/below"])
 def test_export_into_a_file_says_so(name, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(NotADirectoryError, match=r"^path is .*file' is a file$"):
-        export_topk(make_sae("hierarchical"), tmp_path / name, budget=1)
+    for function in (export_topk, export_sparsify):
+        with pytest.raises(NotADirectoryError, match=r"^path is .*file' is a file$"):
+            function(make_sae("hierarchical"), tmp_path / name, budget=1)
 
 
 def test_export_keeps_the_dtype_and_the_heads(tmp_path: Path) -> None:
@@ -317,14 +443,15 @@ def test_export_keeps_the_dtype_and_the_heads(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("budget", [0, K + 1, 2.5, None, "3"], ids=repr)
 def test_export_refuses_an_impossible_budget(budget, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"^budget is"):
-        export_topk(make_sae("hierarchical"), tmp_path / "exported", budget=budget)
+    for function in (export_topk, export_sparsify):
+        with pytest.raises(ValueError, match=r"^budget is"):
+            function(make_sae("hierarchical"), tmp_path / "exported", budget=budget)
     assert not (tmp_path / "exported").exists()
 
 
-@pytest.mark.parametrize("function", [export_topk, upload])
+@pytest.mark.parametrize("function", [export_topk, export_sparsify, upload])
 def test_only_hierarchical_saes_are_exported_and_uploaded(function, tmp_path: Path) -> None:
-    arguments = {"budget": 1} if function is export_topk else {"sae_id": "layer_0"}
+    arguments = {"sae_id": "layer_0"} if function is upload else {"budget": 1}
     with pytest.raises(TypeError, match=r"^sae is a TopKSAE, expected"):
         function(make_sae("topk"), str(tmp_path), **arguments)
 
@@ -521,6 +648,36 @@ def test_uploaded_saes_have_a_card_and_load_from_the_hub(hub: Hub, tmp_path: Pat
             torch.testing.assert_close(loaded[sae_id], sae(x))
 
 
+def test_upload_to_a_folder_writes_what_a_hub_would_get(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sae_lens_flex.sharing.HfApi", None)  # It would raise a TypeError.
+    folder = tmp_path / "new" / "preview"
+    saes = {
+        "layer_0": make_sae("hierarchical-training"),
+        "deep/layer_1": make_sae("hierarchical", rescale=False),
+    }
+    for sae_id, sae in saes.items():
+        upload(sae, "someone/saes", sae_id, sweep=a_sweep(), folder=folder)
+        card = (folder / sae_id / "README.md").read_text()
+        assert card == model_card(sae, "someone/saes", sae_id, a_sweep())
+        loaded = SAE.load_from_disk(folder / sae_id)
+        assert type(loaded) is HierarchicalTopKSAE
+        torch.testing.assert_close(loaded(activations()), sae(activations()))
+    assert sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()) == [
+        "README.md",
+        *(
+            f"{sae_id}/{name}"
+            for sae_id in ("deep/layer_1", "layer_0")
+            for name in ("README.md", "cfg.json", "sae_weights.safetensors")
+        ),
+    ]
+    # As on the hub, the repository's card is that of the first SAE.
+    assert (folder / "README.md").read_text() == (folder / "layer_0" / "README.md").read_text()
+    with pytest.raises(FileExistsError, match=r"^folder is .*there is 'layer_0' already"):
+        upload(saes["layer_0"], "someone/saes", "layer_0", folder=folder)
+
+
 @pytest.mark.parametrize(
     ("name", "error", "arguments"),
     [
@@ -575,7 +732,7 @@ def test_card_shows_the_import_the_budgets_and_the_sweep() -> None:
     assert "same 4096 tokens" in card
     table = lines[lines.index(next(line for line in lines if line.startswith("| sae | budget"))) :]
     assert table == [
-        "| sae | budget | explained_variance | mse | l0 | dead_latents |",
+        "| sae | budget | explained_variance | mse | l0 | not_seen |",
         "| --- | --- | --- | --- | --- | --- |",
         "| sae | 1 | 0.51 | 11.25 | 1 | 0.125 |",
         "| sae | 2 | 0.52 | 10.25 | 2 | 0.125 |",

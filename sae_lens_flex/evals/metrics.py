@@ -29,7 +29,8 @@ class BudgetMetrics:
         explained_variance (float): 1 - E|x - x_hat|^2 / E|x - E x|^2.
         mse (float): E|x - x_hat|^2, summed over d_in.
         l0 (float): Mean number of active latents.
-        dead_latents (float): Fraction of the dictionary that no token activated.
+        dead_latents (float): Fraction of the dictionary that none of the sweep's `n_tokens`
+            activated. More tokens activate more latents, so compare it at equal `n_tokens` only.
         ce_loss_score (float | None): Share of the model's cross-entropy that the SAE keeps. It is 1
             with the model's own activations and 0 with zeros in their place.
         ce_loss_with_sae (float | None): The model's cross-entropy with reconstructions in place.
@@ -83,21 +84,26 @@ class BudgetSweep:
         """Return a table with one row per SAE and budget, and the number of tokens.
 
         It has the model's scores, but not the cross-entropies and divergences behind them. The
-        table then fits a terminal of 80 columns. A MeanBudget stands there as "> threshold".
+        table then fits a terminal of 80 columns. `dead_latents` is called `not_seen` in it, and a
+        MeanBudget stands there as "> threshold".
         """
-        frame = self.to_pandas()
+        frame = self.to_pandas().rename(columns={"dead_latents": "not_seen"})
         frame["budget"] = [_budget_cell(row) for row in self.metrics]
         parts = ("ce_loss_with", "kl_div_with", "threshold")
         names = [name for name in frame.columns if not name.startswith(parts)]
         if len({row.sae for row in self.metrics}) == 1:
             names.remove("sae")
         table = frame[names].to_string(index=False, na_rep="-", float_format="%.4f")
-        return f"{table}\n(of {self.n_tokens} tokens)"
+        return (
+            f"{table}\n(of {self.n_tokens} tokens; not_seen: share of the latents that none "
+            "of them activated)"
+        )
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """Return the sweep as JSON. Also write it to `path` if one is given."""
+        """Return the sweep as JSON. Also write it to `path`, whose missing directories are made."""
         text = json.dumps(asdict(self), indent=2)
         if path is not None:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
             Path(path).write_text(text + "\n")
         return text
 
@@ -110,14 +116,14 @@ class BudgetSweep:
     def plot(self, path: str | Path | None = None, metric: str = "explained_variance") -> go.Figure:
         """Draw a metric against the budget.
 
-        An SAE with several budgets becomes a line, any other a point with its name beside it. An
-        SAE without a fixed number of latents stands at its mean L0. So do the MeanBudgets of an
-        SAE, which are a line or a point of their own.
+        An SAE with several budgets becomes a line, any other a point. The legend names each. An SAE
+        without a fixed number of latents stands at its mean L0. So do the MeanBudgets of an SAE,
+        which are a line or a point of their own.
 
         Args:
-            path: where to write the figure. With the suffix .html, or none, it becomes HTML that
-                needs no network. With another (.png, .svg, .pdf) it becomes an image, for which
-                plotly needs the package kaleido.
+            path: where to write the figure. Directories that are missing are made. With the suffix
+                .html, or none, it becomes HTML that needs no network. With another (.png, .svg,
+                .pdf) it becomes an image, for which plotly needs the package kaleido and a Chrome.
             metric: a field of BudgetMetrics.
 
         Raises:
@@ -132,6 +138,7 @@ class BudgetSweep:
         curves: dict[tuple[str, bool], list[BudgetMetrics]] = {}
         for row in self.metrics:
             curves.setdefault((row.sae, row.threshold is not None), []).append(row)
+        label = "latents not seen" if metric == "dead_latents" else metric.replace("_", " ")
         figure = figures.draw(
             [
                 figures.Curve(
@@ -141,7 +148,8 @@ class BudgetSweep:
                 )
                 for (name, is_mean), rows in curves.items()
             ],
-            metric.replace("_", " "),
+            label,
+            title=f"{label[0].upper()}{label[1:]} on {self.n_tokens:,} tokens",
         )
         if path is not None:
             figures.write(figure, path)

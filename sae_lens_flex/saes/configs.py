@@ -10,9 +10,10 @@ from typing_extensions import override
 
 from ..ops.policy import BACKENDS
 from .checks import check_bool, check_integer, check_number
+from .normalization import PER_SAMPLE
 
 # With these normalizations SAELens's auxiliary loss raises as soon as a latent is dead.
-WITHOUT_AUXILIARY_LOSS = ("layer_norm", "constant_norm_rescale")
+WITHOUT_AUXILIARY_LOSS = PER_SAMPLE
 
 
 def check_auxiliary_loss(cfg: TopKTrainingSAEConfig) -> None:

@@ -10,7 +10,7 @@ from sae_lens.saes.matryoshka_batchtopk_sae import (
 )
 from typing_extensions import override
 
-from .checks import check_bool, check_integer
+from .checks import check_bool, check_integer, check_number
 from .configs import WITHOUT_AUXILIARY_LOSS
 from .flex_batchtopk import FlexBatchTopKTrainingSAE, FlexBatchTopKTrainingSAEConfig
 from .fused_path import METHODS, OF_BATCHES, replaced
@@ -107,7 +107,7 @@ class FlexMatryoshkaBatchTopKTrainingSAE(FlexBatchTopKTrainingSAE, MatryoshkaBat
 
     @override
     def calculate_matryoshka_aux_loss(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self.cfg.aux_loss_coefficient == 0:
+        if check_number("aux_loss_coefficient", self.cfg.aux_loss_coefficient) == 0:
             return self.W_dec.new_zeros(())
         return super().calculate_matryoshka_aux_loss(*args, **kwargs)
 

@@ -27,10 +27,10 @@ from ..training.requests import Inputs, Spec, WantedGradients, Weights
 from ..training.shards import WHOLE, Whole
 from ..training.step import Reconstruction, begin_step, finish_step
 from ..training.threshold import Threshold
-from .checks import warn_of_other_settings
+from .checks import check_number, warn_of_other_settings
 from .configs import FusedTopKTrainingSAEConfig, check_auxiliary_loss
 from .fused_path import METHODS, OF_SAMPLES, hooked, replaced
-from .normalization import OutputMap, OwnNormalization, take_output_map
+from .normalization import PER_SAMPLE, OutputMap, OwnNormalization, take_output_map
 
 
 class StepRequest(NamedTuple):
@@ -96,6 +96,7 @@ class FusedTopKTrainingSAE(OwnNormalization, TopKTrainingSAE):
     use_fused_path: bool | None = None
     use_cuda_graph: bool = True
 
+    _normalization: str | None = None  # with which the SAE was made
     _recorder: Recorder | None = None
     _shards: Whole = WHOLE  # of which process the SAE is
     _unfused_reasons: tuple[str, ...] = ()
@@ -108,6 +109,7 @@ class FusedTopKTrainingSAE(OwnNormalization, TopKTrainingSAE):
                 f"{type(self).__name__}"
             )
         super().__init__(cfg, *args, **kwargs)
+        self._normalization = self.cfg.normalize_activations
 
     @override
     def load_weights_from_checkpoint(self, checkpoint_path: Path | str) -> None:
@@ -158,6 +160,7 @@ class FusedTopKTrainingSAE(OwnNormalization, TopKTrainingSAE):
         """Compute a training step's losses from activations of shape [batch, d_in]."""
         if self._takes_fused_path(step_input):
             return self._fused_training_forward_pass(step_input)
+        self._check_normalization()
         return self._unfused_training_forward_pass(step_input)
 
     @override
@@ -169,7 +172,7 @@ class FusedTopKTrainingSAE(OwnNormalization, TopKTrainingSAE):
         dead_neuron_mask: torch.Tensor | None,
     ) -> torch.Tensor:
         # SAELens's own computes what is then multiplied by 0, and refuses some normalizations.
-        if self.cfg.aux_loss_coefficient == 0:
+        if check_number("aux_loss_coefficient", self.cfg.aux_loss_coefficient) == 0:
             return sae_out.new_zeros(())
         return super().calculate_topk_aux_loss(
             sae_in=sae_in,
@@ -200,6 +203,7 @@ class FusedTopKTrainingSAE(OwnNormalization, TopKTrainingSAE):
 
     def _request(self, step_input: TrainStepInput, shards: Whole = WHOLE) -> StepRequest:
         """Return what a fused step is to compute. It normalizes the activations."""
+        self._check_normalization()
         x, weights = step_input.sae_in, self._weights()
         d_in = self.W_dec.shape[1]
         if x.shape[0] == 0 or x.shape[1] != d_in:
@@ -372,9 +376,23 @@ class FusedTopKTrainingSAE(OwnNormalization, TopKTrainingSAE):
             target = target - output_map.shift
         return Inputs(encoder_input, target, output_map.scale), output_map
 
+    def _check_normalization(self) -> None:
+        """Raise a ValueError if the config names another normalization than the SAE computes.
+
+        SAELens makes the functions that normalize when it makes the SAE. Edited later, the field
+        has no effect on training, but a saved SAE would be loaded with what it then says.
+        """
+        made_with, now = self._normalization, self.cfg.normalize_activations
+        # Of the others the SAE itself computes none: they are folded into the weights.
+        if made_with != now and {made_with, now} & set(PER_SAMPLE) and made_with is not None:
+            raise ValueError(
+                f"normalize_activations is {now!r} in the config, expected {made_with!r}: it is "
+                "settled when the SAE is made"
+            )
+
     def _auxiliary_coefficient(self) -> float:
         """Return what multiplies the loss on dead latents. Raises where there can be none."""
-        coefficient = self.cfg.aux_loss_coefficient
+        coefficient = check_number("aux_loss_coefficient", self.cfg.aux_loss_coefficient)
         if coefficient != 0:
             check_auxiliary_loss(self.cfg)
         return coefficient

@@ -13,6 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from sae_lens.saes.sae import SAE
 
+# The values of `normalize_activations` with which an SAE normalizes each sample.
+PER_SAMPLE = ("layer_norm", "constant_norm_rescale")
+
 MAKER = "SAE._setup_activation_normalization."
 FUNCTIONS = ("run_time_activation_norm_fn_in", "run_time_activation_norm_fn_out")
 ATTRIBUTES = ("ln_mu", "ln_std", "x_norm_coeff")

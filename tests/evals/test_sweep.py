@@ -193,7 +193,7 @@ def test_all_of_a_list_is_measured_and_ten_batches_of_what_has_no_length() -> No
     for given, n_tokens in ((batches, 50), (tuple(batches), 50), (iter(batches), 20)):
         sweep = sweep_budgets(make_sae(), given, show_progress=False)
         assert sweep.n_tokens == n_tokens
-        assert str(sweep).endswith(f"(of {n_tokens} tokens)")
+        assert f"(of {n_tokens} tokens; " in str(sweep)
 
 
 def test_leading_dimensions_are_tokens() -> None:

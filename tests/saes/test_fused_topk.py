@@ -93,6 +93,46 @@ def test_both_paths_give_the_same_step(architecture, levels, rescale, normalizat
 
 
 @every_architecture
+@pytest.mark.parametrize("use_fused_path", [None, False], ids=["fused", "unfused"])
+@pytest.mark.parametrize("coefficient", [-3, float("nan"), float("inf"), "1", None, True], ids=repr)
+def test_impossible_auxiliary_coefficient_of_an_edit_is_refused(
+    coefficient, use_fused_path, architecture
+) -> None:
+    sae = trained_sae(architecture)
+    sae.use_fused_path = use_fused_path
+    sae.cfg.aux_loss_coefficient = coefficient
+    with pytest.raises(ValueError, match=r"^aux_loss_coefficient is "):
+        run_step(sae, random_activations(), dead_mask(MANY_DEAD))
+    assert all(parameter.grad is None for parameter in sae.parameters())
+    sae.cfg.aux_loss_coefficient = 0.5
+    run_step(sae, random_activations(), dead_mask(MANY_DEAD))
+
+
+@every_architecture
+@pytest.mark.parametrize("use_fused_path", [None, False], ids=["fused", "unfused"])
+@pytest.mark.parametrize(
+    ("made_with", "edited"),
+    [("none", "layer_norm"), ("none", "constant_norm_rescale"), ("layer_norm", "none")],
+)
+def test_edited_normalization_is_refused_and_what_saelens_folds_is_not(
+    made_with, edited, use_fused_path, architecture
+) -> None:
+    if "matryoshka" in architecture and made_with == "layer_norm":
+        pytest.skip("it takes no layer_norm")
+    sae = trained_sae(architecture, normalize_activations=made_with, aux_loss_coefficient=0)
+    sae.use_fused_path = use_fused_path
+    sae.cfg.normalize_activations = edited
+    message = rf"^normalize_activations is '{edited}' in the config, expected '{made_with}'"
+    with pytest.raises(ValueError, match=message):
+        run_step(copy.deepcopy(sae), random_activations(), None)
+    # SAELens sets "none" itself when it has folded the scale of the activations into the weights.
+    sae = trained_sae(architecture, normalize_activations="expected_average_only_in")
+    sae.use_fused_path = use_fused_path
+    sae.fold_activation_norm_scaling_factor(2.0)
+    run_step(sae, random_activations(), None)
+
+
+@every_architecture
 @pytest.mark.parametrize("sae_in_needs_gradient", [False, True])
 def test_fused_outputs_carry_no_gradient(architecture, sae_in_needs_gradient) -> None:
     sae_in = random_activations().requires_grad_(sae_in_needs_gradient)
