@@ -92,8 +92,7 @@ class FlexBatchTopKTrainingSAE(WithoutBudget, FusedTopKTrainingSAE, BatchTopKTra
     that it saves is an ordinary `"jumprelu"` SAE, which loads without this package.
 
     See `FusedTopKTrainingSAE` for what a training step returns; `hidden_pre` holds the
-    pre-activations of the kept latents, [n], sample after sample. It trains in one process, and its
-    steps are never recorded as CUDA graphs.
+    pre-activations of the kept latents, [n], sample after sample. It trains in one process.
     """
 
     cfg: FlexBatchTopKTrainingSAEConfig  # type: ignore[assignment]

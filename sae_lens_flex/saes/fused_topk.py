@@ -251,9 +251,10 @@ class FusedTopKTrainingSAE(OwnNormalization, TopKTrainingSAE):
         main = begin_step(*arguments, wanted=wanted, by=by, shards=shards)
         # What is reported is launched before the host waits for the number of dead latents.
         reported = self._reported(request, main)
-        self._learn(reported["feature_acts"])
         result = finish_step(main, *arguments, wanted=wanted, dead=dead, shards=shards)
         losses = attach_step(result, *arguments, wanted=wanted, dead=dead, shards=shards)
+        # After the losses, as in SAELens: `torch.utils.checkpoint` computes again up to them only.
+        self._learn(reported["feature_acts"])
         return self._output(reported, losses)
 
     def _reported(

@@ -57,7 +57,7 @@ def shard(sae: T, mesh: DeviceMesh | None = None) -> T:
     - `metrics` are those of the global batch.
 
     What needs the whole SAE (`encode`, `decode`, `save_model` and others) raises; `unshard` gives
-    it. Steps are never recorded as CUDA graphs.
+    it. Steps are recorded as CUDA graphs within `accelerate()` alone.
 
     On the device "meta" an SAE has no memory for weights. If rank 0's is there, each rank draws its
     part as `initialize_weights` does, by rank 0's generator. So the whole need not fit anywhere.
@@ -206,7 +206,7 @@ class ShardedTrainingSAE(FusedTopKTrainingSAE):
     """What `shard` makes of an SAE; `shard` says what it does and what it refuses."""
 
     _base: type = FusedTopKTrainingSAE
-    _shards: Shards
+    _shards: Shards  # pyright: ignore[reportIncompatibleVariableOverride]
     _mesh: DeviceMesh
     _ranks: "_Ranks"
 

@@ -27,6 +27,7 @@ from sae_lens import SAE, SAETrainer
 from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE
 from sae_lens.saes.topk_sae import TopK
+from torch.utils.checkpoint import checkpoint
 from trainings import OPTIONS, TRAININGS, Training, steps_beside
 
 from sae_lens_flex import accelerate, shard
@@ -188,6 +189,16 @@ def test_where_nothing_is_positive_the_threshold_stays(architecture) -> None:
     output = assert_same_step(stock, flex)
     assert not output.feature_acts.to_dense().any()
     assert torch.equal(flex.topk_threshold, before)
+
+
+@pytest.mark.parametrize("n_dead", [0, FEW_DEAD])
+def test_a_checkpoint_that_computes_again_moves_the_threshold_once(n_dead) -> None:
+    stock, ours = same_sae("flex_batchtopk")
+    x, dead = random_activations(), dead_mask(n_dead) if n_dead else None
+    for sae in (stock, ours):
+        step = lambda sae=sae: sae.training_forward_pass(step_input(x, dead)).loss  # noqa: E731
+        checkpoint(step, use_reentrant=False).backward()
+    assert_close(ours.topk_threshold, stock.topk_threshold, 1e-6, "threshold")
 
 
 @every_architecture

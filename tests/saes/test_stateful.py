@@ -74,7 +74,8 @@ REASONS_TO_RAISE = (
     "|does not require grad"
     "|doesn't require gradient"
     "|loss does not support activation normalization|normalize_activations is"
-    "|mat1 and mat2 shapes cannot be multiplied"  # of [b, n, d_in] in SAELens's Matryoshka
+    # of [b, n, d_in] in SAELens's Matryoshka
+    "|mat1 and mat2 shapes cannot be multiplied|Expected size for first two dimensions of batch2"
 )
 HOOK_POINTS = ("hook_sae_input", "hook_sae_acts_pre", "hook_sae_acts_post", "hook_sae_recons")
 
