@@ -4,7 +4,7 @@ Whatever a user may have changed that the whole step would pass by makes the ste
 """
 
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from sae_lens.saes.sae import TrainStepOutput
@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from ..saes.fused_topk import FusedTopKTrainingSAE, StepRequest
 from ..saes.sharded import ShardedTrainingSAE
-from ..training.graph import place
+from ..training.graph import Recorder, place
 from ..training.node import Losses
 from ..training.requests import Weights
 from .adam import FusedAdam, are_same, is_unseen_after, is_unseen_before
@@ -26,7 +26,17 @@ OWN_STEPS = (
 )
 LEAST_CAPACITY = 256  # of recordings with an auxiliary loss, in dead latents
 
+# That record what several processes exchange. NCCL does not end a group of processes while such a
+# recording exists: `destroy_process_group` would wait for ever.
+_of_several: WeakSet[Recorder] = WeakSet()
+
 _steps: WeakKeyDictionary[SAETrainer[Any, Any], "RecordedSteps"] = WeakKeyDictionary()
+
+
+def forget_recordings_of_several() -> None:
+    """Free the recordings that hold exchanges between processes."""
+    for recorder in list(_of_several):
+        recorder.forget()
 
 
 class RecordedSteps:
@@ -109,6 +119,8 @@ class RecordedSteps:
             )
             (reported,), losses = reports, result.losses
         else:
+            if shards.is_sharded:
+                _of_several.add(recorder)
             result, is_replay = recorder(
                 lambda inputs: whole_step(trained, inputs, *arguments, shards=shards),
                 request.inputs,

@@ -20,6 +20,7 @@ from torch.optim import Adam
 from .adam import FusedAdam
 from .language_model import run_with_cache
 from .mixing_buffer import mixing_buffer
+from .recorded_steps import forget_recordings_of_several
 from .tokens import tokenized_sequences
 from .trainer_step import train_step
 
@@ -144,7 +145,8 @@ def accelerate() -> Iterator[None]:
       around the optimizer's step, with a gradient left on a parameter, with methods replaced on
       the SAE, the trainer or the optimizer, and with activations that need a gradient. The first
       step is one too, because it makes Adam's state. A step that logs is launched piece by piece.
-      Several processes record larger steps, too, with what they exchange.
+      Several processes record larger steps, too, with what they exchange. These recordings end
+      with the block: end the group of processes after it.
     - Activations are mixed in memory that is allocated once, on the device where they lie. It
       holds SAELens's buffer and one chunk from the language model. SAELens copies the buffer for
       every chunk. On a CPU the batches are the same, bit for bit. On a GPU the permutations are
@@ -169,6 +171,7 @@ def accelerate() -> Iterator[None]:
     rest works.
     """
     with ExitStack() as undo:
+        undo.callback(forget_recordings_of_several)
         _put_in_place(_SEAMS, undo, "accelerate")
         yield
 

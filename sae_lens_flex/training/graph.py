@@ -77,6 +77,10 @@ class Recorder:
     def __reduce__(self) -> tuple[type["Recorder"], tuple[()]]:
         return Recorder, ()
 
+    def forget(self) -> None:
+        """Free what has been recorded."""
+        self.__init__()
+
     @property
     def recordings(self) -> list[_Recording]:
         """What has been recorded under the conditions of the last call."""

@@ -23,7 +23,7 @@ from sae_lens_flex.acceleration.dead_bound import HORIZON, PERIOD, DeadBound, _C
 from sae_lens_flex.acceleration.recorded_steps import RecordedSteps
 from sae_lens_flex.acceleration.whole_step import Moments, Settings, Trained, whole_step
 from sae_lens_flex.ops.kernels.launch import Launch
-from sae_lens_flex.training.graph import ORDINARY_CALLS
+from sae_lens_flex.training.graph import ORDINARY_CALLS, Recorder
 from sae_lens_flex.training.matryoshka import widths_on
 from sae_lens_flex.training.requests import Inputs, WantedGradients, Weights
 
@@ -684,6 +684,15 @@ def test_sae_keeps_no_recording_beside_that_of_whole_steps(steps) -> None:
     trainers = steps.pair("flex_topk", dead_feature_window=36)
     steps.check(trainers, 45)
     assert len(trainers[0].sae._recorder.recordings) == 2  # with and without dead latents
+
+
+def test_recordings_of_several_processes_end_with_the_block() -> None:
+    recorder = Recorder()
+    with sae_lens_flex.accelerate():
+        recorded_steps._of_several.add(recorder)
+        recorder._forms = {None: "a recording"}
+        assert recorder.recordings
+    assert not recorder.recordings
 
 
 def test_trainers_record_for_themselves(steps) -> None:

@@ -1,10 +1,12 @@
-"""The command line as a user starts it on several GPUs, here on the CPU."""
+"""The command line as a user starts it on several GPUs, and on the CPU."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
 from sae_lens import SAE
 
 import sae_lens_flex
@@ -12,7 +14,11 @@ import sae_lens_flex
 from .test_runner import D_IN, D_SAE, TINY_LM, K
 
 
-def test_torchrun_trains_and_saves_an_ordinary_sae(tmp_path: Path) -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_torchrun_trains_and_saves_an_ordinary_sae(device: str, tmp_path: Path) -> None:
+    # On GPUs the last steps are replayed from a CUDA graph.
+    if device == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
     root = str(Path(sae_lens_flex.__file__).parents[1])
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     result = subprocess.run(
@@ -20,7 +26,7 @@ def test_torchrun_trains_and_saves_an_ordinary_sae(tmp_path: Path) -> None:
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
             *("--nproc-per-node", "2", "-m", "sae_lens_flex"),
             *("train", "--architecture", "hierarchical_topk", "--budgets", "1", str(K)),
-            *("--d_in", str(D_IN), "--d_sae", str(D_SAE), "--k", str(K)),
+            *("--device", device, "--d_in", str(D_IN), "--d_sae", str(D_SAE), "--k", str(K)),
             *("--model_name", str(TINY_LM), "--model_class_name", "AutoModelForCausalLM"),
             *("--hook_name", "transformer.h.1"),
             *(
