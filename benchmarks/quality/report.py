@@ -184,7 +184,7 @@ def draw(measured: list[dict[str, Any]], drawn: list[str] | None = None) -> go.F
                 showlegend=column == 1,
                 mode="lines+markers",
                 line={"color": colors[split(name)[0]], "dash": _dash(name)},
-                marker={"symbol": "circle" if split(name)[0] in SCHEMES else "square", "size": 6},
+                marker={"symbol": _symbol(name), "size": 7},
                 col=column,
                 row=1,
             )
@@ -207,6 +207,12 @@ _COLORS = (
     *("black", "#1f77b4", "#d62728", "#f4a6a6", "#2ca02c", "#ff7f0e", "#bcbd22", "#c49c00"),
     *("#9467bd", "#17becf", "gray", "#8c564b", "#e377c2"),
 )
+
+
+def _symbol(series: str) -> str:
+    if series.endswith(THRESHOLD):
+        return "diamond-open"
+    return "circle" if split(series)[0] in SCHEMES else "square"
 
 
 def _dash(series: str) -> str:
