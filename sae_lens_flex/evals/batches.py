@@ -91,8 +91,8 @@ def check_shape(x: torch.Tensor, saes: Mapping[str, SAE[Any]]) -> None:
     for name, sae in saes.items():
         if x.ndim < 2 or x.shape[-1] != sae.cfg.d_in:
             raise ValueError(
-                f"activations has shape {list(x.shape)}, expected [..., {sae.cfg.d_in}], tokens by "
-                f"the d_in of {name!r}"
+                f"activations has shape {list(x.shape)}, expected [n, {sae.cfg.d_in}] or more "
+                f"dimensions before the d_in of {name!r}"
             )
 
 

@@ -248,7 +248,7 @@ class RuntimeBudget(OwnNormalization):
         number of latents a fixed budget explains more, and a MeanBudget more still, because those
         that are hard to reconstruct take most of the latents here.
 
-        Keeps the first j latents of an activation, j the smallest with
+        Keeps the first j latents of an activation, j >= 1 the smallest with
 
             |residual at level j|^2 <= tolerance * |x - b_dec|^2,
 

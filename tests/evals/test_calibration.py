@@ -147,7 +147,7 @@ def test_table_and_figure_tell_mean_budgets_apart() -> None:
     means = [mean_budget(sae, x, mean) for mean in (2, 4)]
     sweep = sweep_budgets(sae, x, budgets=[1, 4, *means], show_progress=False)
     header, *rows, _ = str(sweep).splitlines()
-    assert header.split() == ["budget", "explained_variance", "mse", "l0", "dead_latents"]
+    assert header.split() == ["budget", "explained_variance", "mse", "l0", "not_seen"]
     assert [row.split()[0] for row in rows] == ["1", "4", ">", ">"]
     assert f"> {means[0].threshold:.4g} " in rows[2]
     assert sweep.to_pandas()["threshold"].dropna().tolist() == [b.threshold for b in means]
