@@ -14,12 +14,8 @@ benchmarks/results/thresholds_tiny_lm.json. It takes some minutes on two CPU cor
 """
 
 import argparse
-import datetime
 import json
-import os
-import platform
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +27,8 @@ from sae_lens.load_model import load_model
 from sae_lens.util import get_special_token_ids
 
 import sae_lens_flex
+
+from .measuring import description
 
 ROOT = Path(__file__).parents[1]
 TINY_LM = ROOT / "examples" / "tiny_lm"
@@ -163,10 +161,7 @@ def main() -> None:
         return
     rows = compare(SAE.load_from_disk(args.sae))
     record = {
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{os.cpu_count()}-core {platform.machine().replace('_', '-')} CPU",
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "sae-lens", "sae-lens-flex")},
+        **description("cpu", "sae-lens-flex"),
         "commands": [line.strip() for line in (__doc__ or "").splitlines()[2:4]],
         "n_calibration": N_CALIBRATION,
         "n_test": N_TEST,

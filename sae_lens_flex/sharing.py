@@ -124,15 +124,9 @@ def export_jumprelu(
     check_budget(budget, sae.cfg.k)
     cfg = _export_config(JumpReLUSAEConfig, sae, asdict(budget))
     exported = JumpReLUSAE(cfg)
-    weights = {name: weight.to("cpu") for name, weight in sae.state_dict().items()}
+    weights = _with_norms_folded(sae, sae.dtype)
     threshold = torch.full_like(weights["b_enc"], budget.threshold)
     exported.load_state_dict(weights | {"threshold": threshold})
-    if sae.cfg.rescale_acts_by_decoder_norm:
-        norm = exported.W_dec.norm(dim=-1)  # [d_sae]
-        exported.W_enc.mul_(norm)
-        exported.b_enc.mul_(norm)
-        # A latent without a decoder row is never active here or there.
-        exported.W_dec.div_(norm.where(norm > 0, 1).unsqueeze(1))
     exported.save_model(path)
     return path
 
@@ -175,18 +169,14 @@ def export_sparsify(
                 f"{name} is {getattr(sae.cfg, name)!r} in the SAE's config, expected 'none': "
                 "sparsify's format has no place for it"
             )
-    weights = {name: value.double().cpu() for name, value in sae.state_dict().items()}
-    encoder, b_enc, decoder = weights["W_enc"].T, weights["b_enc"], weights["W_dec"]  # [F, D], [F]
-    if sae.cfg.rescale_acts_by_decoder_norm:
-        norms = decoder.norm(dim=1)  # [F]
-        encoder, b_enc = encoder * norms[:, None], b_enc * norms
-        decoder = decoder / norms.where(norms > 0, 1.0)[:, None]
+    weights = _with_norms_folded(sae, torch.float64)
+    encoder, b_enc = weights["W_enc"].T, weights["b_enc"]  # [F, D], [F]
     if not sae.cfg.apply_b_dec_to_input:
         b_enc = b_enc + encoder @ weights["b_dec"]  # sparsify subtracts b_dec from every input.
     tensors = {
         "encoder.weight": encoder,
         "encoder.bias": b_enc,
-        "W_dec": decoder,
+        "W_dec": weights["W_dec"],
         "b_dec": weights["b_dec"],
     }
     cfg = {
@@ -208,6 +198,21 @@ def export_sparsify(
     )
     (path / SAE_CFG_FILENAME).write_text(json.dumps(cfg, indent=2) + "\n")
     return path
+
+
+def _with_norms_folded(sae: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Return an SAE's weights on the CPU, as they are without `rescale_acts_by_decoder_norm`.
+
+    The decoder's norms are multiplied into the encoder, so that activations stay what they are.
+    """
+    weights = {name: weight.to("cpu", dtype) for name, weight in sae.state_dict().items()}
+    if sae.cfg.rescale_acts_by_decoder_norm:
+        norms = weights["W_dec"].norm(dim=-1)  # [d_sae]
+        weights["W_enc"] = weights["W_enc"] * norms
+        weights["b_enc"] = weights["b_enc"] * norms
+        # A latent without a decoder row is never active, here or there.
+        weights["W_dec"] = weights["W_dec"] / norms.where(norms > 0, 1).unsqueeze(1)
+    return weights
 
 
 def _check_export(sae: Any, path: str | Path, weights_name: str = SAE_WEIGHTS_FILENAME) -> Path:

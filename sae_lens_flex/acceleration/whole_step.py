@@ -19,12 +19,12 @@ from torch.nn.utils import get_total_norm
 from torch.optim.adam import adam
 
 from ..ops.policy import no_autocast
-from ..training.dead import DeadGradients, auxiliary_loss, padded
+from ..training.dead import padded
 from ..training.firing import coordinates, fired
-from ..training.matryoshka import auxiliary_loss_by_width, padded_of_widths
+from ..training.matryoshka import padded_of_widths
 from ..training.requests import Gradients, Inputs, Spec, WantedGradients, Weights
 from ..training.shards import WHOLE, Whole
-from ..training.step import Reconstruction, reconstruct
+from ..training.step import Reconstruction, loss_on_dead, reconstruct
 from ..training.threshold import Threshold
 from .adam import clipping_scale
 
@@ -131,8 +131,14 @@ def whole_step(
         auxiliary = torch.zeros_like(total)
         if most_dead > 0:
             is_dead = since_fired > settings.dead_feature_window
-            auxiliary, of_dead = _auxiliary_loss(
-                main, weights, inputs, spec, wanted, settings, is_dead, most_dead, shards
+            if settings.aux_loss_by_width:
+                found = padded_of_widths(is_dead, spec.widths, most_dead)
+            else:
+                found = padded(is_dead, most_dead, shards)
+            auxiliary, of_dead = loss_on_dead(
+                *(main, weights, inputs, spec, wanted, found),
+                coefficient=settings.aux_loss_coefficient,
+                shards=shards,
             )
             gradients = of_dead.added_to(gradients, weights, inputs.encoder_input)
             total = main.mse_loss + auxiliary
@@ -145,43 +151,6 @@ def whole_step(
         losses = torch.stack((total, mse, auxiliary, *of_widths))
         at = coordinates(main.code)
     return WholeStep(main._replace(gradients=Gradients()), losses, counts, at)
-
-
-def _auxiliary_loss(
-    main: Reconstruction,
-    weights: Weights,
-    inputs: Inputs,
-    spec: Spec,
-    wanted: WantedGradients,
-    settings: Settings,
-    mask: torch.Tensor,
-    most_dead: int,
-    shards: Whole,
-) -> tuple[torch.Tensor, DeadGradients]:
-    """Return the loss on the latents where `mask`, [F], is set, and its gradients."""
-    if settings.aux_loss_by_width:
-        return auxiliary_loss_by_width(
-            *(weights, main.rows, main.code, inputs),
-            padded_of_widths(mask, spec.widths, most_dead),
-            coefficient=settings.aux_loss_coefficient,
-            norms=main.norms,
-            spec=spec,
-            wanted=wanted,
-        )
-    latents, is_dead, split = padded(mask, most_dead, shards)
-    return auxiliary_loss(
-        weights,
-        main.rows,
-        -main.residual,
-        latents=latents,
-        is_dead=is_dead,
-        norms=main.norms,
-        coefficient=settings.aux_loss_coefficient,
-        spec=spec,
-        wanted=wanted,
-        shards=shards,
-        split=split,
-    )
 
 
 def _update(trained: Trained, gradients: Gradients, settings: Settings, shards: Whole) -> None:

@@ -24,7 +24,6 @@ from ..training.dead import Dead, dead_counts_later
 from ..training.requests import Weights
 from ..training.shards import Shards, Split, Whole, gather_rows
 from .checks import warn_of_other_settings
-from .flex_batchtopk import FlexBatchTopKTrainingSAE
 from .fused_path import OF_SAMPLES, hooked, replaced
 from .fused_topk import OWN, FusedTopKTrainingSAE
 
@@ -79,7 +78,7 @@ def shard(sae: T, mesh: DeviceMesh | None = None) -> T:
         raise TypeError(
             f"sae is a {type(sae).__name__}, expected a flex_topk or hierarchical_topk training SAE"
         )
-    if isinstance(sae, FlexBatchTopKTrainingSAE):
+    if sae._over_batch:
         raise NotImplementedError(
             f"sae is a {type(sae).__name__}, which trains in one process only: expected a "
             "flex_topk or hierarchical_topk training SAE"

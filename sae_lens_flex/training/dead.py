@@ -51,18 +51,18 @@ class Dead(NamedTuple):
     below: Callable[[], list[int]] | None = None
 
 
-class Padded(NamedTuple):
-    """The dead latents of each rank's encoder, and others up to a fixed number of them.
+class DeadLatents(NamedTuple):
+    """The dead latents of each rank's encoder, perhaps with others up to a fixed number of them.
 
     Attributes:
         latents: [n]; those that are not dead may come twice.
-        is_dead: which of them are dead, [n].
-        split: by which the ranks hold them.
+        is_dead: which of them are dead, [n]; None where all are.
+        split: by which the ranks hold them; None in one process.
     """
 
     latents: torch.Tensor
-    is_dead: torch.Tensor
-    split: Split
+    is_dead: torch.Tensor | None
+    split: Split | None
 
 
 class DeadGradients(NamedTuple):
@@ -128,7 +128,7 @@ class DeadGradients(NamedTuple):
         )
 
 
-def padded(mask: torch.Tensor, capacity: int, shards: Whole = WHOLE) -> Padded:
+def padded(mask: torch.Tensor, capacity: int, shards: Whole = WHOLE) -> DeadLatents:
     """Return where `mask`, [F], is set, without waiting for the device.
 
     Args:
@@ -145,7 +145,7 @@ def padded(mask: torch.Tensor, capacity: int, shards: Whole = WHOLE) -> Padded:
         rest = torch.arange(n, device=mask.device)
         latents.append(found.where(found >= 0, rest) + part.start)
         are_dead.append(found >= 0)
-    return Padded(torch.cat(latents), torch.cat(are_dead), Split(tuple(map(len, latents))))
+    return DeadLatents(torch.cat(latents), torch.cat(are_dead), Split(tuple(map(len, latents))))
 
 
 def nonzero_later(mask: torch.Tensor) -> Callable[[], torch.Tensor]:

@@ -29,7 +29,7 @@ the part D_r of the width in its decoder, and brings B_r samples. In one process
 and B_r = B.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -42,9 +42,9 @@ from ..ops.policy import accumulation_dtype, gradient_dtype, in_dtype, no_autoca
 from ..ops.products import gather, scatter
 from ..ops.requests import DecoderLoss, Wanted
 from ..ops.selection import Encoder, select
-from .dead import Dead, DeadGradients, auxiliary_loss
+from .dead import Dead, DeadGradients, DeadLatents, auxiliary_loss
 from .encoder import encoder_rows, minus_product
-from .matryoshka import auxiliary_loss_by_width, dead_of_widths, levels_of_widths
+from .matryoshka import DeadOfWidth, auxiliary_loss_by_width, dead_of_widths, levels_of_widths
 from .requests import Gradients, Inputs, Spec, WantedGradients, Weights
 from .shards import WHOLE, Whole
 
@@ -160,28 +160,55 @@ def finish_step(
     if dead is None or latents is None or len(latents) == 0:
         return StepResult(main, None, None)
     if dead.below is not None:
-        part = auxiliary_loss_by_width(
-            *(weights, main.rows, main.code, inputs),
-            dead_of_widths(latents, dead.below(), spec.widths),
-            coefficient=dead.coefficient,
+        found = dead_of_widths(latents, dead.below(), spec.widths)
+    else:
+        found = DeadLatents(latents, None, None if dead.split is None else dead.split())
+    loss, gradients = loss_on_dead(
+        *(main, weights, inputs, spec, wanted, found), coefficient=dead.coefficient, shards=shards
+    )
+    return StepResult(main, loss, gradients)
+
+
+def loss_on_dead(
+    main: Reconstruction,
+    weights: Weights,
+    inputs: Inputs,
+    spec: Spec,
+    wanted: WantedGradients,
+    found: DeadLatents | Sequence[DeadOfWidth],
+    *,
+    coefficient: float,
+    shards: Whole = WHOLE,
+) -> tuple[torch.Tensor, DeadGradients]:
+    """Return the auxiliary loss, a scalar, and its gradients.
+
+    Args:
+        main: what `begin_step` returned for the other arguments.
+        weights, inputs, spec, wanted, shards: as in `step`.
+        found: the dead latents. A sequence has those that each width adds, and a loss for each.
+        coefficient: multiplies the loss.
+    """
+    if not isinstance(found, DeadLatents):
+        return auxiliary_loss_by_width(
+            *(weights, main.rows, main.code, inputs, found),
+            coefficient=coefficient,
             norms=main.norms,
             spec=spec,
             wanted=wanted,
         )
-        return StepResult(main, *part)
-    loss, gradients = auxiliary_loss(
+    return auxiliary_loss(
         weights,
         main.rows,
         -main.residual,
-        latents=latents,
-        split=None if dead.split is None else dead.split(),
+        latents=found.latents,
+        is_dead=found.is_dead,
         norms=main.norms,
-        coefficient=dead.coefficient,
+        coefficient=coefficient,
         spec=spec,
         wanted=wanted,
         shards=shards,
+        split=found.split,
     )
-    return StepResult(main, loss, gradients)
 
 
 def reconstruct(

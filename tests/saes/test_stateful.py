@@ -436,6 +436,19 @@ class TwinMachine(RuleBasedStateMachine):
         self.changed: set[str] = set()
         self.optimizers = {}
 
+    def refuse_impossible_k(self, k: int, activation: type) -> None:
+        """Give ours a k that a step has to refuse, where it has an activation function of k."""
+        ours = self.saes[0]
+        if not isinstance(ours.activation_fn, activation):
+            return
+        previous, ours.activation_fn.k = ours.activation_fn.k, k
+        x = random_activations().to(self.device, self.dtype)
+        with pytest.raises((ValueError, RuntimeError), match=r"\bk\b"):
+            ours.training_forward_pass(step_input(x))
+        ours.activation_fn.k = previous
+        forget_normalization(ours)
+        self.forget_seen()
+
     # --- the same to both
 
     def each(self, action: Callable[[Any], Any]) -> list[Any]:
@@ -1110,16 +1123,7 @@ class FlexMachine(TwinMachine):
 
     @rule(k=st.sampled_from((-1, D_SAE + 1)))
     def set_impossible_k(self, k) -> None:
-        ours = self.saes[0]
-        if not isinstance(ours.activation_fn, TopK):
-            return
-        previous, ours.activation_fn.k = ours.activation_fn.k, k
-        x = random_activations().to(self.device, self.dtype)
-        with pytest.raises((ValueError, RuntimeError), match=r"\bk\b"):
-            ours.training_forward_pass(step_input(x))
-        ours.activation_fn.k = previous
-        forget_normalization(ours)
-        self.forget_seen()
+        self.refuse_impossible_k(k, TopK)
 
 
 class HierarchicalMachine(TwinMachine):
@@ -1326,16 +1330,7 @@ class BatchMachine(TwinMachine):
 
     @rule(k=st.sampled_from((-1, D_SAE + 1)))
     def set_impossible_k(self, k) -> None:
-        ours = self.saes[0]
-        if not isinstance(ours.activation_fn, BatchTopK):
-            return
-        previous, ours.activation_fn.k = ours.activation_fn.k, k
-        x = random_activations().to(self.device, self.dtype)
-        with pytest.raises((ValueError, RuntimeError), match=r"\bk\b"):
-            ours.training_forward_pass(step_input(x))
-        ours.activation_fn.k = previous
-        forget_normalization(ours)
-        self.forget_seen()
+        self.refuse_impossible_k(k, BatchTopK)
 
     @rule(value=st.sampled_from((0.0, 0.3)), how=st.sampled_from(("in place", "tensor")))
     def set_threshold(self, value, how) -> None:
