@@ -37,7 +37,7 @@ MEASURED_AT_K = ("l0", "num_dead_features")
 # An export has this key in its metadata; in sparsify's format, in its cfg.json. A later export of
 # the same format replaces an SAE that has it, and no other.
 EXPORT_KEY = "sae_lens_flex_export"
-# Who opens a directory as an SAE reads what there is of these.
+# SAELens and sparsify read these files where they open a directory as an SAE.
 FILES_OF_SAES = (
     *(SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME, RUNNER_CFG_FILENAME),
     SPARSIFY_WEIGHTS_FILENAME,

@@ -1,4 +1,4 @@
-"""How many latents are dead at most in each part of them, known without waiting for the device.
+"""How many latents of each part of the dictionary are dead at most, without waiting for the device.
 
 A latent is dead when it has not fired for more than `window` steps. In m steps the number of steps
 since it fired grows by m at most, so the latents dead at step t are among those with

@@ -26,8 +26,9 @@ OWN_STEPS = (
 )
 LEAST_CAPACITY = 256  # of recordings with an auxiliary loss, in dead latents
 
-# That record what several processes exchange. NCCL does not end a group of processes while such a
-# recording exists: `destroy_process_group` would wait for ever.
+# The recorders of steps in which several processes exchange tensors. They are kept here so that
+# their recordings can be freed: while one exists NCCL does not end the group of processes, and
+# `destroy_process_group` would wait for ever.
 _of_several: WeakSet[Recorder] = WeakSet()
 
 _steps: WeakKeyDictionary[SAETrainer[Any, Any], "RecordedSteps"] = WeakKeyDictionary()

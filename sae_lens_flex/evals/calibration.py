@@ -36,9 +36,9 @@ def mean_budget(
     2412.06410) on all N as one batch. Fewer are above it where several are equal to it. On other
     activations the mean is another one: take some like those that the SAE is to be used on.
 
-    There is no highest number of latents, so that SAELens's "jumprelu" can hold the budget. Of a
-    mean near the SAE's k some vectors get more than k, for which the SAE was not trained; this
-    warns where they are more than 1 %.
+    A vector may get any number of latents, so that SAELens's "jumprelu" can hold the budget. At a
+    mean near the SAE's k some vectors get more than k, for which the SAE was not trained. This
+    function warns where more than 1 % of them do.
 
     The N vectors are held in memory, and int(mean * N) numbers beside them.
 

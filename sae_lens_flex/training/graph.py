@@ -29,7 +29,8 @@ MOST_FORMS = 2  # that a recorder holds; each keeps memory
 # takes the host longer than computing it takes an H200; benchmarks/README.md has the times.
 MOST_RECORDED_WEIGHTS = 2**25
 MOST_RECORDED_PRODUCTS = 2**38
-# Of several processes each computes a part, but launches all, and the exchanges besides.
+# Each of several processes computes a part of the step, but launches all of it, and the exchanges
+# besides. So larger steps wait for the host.
 SHARED_FACTOR = 8
 
 Result = TypeVar("Result")
