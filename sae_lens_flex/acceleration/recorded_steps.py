@@ -158,14 +158,23 @@ class RecordedSteps:
     def _capacity_for(self, n_dead: int, n_latents: int) -> int:
         """Return for how many dead latents a step is recorded: at least `n_dead`, or 0 for none.
 
-        The same number serves until it is too small, or four times too large.
+        The same number serves until it is too small, or twice too large: another one takes another
+        recording. It is at most an eighth too large at first, because the loss on dead latents
+        takes time in proportion to it, and a quarter more once it was too small.
         """
         if n_dead == 0:
             return 0
-        least = max(LEAST_CAPACITY, 1 << (n_dead - 1).bit_length())
-        if not least <= self._capacity <= 4 * least:
-            self._capacity = least
+        least = _rounded_up(n_dead)
+        if not n_dead <= self._capacity <= 2 * least:
+            has_grown = 0 < self._capacity < n_dead
+            self._capacity = _rounded_up(n_dead + n_dead // 4) if has_grown else least
         return min(self._capacity, n_latents)
+
+
+def _rounded_up(n: int) -> int:
+    """Return the least number from n on that is some eighths of a power of two."""
+    unit = max(LEAST_CAPACITY, 1 << max(0, n.bit_length() - 4))
+    return -(-n // unit) * unit
 
 
 def parameters(sae: Any) -> Weights:

@@ -30,7 +30,7 @@ MOST_FORMS = 2  # that a recorder holds; each keeps memory
 MOST_RECORDED_WEIGHTS = 2**25
 MOST_RECORDED_PRODUCTS = 2**38
 # Each of several processes computes a part of the step, but launches all of it, and the exchanges
-# besides. So larger steps wait for the host.
+# besides. So larger steps wait for the host: by this factor for each process.
 SHARED_FACTOR = 8
 
 Result = TypeVar("Result")
@@ -40,7 +40,7 @@ def is_worth_recording(weights: Weights, inputs: Inputs, shards: Whole) -> bool:
     """Return whether a step is so small that it waits for the host. All processes agree on it."""
     n_latents, d_in = len(weights.W_dec), inputs.target.shape[-1]
     n_weights, n_samples = n_latents * d_in, shards.n_samples(len(inputs.target))
-    factor = SHARED_FACTOR if shards.is_sharded else 1
+    factor = SHARED_FACTOR * shards.size if shards.is_sharded else 1
     return (
         weights.W_dec.is_cuda
         and n_weights <= factor * MOST_RECORDED_WEIGHTS

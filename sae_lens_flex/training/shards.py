@@ -76,6 +76,11 @@ class Whole:
 
     is_sharded = False
 
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return 1
+
     def own(self, split: Split | None, n: int) -> slice:
         """Return which of n this rank holds."""
         return slice(0, n)
