@@ -19,8 +19,9 @@ def test_torchrun_trains_and_saves_an_ordinary_sae(device: str, tmp_path: Path) 
     # On GPUs the last steps are replayed from a CUDA graph.
     if device == "cuda" and torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    root = str(Path(sae_lens_flex.__file__).parents[1])
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    root = str(Path(sae_lens_flex.__file__).parents[1])
+    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
     result = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
@@ -41,7 +42,7 @@ def test_torchrun_trains_and_saves_an_ordinary_sae(device: str, tmp_path: Path) 
             *("--output_path", str(tmp_path / "sae")),
         ],
         cwd=tmp_path,
-        env=environment | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"},
+        env=environment | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=240,
