@@ -90,7 +90,7 @@ def _select_by_triton(rows: torch.Tensor, encoder: Encoder, n_kept: int) -> Code
     """Select without waiting for the device.
 
     The n largest maxima of groups of neighbouring latents give a bound that n pre-activations reach
-    at least. Those above it are in fewer than n groups, so there is a place for each.
+    at least. n groups hold all that may be among the n largest, so there is a place for each.
     """
     n_samples, n_latents = rows.shape[0], encoder.weight.shape[1]
     n_rows = CHUNKS_AT_ONCE * chunk_rows(n_samples, n_latents, rows.dtype, rows.device)
@@ -106,8 +106,7 @@ def _select_by_triton(rows: torch.Tensor, encoder: Encoder, n_kept: int) -> Code
             bound = bound.maximum(maxima.flatten().topk(n_kept, sorted=False).values.min())
         found = candidates(
             *(products, bias, norms, maxima, bound),
-            n_of_bound=n_kept,
-            capacity=min(n_kept * (GROUP + 1), products.numel()),
+            n_largest=n_kept,
             first_sample=start,
             dtype=dtype,
         )

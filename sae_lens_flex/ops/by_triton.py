@@ -11,21 +11,26 @@ In the loss of level K alone every level shares one S, 2 scale r_K. So its gradi
 can be summed latent by latent: one kernel gathers rows of weight and stores r, and another walks
 the inverted index and gathers rows of r, once for both gradients. Launches of a small batch without
 an index take longer than the device needs, so it takes the one kernel of the loss over levels.
+
+Of nested dictionaries all pairs of a part of a sample's row share one S. So the parts are summed
+latent by latent as samples are in the loss of level K alone.
 """
 
+from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 
 from .checks import check_range
-from .kernels import copies, hierarchical, residual
+from .codes import Code
+from .kernels import copies, hierarchical, nested, residual
 from .kernels.finish import finish
 from .kernels.launch import Launch, cdiv
 from .kernels.sums import sum_by_latent
-from .kernels.tiles import COPIES, SLOTS, Batch, Sizes, table_size
+from .kernels.tiles import COPIES, SLOTS, Batch, Sizes, slice_width, table_size
 from .policy import CHECKS_INDICES, in_dtype
-from .requests import DecoderLoss, LossAndGradients, Wanted, are_of_samples
+from .requests import DecoderLoss, LossAndGradients, Wanted, are_of_samples, weighted_sum
 
 # B K D from which an index is worth its launches. To the device alone it mostly is from 2^24 on: at
 # B=4096, K=64, F=24576, D=768 an H200 takes 0.29 ms with it, and 0.36 with the one kernel (with
@@ -47,6 +52,8 @@ def decoder_loss(request: DecoderLoss) -> LossAndGradients:
     """
     if CHECKS_INDICES and request.code.latents.numel() > 0:
         check_range(request.code.latents, request.weight.shape[0])
+    if request.widths is not None:
+        return _by_width(request)
     n_elements = request.code.latents.numel() * request.weight.shape[1]
     by_index = (
         n_elements >= FEWEST_ELEMENTS
@@ -115,14 +122,13 @@ def _plan_walk(
     is_last_level: bool,
     of_samples: bool,
     wanted: Wanted,
-    wants_level_errors: bool,
     has_copies: bool,
     is_small: bool,
     is_ragged: bool,
     *_: object,
 ) -> _WalkPlan:
     """Make a plan, another one for each device and for each set of dtypes, the last arguments."""
-    n_samples, n_latents, d_in = sizes.n_samples, sizes.n_latents, sizes.d_in
+    n_latents, d_in = sizes.n_latents, sizes.d_in
     n_rows = n_latents + (SLOTS * COPIES if has_copies else 0) + 1 if wanted.weight else 0
     bias_rows = 1 if is_small else BIAS_ROWS
     n_of_weight = n_latents * d_in if wanted.weight else 0
@@ -135,7 +141,6 @@ def _plan_walk(
         "behind values": -n_values % 4,
         "loss": _to_16_bytes(hierarchical.LOSS_SUMS + 1),
         "table": _to_16_bytes(table_size(n_latents)) if has_copies else 0,
-        "level errors": _to_16_bytes(n_pairs + n_samples) if wants_level_errors else 0,
         "bias": bias_rows * d_in if wanted.bias else 0,
     }
     choose = copies.choose(n_pairs, n_latents) if has_copies else None
@@ -178,7 +183,6 @@ def _by_walk(request: DecoderLoss) -> LossAndGradients:
         _is_last_level(request),
         of_samples,
         wanted,
-        request.wants_level_errors and of_samples,
         wanted.weight is not None and copies.is_worth_copies(n_pairs),
         n_samples <= SMALL_BATCH,
         batch.starts is not None,
@@ -201,7 +205,6 @@ def _by_walk(request: DecoderLoss) -> LossAndGradients:
         grad_values=part.get("values"),
         grad_bias=part.get("bias"),
         grad_target=new((n_samples, d_in), dtype=wanted.target) if wanted.target else None,
-        level_errors=part.get("level errors"),
     )
     plan.walk((*batch, level_weights, table, *outputs), (_scale(request),))
     weight, values, bias = part.get("weight"), part.get("values"), part.get("bias")
@@ -224,12 +227,7 @@ def _by_walk(request: DecoderLoss) -> LossAndGradients:
                 *(part.get("values"), values, part.get("bias"), bias),
             )
         )
-    errors = outputs.level_errors
-    if errors is not None and level_weights is not None:
-        errors = errors[: level_weights.numel()].view(level_weights.shape)
-    return LossAndGradients(
-        loss, outputs.residual, weight, values, bias, outputs.grad_target, errors
-    )
+    return LossAndGradients(loss, outputs.residual, weight, values, bias, outputs.grad_target)
 
 
 @lru_cache(PLANS)
@@ -238,7 +236,6 @@ def _plan_slices(
     is_last_level: bool,
     of_samples: bool,
     wanted: Wanted,
-    wants_level_errors: bool,
     is_ragged: bool,
     *_: object,
 ) -> list[Launch]:
@@ -269,9 +266,6 @@ def _by_walk_slice_by_slice(request: DecoderLoss) -> LossAndGradients:
     sizes, target = batch.sizes(), request.target
     n_samples, _, n_latents, d_in = sizes[:4]
     of_samples = are_of_samples(request.levels, request.code)
-    level_errors = None
-    if request.wants_level_errors and of_samples and level_weights is not None:
-        level_errors = torch.zeros_like(level_weights, dtype=torch.float32)
     n_programs = cdiv(n_samples, 2)
 
     def new(is_wanted: object, *shape: int, dtype: torch.dtype | None = torch.float32):
@@ -292,7 +286,6 @@ def _by_walk_slice_by_slice(request: DecoderLoss) -> LossAndGradients:
         grad_bias=new(wanted.bias, n_programs, d_in),
         grad_target=new(wanted.target, n_samples, d_in, dtype=wanted.target),
         suffix_sums=suffix_sums,
-        level_errors=level_errors,
     )
     dtypes = _dtypes(*batch, level_weights)
     walks = _plan_slices(
@@ -300,7 +293,6 @@ def _by_walk_slice_by_slice(request: DecoderLoss) -> LossAndGradients:
         _is_last_level(request),
         of_samples,
         wanted,
-        level_errors is not None,
         batch.starts is not None,
         target.device,
         *dtypes,
@@ -328,7 +320,6 @@ def _by_walk_slice_by_slice(request: DecoderLoss) -> LossAndGradients:
         values=None if values is None else in_dtype(values, wanted.values),
         bias=None if bias is None else in_dtype(bias.sum(0), wanted.bias),
         target=outputs.grad_target,
-        level_errors=level_errors,
     )
 
 
@@ -348,12 +339,12 @@ def _plan_finish(sizes: Sizes, bias_rows: int, *_: object) -> Launch:
 def _by_latent(request: DecoderLoss) -> LossAndGradients:
     batch, wanted, scale = _batch(request), request.wanted, request.scale
     sizes = batch.sizes()
-    n_samples, _, n_latents, d_in = sizes[:4]
+    n_samples, d_in = sizes.n_samples, sizes.d_in
     new = request.target.new_empty
     bias_rows, n_sums = BIAS_ROWS, hierarchical.LOSS_SUMS
     if request.deterministic:  # No row and no sum is then added to twice.
         bias_rows = cdiv(n_samples, 2)
-        n_sums = bias_rows * cdiv(d_in, residual.slice_width(batch.weight))
+        n_sums = bias_rows * cdiv(d_in, slice_width(batch.weight))
     bias_rows = bias_rows if wanted.bias else 0
     parts = [n_sums, -n_sums % 4, bias_rows * d_in]
     zeros = request.target.new_zeros(sum(parts), dtype=torch.float32)
@@ -373,23 +364,7 @@ def _by_latent(request: DecoderLoss) -> LossAndGradients:
     if gathers:
         rows, scale_of_rows = (grad_target, -1.0) if r is None else (r, 2 * scale)
         assert rows is not None
-        if wanted.weight:
-            grad_weight = new((n_latents, d_in), dtype=wanted.weight)
-        index = request.index or request.code.by_latent(
-            n_latents, use_triton=True, deterministic=request.deterministic
-        )
-        grad_values = sum_by_latent(
-            index,
-            batch.values,
-            rows,
-            sums=grad_weight,
-            weight=batch.weight if wanted.values else None,
-            scale=scale_of_rows,
-        )
-        starts = request.code.starts
-        if grad_values is not None and starts is not None:
-            pairs = torch.arange(len(grad_values), device=grad_values.device)
-            grad_values.masked_fill_(pairs >= starts[-1], 0)  # those of no sample
+        grad_weight, grad_values = _sum_by_latent(request, request.code, rows, scale_of_rows)
     grad_bias = None
     if request.deterministic:
         loss = loss_sums.sum()
@@ -405,7 +380,85 @@ def _by_latent(request: DecoderLoss) -> LossAndGradients:
         loss=loss,
         residual=r if wanted.residual else None,
         weight=grad_weight,
-        values=None if grad_values is None else in_dtype(grad_values, wanted.values),
+        values=grad_values,
         bias=grad_bias,
         target=grad_target,
+    )
+
+
+def _sum_by_latent(
+    request: DecoderLoss, code: Code, rows: torch.Tensor, scale: float
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Return the gradients of weight and values, where they are wanted.
+
+    Args:
+        request: what is asked for.
+        code: its pairs, whose rows are those of `rows`.
+        rows: what `scale` makes S of, [n_rows, D].
+        scale: multiplies the rows.
+    """
+    wanted, weight = request.wanted, request.weight
+    index = request.index
+    if index is None:
+        index = code.by_latent(len(weight), use_triton=True, deterministic=request.deterministic)
+    elif code is not request.code:
+        index = index.with_rows_of(code)
+    grad_weight = None
+    if wanted.weight is not None:
+        grad_weight = rows.new_empty(weight.shape, dtype=wanted.weight)
+    grad_values = sum_by_latent(
+        index,
+        code.values.contiguous(),
+        rows,
+        sums=grad_weight,
+        weight=weight if wanted.values else None,
+        scale=scale,
+    )
+    if grad_values is not None:
+        if code.starts is not None:
+            pairs = torch.arange(len(grad_values), device=grad_values.device)
+            grad_values.masked_fill_(pairs >= code.starts[-1], 0)  # those of no sample
+        grad_values = in_dtype(grad_values, wanted.values)
+    return grad_weight, grad_values
+
+
+def _by_width(request: DecoderLoss) -> LossAndGradients:
+    wanted, target, widths = request.wanted, request.target, request.widths
+    width_weights = _level_weights(request)
+    assert widths is not None
+    assert width_weights is not None
+    n_widths, n_programs = len(widths), cdiv(len(target), 2)
+    code = request.code.by_width(widths)
+    batch = _batch(replace(request, code=code))
+
+    def new(is_wanted: object, *shape: int, dtype: torch.dtype | None = torch.float32):
+        return target.new_empty(shape, dtype=dtype) if is_wanted else None
+
+    bias_rows, n_sums = BIAS_ROWS, hierarchical.LOSS_SUMS
+    if request.deterministic:  # No row and no sum is then added to twice.
+        bias_rows = n_programs
+        n_sums = n_programs * cdiv(target.shape[1], slice_width(batch.weight))
+    by_latent = wanted.weight is not None or wanted.values is not None
+    outputs = nested.Outputs(
+        errors=target.new_zeros((n_sums, n_widths), dtype=torch.float32),
+        residual=new(wanted.residual, *target.shape),
+        suffix_sums=new(by_latent, len(target) * n_widths, target.shape[1]),
+        grad_bias=target.new_zeros((bias_rows, target.shape[1]), dtype=torch.float32)
+        if wanted.bias
+        else None,
+        grad_target=new(wanted.target, *target.shape, dtype=wanted.target),
+    )
+    nested.nested(batch, width_weights, outputs, scale=request.scale)
+    grad_weight = grad_values = None
+    if outputs.suffix_sums is not None:
+        grad_weight, grad_values = _sum_by_latent(request, code, outputs.suffix_sums, 1.0)
+    errors, bias = outputs.errors.sum(0), outputs.grad_bias
+    return LossAndGradients(
+        loss=request.scale * weighted_sum(errors, width_weights),
+        residual=outputs.residual,
+        weight=grad_weight,
+        values=grad_values,
+        bias=None if bias is None else in_dtype(bias.sum(0), wanted.bias),
+        target=outputs.grad_target,
+        width_errors=errors,
     )

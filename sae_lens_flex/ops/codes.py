@@ -57,6 +57,23 @@ class Code:
         sums = of_pairs.new_zeros(self.n_samples)
         return sums.index_add_(0, self.samples(), of_pairs).unsqueeze(-1)
 
+    def by_width(self, widths: torch.Tensor) -> "Code":
+        """Return the same pairs with each row cut in M parts, which are rows of their own.
+
+        Row b M + m has the latents of sample b from width m - 1 on that are below width m.
+
+        Args:
+            widths: [M], int64, ascending. The latents of each row ascend, too.
+        """
+        assert self.starts is not None
+        n_parts = len(widths)
+        n_rows = self.n_samples * n_parts
+        rows = self.samples() * n_parts + parts_of(self.latents, widths)
+        pairs = torch.arange(len(rows), device=rows.device)
+        rows.masked_fill_(pairs >= self.starts[-1], n_rows)  # those of no sample
+        bounds = torch.arange(n_rows + 1, device=rows.device)
+        return Code(self.latents, self.values, torch.searchsorted(rows, bounds))
+
     def by_latent(
         self, n_latents: int, *, use_triton: bool, deterministic: bool
     ) -> "InvertedIndex":
@@ -121,6 +138,16 @@ class Code:
         return Rows(latents, values, pairs, exists)
 
 
+def parts_of(latents: torch.Tensor, widths: torch.Tensor) -> torch.Tensor:
+    """Return the number of the first width above each latent; of the last one where there is none.
+
+    Args:
+        latents: of any shape.
+        widths: [M], int64, ascending.
+    """
+    return torch.bucketize(latents, widths, right=True).clamp_max_(len(widths) - 1)
+
+
 class Rows(NamedTuple):
     """Rows of a code, padded to the longest, of length L.
 
@@ -178,3 +205,7 @@ class InvertedIndex(NamedTuple):
     pairs: torch.Tensor
     samples: torch.Tensor
     starts: torch.Tensor
+
+    def with_rows_of(self, code: Code) -> "InvertedIndex":
+        """Return the index of the same pairs in other rows, those of `code`."""
+        return self._replace(samples=code.samples()[self.pairs].to(torch.int32))

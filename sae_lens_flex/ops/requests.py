@@ -15,6 +15,9 @@ A level 0 may count, too, with r_0 = bias - target and g_0 = 2 scale c_0 r_0. Th
 
     dL/dtarget[b] = -(g_0 + S_1),      dL/dbias = sum_b (g_0 + S_1)[b].
 
+Of nested dictionaries level m has the latents below width m. With m(f) the first width above f the
+sums above stand, with S_m(f) for every pair that chose f.
+
 L is a scalar, so all of them are known in the forward pass, up to the factor that arrives in the
 backward pass.
 """
@@ -29,12 +32,19 @@ from .codes import Code, InvertedIndex
 Levels = torch.Tensor | Literal["every", "last"]
 """The level weights c_j: [K]; or "every" for 1 / K each; or "last" for 1 at level K alone. Or those
 of each sample, from level 0 on: [B, K + 1]; for rows of different length [n + B], sample after
-sample. The weight of the level that pair p of sample b ends is then at p + b + 1."""
+sample. The weight of the level that pair p of sample b ends is then at p + b + 1. Of nested
+dictionaries those of each width: [M]."""
 
 
 def are_of_samples(levels: Levels, code: Code) -> bool:
     """Return whether level weights are those of each sample."""
     return isinstance(levels, torch.Tensor) and (code.starts is not None or levels.ndim == 2)
+
+
+def weighted_sum(errors: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Return the sum of errors times weights, [M] each. What weighs 0 may be infinite."""
+    weights = weights.to(errors.dtype)
+    return (errors * weights).masked_fill(weights == 0, 0).sum()
 
 
 class Wanted(NamedTuple):
@@ -64,8 +74,9 @@ class DecoderLoss:
         wanted: which outputs to compute.
         index: the inverted index of the code, where it is at hand.
         deterministic: whether the results must be the same from run to run.
-        wants_level_errors: whether to return the errors of the levels, given weights of each
-            sample.
+        widths: of nested dictionaries, [M], int64, ascending: the levels are then the latents below
+            each width, and `levels` are the widths' weights, [M]. The latents of a row, of a code
+            with `starts`, ascend.
     """
 
     code: Code
@@ -77,7 +88,7 @@ class DecoderLoss:
     wanted: Wanted
     index: InvertedIndex | None = None
     deterministic: bool = False
-    wants_level_errors: bool = False
+    widths: torch.Tensor | None = None
 
 
 class LossAndGradients(NamedTuple):
@@ -88,8 +99,8 @@ class LossAndGradients(NamedTuple):
         residual: r_K, [B, D], in the loss's dtype.
         weight: the gradient of weight, [F, D]; values: of the coefficients, [B, K] or [n]; bias:
             [D]; target: [B, D].
-        level_errors: |r_j|^2 of each level of each sample, as level weights of each sample are laid
-            out, where the level's weight is not 0; elsewhere 0. There are none of other weights.
+        width_errors: with widths the sum of |r_m[b]|^2 over the samples, [M], whatever the width's
+            weight; None without.
     """
 
     loss: torch.Tensor
@@ -98,7 +109,7 @@ class LossAndGradients(NamedTuple):
     values: torch.Tensor | None = None
     bias: torch.Tensor | None = None
     target: torch.Tensor | None = None
-    level_errors: torch.Tensor | None = None
+    width_errors: torch.Tensor | None = None
 
     @property
     def gradients(self) -> tuple[torch.Tensor | None, ...]:

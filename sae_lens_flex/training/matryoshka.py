@@ -1,11 +1,9 @@
-"""Matryoshka: the losses of nested dictionaries as levels of one code.
+"""Matryoshka: nested dictionaries, and the auxiliary loss of each.
 
     loss = sum over the widths m of weight_m * 1 / B sum_b |x_hat_m[b] - target[b]|^2,
     x_hat_m[b] = sum of v_i W_dec[latents_i] over the latents below m, + b_dec
 
-The latents of a sample are in ascending order. So those below m are a prefix, and x_hat_m is one of
-the sample's levels: level 0 where it has no latent below m. The weight of a level is the sum of the
-weights of the widths that it belongs to.
+This loss is a decoder loss with widths (`ops.requests`).
 """
 
 from collections.abc import Sequence
@@ -20,35 +18,6 @@ from .dead import DeadGradients, auxiliary_loss, padded
 from .requests import Inputs, Spec, WantedGradients, Weights
 
 
-class WidthLevels(NamedTuple):
-    """To which widths the levels of a code belong.
-
-    Level e of the code, in the order of level weights of each sample (`ops.requests.Levels`),
-    belongs to the widths number first[e] to last[e] - 1, of n. Most levels belong to none.
-
-    Attributes:
-        first: [n_levels].
-        last: [n_levels].
-    """
-
-    first: torch.Tensor
-    last: torch.Tensor
-
-    def weights(self, of_widths: torch.Tensor) -> torch.Tensor:
-        """Return the weight of each level, [n_levels], given that of each width, [n]."""
-        width = torch.arange(len(of_widths), device=of_widths.device)
-        is_below = width < torch.arange(len(of_widths) + 1, device=width.device).unsqueeze(-1)
-        # The sum of the weights of the first 0, 1, ... n widths; `cumsum` varies on a GPU.
-        sums = of_widths.where(is_below, 0).sum(-1)
-        return sums[self.last] - sums[self.first]
-
-    def sums(self, of_levels: torch.Tensor, n_widths: int) -> torch.Tensor:
-        """Return the sum over the levels of each width, [n], of numbers for each level."""
-        width = torch.arange(n_widths, device=of_levels.device)
-        belongs = (self.first.unsqueeze(-1) <= width) & (width < self.last.unsqueeze(-1))
-        return of_levels.unsqueeze(-1).where(belongs, 0).sum(0)
-
-
 @cache
 def widths_on(widths: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """Return widths as a tensor, [n].
@@ -56,27 +25,6 @@ def widths_on(widths: tuple[int, ...], device: torch.device) -> torch.Tensor:
     Kept for good: copying them waits for the device, and recordings go on reading them.
     """
     return torch.tensor(widths, device=device)
-
-
-def levels_of_widths(code: Code, widths: tuple[int, ...]) -> WidthLevels:
-    """Return to which widths the levels belong.
-
-    Args:
-        code: in rows of different length, the latents of a row ascending.
-        widths: ascending; the last is F.
-    """
-    assert code.starts is not None
-    n_samples, device = code.n_samples, code.latents.device
-    n_levels = code.latents.numel() + n_samples
-    below = torch.bucketize(code.latents, widths_on(widths, device), right=True)  # widths <= latent
-    pairs = torch.arange(code.latents.numel(), device=device)
-    first = torch.zeros(n_levels, dtype=torch.int64, device=device)  # at level 0 there is no latent
-    first[pairs + code.samples() + 1] = below
-    # A level goes up to the next latent, that of a sample's last latent up to F.
-    last = torch.cat((first[1:], first.new_zeros(1)))
-    ends = code.starts[1:] + torch.arange(n_samples, device=device)
-    last.index_fill_(0, ends, len(widths))
-    return WidthLevels(first, last)
 
 
 class DeadOfWidth(NamedTuple):

@@ -44,7 +44,7 @@ from ..ops.requests import DecoderLoss, Wanted
 from ..ops.selection import Encoder, select
 from .dead import Dead, DeadGradients, DeadLatents, auxiliary_loss
 from .encoder import encoder_rows, minus_product
-from .matryoshka import DeadOfWidth, auxiliary_loss_by_width, dead_of_widths, levels_of_widths
+from .matryoshka import DeadOfWidth, auxiliary_loss_by_width, dead_of_widths, widths_on
 from .requests import Gradients, Inputs, Spec, WantedGradients, Weights
 from .shards import WHOLE, Whole
 
@@ -266,12 +266,9 @@ def _reconstruct(
     wants_encoder = wanted.any_of_encoder(spec)
     wants_scaled = scale is not None and (wanted.b_dec or wanted.output_scale)
     levels = spec.levels if level_weights is None else level_weights
-    of_widths = None
-    if spec.widths:
-        of_widths = levels_of_widths(code, spec.widths)
-        if level_weights is None:
-            level_weights = target.new_ones(len(spec.widths), dtype=sum_dtype)
-        levels = of_widths.weights(level_weights)
+    widths = widths_on(spec.widths, target.device) if spec.widths else None  # [n]
+    if widths is not None and level_weights is None:
+        levels = target.new_ones(len(widths), dtype=sum_dtype)
     decoded = decoder_loss(
         DecoderLoss(
             code=code.with_values(vals),
@@ -287,7 +284,7 @@ def _reconstruct(
                 bias=sum_dtype if wanted.b_dec and scale is None else None,
                 target=target.dtype if wanted.target or wants_scaled else None,
             ),
-            wants_level_errors=of_widths is not None,
+            widths=widths,
             index=None if shards.is_sharded else index,
             deterministic=spec.deterministic,
         ),
@@ -329,8 +326,8 @@ def _reconstruct(
     assert decoded.residual is not None
     loss, grad_b_dec = shards.sum_both(decoded.loss, grad_b_dec)
     width_losses = None
-    if of_widths is not None and decoded.level_errors is not None:
-        width_losses = of_widths.sums(decoded.level_errors, len(spec.widths)) / spec.n_samples
+    if decoded.width_errors is not None:
+        width_losses = decoded.width_errors / spec.n_samples
     return Reconstruction(
         mse_loss=loss,
         gradients=Gradients(

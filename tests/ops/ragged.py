@@ -43,6 +43,16 @@ def ragged_code(
     )
 
 
+def ascending(code: Code) -> Code:
+    """The code with the latents of each row sorted."""
+    latents, first = code.latents.clone(), 0
+    for length in lengths_of(code):
+        pairs = slice(first, first + length)
+        latents[pairs] = latents[pairs].sort().values
+        first += length
+    return Code(latents, code.values, code.starts)
+
+
 def lengths_of(code: Code) -> list[int]:
     assert code.starts is not None
     return code.starts.diff().tolist()
@@ -54,6 +64,7 @@ def ragged_request(
     n_latents: int,
     d_in: int,
     levels: Any = "last",
+    widths: torch.Tensor | None = None,
     dtype: torch.dtype = torch.float32,
     has_bias: bool = True,
     scale: float = 0.7,
@@ -70,7 +81,6 @@ def ragged_request(
     weight, bias, target = randn(n_latents, d_in), randn(d_in), randn(code.n_samples, d_in)
     sums = torch.promote_types(dtype, torch.float32)
     fields = {"residual": True, "weight": sums, "values": sums, "bias": sums, "target": sums}
-    wants_level_errors = wanted.pop("level_errors", not isinstance(levels, str))
     fields.update(wanted)
     return DecoderLoss(
         code=code,
@@ -81,7 +91,7 @@ def ragged_request(
         scale=scale,
         wanted=Wanted(**fields),
         deterministic=deterministic,
-        wants_level_errors=wants_level_errors,
+        widths=widths,
     )
 
 
@@ -115,7 +125,9 @@ def exact(request: DecoderLoss, *, magnitude: bool = False) -> dict[str, torch.T
     if isinstance(levels, torch.Tensor):
         levels = levels.detach().cpu().double().flatten()
     loss = (0 * (weight.sum() + values.sum() + target.sum())).squeeze()
-    residuals, errors, first = [], [], 0
+    widths = None if request.widths is None else request.widths.cpu()
+    errors = None if widths is None else target.new_zeros(len(widths))
+    residuals, first = [], 0
     for b, length in enumerate(lengths_of(code)):
         pairs = slice(first, first + length)
         terms = values[pairs].unsqueeze(-1) * weight[latents[pairs]]
@@ -126,10 +138,14 @@ def exact(request: DecoderLoss, *, magnitude: bool = False) -> dict[str, torch.T
         squares = r.square().sum(-1)
         if isinstance(levels, str):
             loss = loss + squares[-1]
+        elif widths is not None:
+            below = latents[pairs].unsqueeze(-1) < widths
+            of_widths = squares[below.sum(0)]
+            loss = loss + (levels * of_widths).sum()
+            errors = errors + of_widths
         else:
             c = levels[first + b : first + b + length + 1]
             loss = loss + (c * squares).sum()
-            errors.append(squares * (c != 0))
         residuals.append(r[-1])
         first += length
     loss = request.scale * loss
@@ -139,6 +155,6 @@ def exact(request: DecoderLoss, *, magnitude: bool = False) -> dict[str, torch.T
     return {
         "loss": loss.detach(),
         "residual": torch.stack(residuals).detach(),
-        "level_errors": torch.cat(errors).detach() if errors else None,
+        "width_errors": None if errors is None else errors.detach(),
         **dict(zip(some, gradients, strict=True)),
     }

@@ -6,6 +6,7 @@ import torch
 from sae_lens_flex.ops import batch_selection, selection
 from sae_lens_flex.ops.batch_selection import select_over_batch
 from sae_lens_flex.ops.codes import Code
+from sae_lens_flex.ops.kernels import candidates as kernels
 from sae_lens_flex.ops.selection import Encoder
 
 from .comparison import every_backend
@@ -47,8 +48,10 @@ def random_hidden(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.fixture(params=["one_chunk", "chunks"])
+@pytest.fixture(params=["one_chunk", "chunks", "blocks"])
 def chunks(request, monkeypatch) -> None:
+    if request.param == "blocks":  # of which a kernel takes one after the other
+        monkeypatch.setattr(kernels, "BLOCK", 2)
     if request.param == "chunks":
         monkeypatch.setattr(selection, "CPU_CHUNK_BYTES", 2 * F * 4)
         monkeypatch.setattr(selection, "GPU_CHUNK_BYTES", 2 * F * 4)

@@ -50,7 +50,7 @@ def loss_and_gradients(levels: Levels) -> list[torch.Tensor]:
     )
     decoded = gather(code, request.weight, use_triton=False)
     results = decoder_loss(request, use_triton=False)
-    assert results.level_errors is None
+    assert results.width_errors is None
     return [code.latents, code.values, decoded, *(each for each in results if each is not None)]
 
 

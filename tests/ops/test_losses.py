@@ -417,7 +417,7 @@ def test_the_scale_is_the_one_given_whatever_the_batch(levels, on) -> None:
         )
         for scale in (1.0, 0.25)
     ]
-    assert {result.level_errors for result in results} == {None}
+    assert {result.width_errors for result in results} == {None}
     for name in results[0]._fields[:-1]:
         full, quarter = (getattr(result, name) for result in results)
         factor = 1 if name == "residual" else 4

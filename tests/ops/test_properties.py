@@ -13,7 +13,7 @@ from .comparison import (
     random_inputs,
     relative_error,
 )
-from .ragged import exact, ragged_code, ragged_request, random_level_weights
+from .ragged import ascending, exact, ragged_code, ragged_request, random_level_weights
 
 # The interpreter takes about half a second an example.
 N_EXAMPLES = 300 if torch.cuda.is_available() else 12
@@ -74,22 +74,33 @@ def test_any_input_matches_the_definition(
     d_in=st.integers(1, 140),
     dtype=st.sampled_from(list(TOLERANCE)),
     n_spare=st.integers(0, 3),
-    is_last_level=st.booleans(),
+    levels=st.sampled_from(["last", "of_samples", "of_widths"]),
+    n_widths=st.integers(1, 6),
     deterministic=st.booleans(),
     seed=st.integers(0, 2**16),
 )
 @every_backend
 def test_any_rows_match_the_definition(
-    on, lengths, n_latents, d_in, dtype, n_spare, is_last_level, deterministic, seed
+    on, lengths, n_latents, d_in, dtype, n_spare, levels, n_widths, deterministic, seed
 ) -> None:
     code = ragged_code(lengths, n_latents, device=on[1], n_spare=n_spare, seed=seed)
+    fields = {"levels": "last"}
+    if levels == "of_samples":
+        fields["levels"] = random_level_weights(code, seed)
+    elif levels == "of_widths":
+        code = ascending(code)
+        generator = torch.Generator().manual_seed(seed)
+        inner = torch.randperm(n_latents, generator=generator)[: n_widths - 1]
+        widths = torch.cat((inner, torch.tensor([n_latents]))).sort().values
+        fields["levels"] = torch.rand(len(widths), generator=generator).to(on[1])
+        fields["widths"] = widths.to(on[1])
     request = ragged_request(
         code,
         n_latents=n_latents,
         d_in=d_in,
-        levels="last" if is_last_level else random_level_weights(code, seed),
         dtype=dtype,
         deterministic=deterministic,
+        **fields,
     )
     result = decoder_loss(request, use_triton=on[0] == "triton")
     magnitudes = exact(request, magnitude=True)

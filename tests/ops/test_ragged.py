@@ -20,6 +20,7 @@ from sae_lens_flex.ops.products import gather, scatter
 from .comparison import KERNEL_DEVICES, TOLERANCE, every_backend, relative_error
 from .ragged import (
     LENGTHS,
+    ascending,
     exact,
     lengths_of,
     ragged_code,
@@ -37,12 +38,11 @@ def assert_is_the_definition(request, on, tolerance: float | None = None) -> Non
     expected, magnitude = exact(request), exact(request, magnitude=True)
     for name, value in expected.items():
         mine = getattr(result, name)
-        is_wanted = {**request.wanted._asdict(), "loss": True}
-        is_wanted["level_errors"] = request.wants_level_errors
+        is_wanted = {**request.wanted._asdict(), "loss": True, "width_errors": True}
         if value is None or not is_wanted[name]:
             assert mine is None
             continue
-        if name in ("level_errors", "values"):  # of the spare pairs there is nothing
+        if name == "values":  # of the spare pairs there is nothing
             assert not mine[len(value) :].any()
             mine = mine[: len(value)]
         assert mine.shape == value.shape, name
@@ -68,6 +68,71 @@ def test_level_weights_of_each_sample_are_the_definition(on, lengths) -> None:
     assert_is_the_definition(dataclasses.replace(request, bias=None), on)
 
 
+# Nested dictionaries. Some add no latent to a sample, and some nothing at all.
+WIDTHS = {
+    "one": ((F,), (0.7,)),
+    "five": ((1, 4, 9, 20, F), (1.0, 0.5, 0.0, 3.0, 2.0)),
+    "inner_ones_alone": ((3, 7, F), (0.0, 1.0, 0.0)),
+    "negative": ((12, 13, F), (1.0, -2.0, 1.0)),
+}
+
+
+def of_widths(name: str, device: str) -> dict[str, torch.Tensor]:
+    widths, weights = WIDTHS[name]
+    return {
+        "widths": torch.tensor(widths, device=device),
+        "levels": torch.tensor(weights, device=device),
+    }
+
+
+@pytest.mark.parametrize("widths", WIDTHS)
+@every_length
+@every_backend
+def test_loss_of_widths_is_the_definition(on, lengths, widths) -> None:
+    code = ascending(ragged_code(lengths, F, device=on[1], n_spare=len(lengths) % 4))
+    request = ragged_request(code, n_latents=F, d_in=D, **of_widths(widths, on[1]))
+    assert_is_the_definition(request, on)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@every_backend
+def test_loss_of_widths_takes_an_index(on, deterministic) -> None:
+    code = ascending(ragged_code(LENGTHS["mixed"], F, device=on[1], n_spare=2))
+    fields = {"n_latents": F, "d_in": D, "deterministic": deterministic}
+    request = ragged_request(code, **fields, **of_widths("five", on[1]))
+    index = code.by_latent(F, use_triton=on[0] == "triton", deterministic=deterministic)
+    assert_is_the_definition(dataclasses.replace(request, index=index), on)
+
+
+@every_backend
+def test_an_infinite_error_of_a_width_that_weighs_nothing_is_no_nan(on) -> None:
+    code = ascending(ragged_code(LENGTHS["mixed"], F, device=on[1]))
+    fields = of_widths("five", on[1])
+    fields["levels"] = torch.tensor([1.0, 0.5, 2.0, 3.0, 0.0], device=on[1])
+    request = ragged_request(code, n_latents=F, d_in=D, **fields)
+    expected = decoder_loss(request, use_triton=on[0] == "triton")
+    code.values[(code.latents >= 20).nonzero()[0]] = torch.inf
+    result = decoder_loss(request, use_triton=on[0] == "triton")
+    assert result.width_errors[-1].isinf()
+    for name in ("loss", "bias", "target"):
+        torch.testing.assert_close(getattr(result, name), getattr(expected, name), msg=name)
+    torch.testing.assert_close(result.weight[:20], expected.weight[:20])
+
+
+@every_length
+def test_rows_cut_by_width_have_the_latents_between_two_widths(lengths) -> None:
+    code = ascending(ragged_code(lengths, F, n_spare=2))
+    widths = torch.tensor([1, 4, 9, 20, F])
+    parts = code.by_width(widths)
+    n_between = []
+    for b in range(len(lengths)):
+        latents = code.latents[code.starts[b] : code.starts[b + 1]]
+        n_below = (latents.unsqueeze(-1) < widths).sum(0)
+        n_between += n_below.diff(prepend=n_below.new_zeros(1)).tolist()
+    assert lengths_of(parts) == n_between
+    assert parts.starts[-1] == sum(lengths)
+
+
 VARIANTS = {
     "several_slices": {"d_in": 150},
     "slices_divide": {"d_in": 128},
@@ -75,8 +140,6 @@ VARIANTS = {
     "bfloat16": {"dtype": torch.bfloat16, "values": torch.float32},
     "no_bias": {"has_bias": False, "bias": None},
     "loss_alone": dict.fromkeys(("residual", "weight", "values", "bias", "target"), None)
-    | {"residual": False, "level_errors": False},
-    "errors_alone": dict.fromkeys(("weight", "values", "bias", "target"), None)
     | {"residual": False},
     "of_weight_alone": dict.fromkeys(("values", "bias", "target"), None) | {"residual": False},
     "of_values_alone": dict.fromkeys(("weight", "bias", "target"), None),
@@ -84,26 +147,32 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
-@pytest.mark.parametrize("levels", ["last", "of_samples"])
+@pytest.mark.parametrize("levels", ["last", "of_samples", "of_widths"])
 @every_backend
 def test_variants_are_the_definition(on, levels, variant, monkeypatch) -> None:
     monkeypatch.setattr(copies, "FEWEST_PAIRS", 0)
     monkeypatch.setattr(copies, "HOT", 1 / 10)
     code = ragged_code((3, 0, 40, 1, 19, 16), F, device=on[1], n_spare=3)
     code.latents[code.samples() == 2] %= 3  # so that few latents have many pairs
-    weights = random_level_weights(code) if levels == "of_samples" else "last"
-    fields = {"n_latents": F, "d_in": D, "levels": weights, **variant}
-    if levels == "last":
-        fields.pop("level_errors", None)
+    code = ascending(code)
+    fields = {"n_latents": F, "d_in": D, **kinds_of_levels(code)[levels], **variant}
     assert_is_the_definition(ragged_request(code, **fields), on)
 
 
-@pytest.mark.parametrize("levels", ["last", "of_samples"])
+def kinds_of_levels(code: Code) -> dict[str, dict[str, torch.Tensor]]:
+    return {
+        "last": {},
+        "of_samples": {"levels": random_level_weights(code)},
+        "of_widths": of_widths("five", code.latents.device.type),
+    }
+
+
+@pytest.mark.parametrize("levels", ["last", "of_samples", "of_widths"])
 def test_float64_is_exact(levels, monkeypatch) -> None:
     monkeypatch.setattr(products, "CPU_CHUNK_ELEMENTS", 30 * D)  # so that there are chunks
-    code = ragged_code(LENGTHS["mixed"], F, dtype=torch.float64)
-    weights = random_level_weights(code) if levels == "of_samples" else "last"
-    request = ragged_request(code, n_latents=F, d_in=D, levels=weights, dtype=torch.float64)
+    code = ascending(ragged_code(LENGTHS["mixed"], F, dtype=torch.float64))
+    fields = {"n_latents": F, "d_in": D, **kinds_of_levels(code)[levels]}
+    request = ragged_request(code, dtype=torch.float64, **fields)
     assert_is_the_definition(request, ("torch", "cpu"), tolerance=1e-13)
 
 

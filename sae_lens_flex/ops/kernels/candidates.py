@@ -1,10 +1,15 @@
-"""The pre-activations of some samples that reach a bound, in the order of the batch.
+"""The pre-activations of some samples that may be among the n largest of a batch, in its order.
 
-    candidates = all (b, f) with key(b, f) > bound, and of those with key(b, f) = bound the first n
+    groups = those with the n largest maxima; of equal maxima the first groups
+    candidates = all (b, f) of these groups with key(b, f) >= bound
 
-The key is that of (products[b, f] + bias[f]) * norms[f]. One kernel counts a sample's candidates.
-With the counts summed up, each sample knows where its own go, and another kernel writes them. Both
-read the products of those groups of neighbouring latents alone whose largest reaches the bound.
+The key is that of (products[b, f] + bias[f]) * norms[f], a group is a few neighbouring latents, and
+the bound is no smaller than the n-th largest maximum. Each of the groups above the bound has a key
+above it, and each of those that equal it has one that equals it. So the first groups hold as many
+keys as are wanted, and a key in a later group comes after them.
+
+One kernel counts a sample's groups. With the counts summed up, each sample knows where its own go,
+and another kernel writes them. A third one reads the products of these groups alone.
 """
 
 from typing import NamedTuple
@@ -16,45 +21,26 @@ from .launch import cdiv, launch, tl, triton
 
 
 @triton.jit
-def _keys_of(
-    products, bias, norms, maxima, bound, start, F, GROUP: tl.constexpr, BLOCK: tl.constexpr
-):
-    # The keys of the latents from `start` on; of those that are not in a group that reaches the
-    # bound, the smallest there is.
-    f = start + tl.arange(0, BLOCK)
-    reaches = tl.load(maxima + f // GROUP, mask=f < F, other=-(2**31)) >= bound
-    in_group = reaches & (f < F)
-    product = tl.load(products + f, mask=in_group, other=0.0)
-    bias_of_f = tl.load(bias + f, mask=in_group, other=0.0).to(tl.float32)
-    norm = None
-    if norms is not None:
-        norm = tl.load(norms + f, mask=in_group, other=0.0).to(tl.float32)
-    keys = tl.where(in_group, compared_key(product, bias_of_f, norm), -(2**31))
-    return f, keys, product.to(tl.float32) + bias_of_f
+def _load_maxima(maxima, start, n_groups, BLOCK: tl.constexpr):
+    group = start + tl.arange(0, BLOCK)
+    return group, tl.load(maxima + group, mask=group < n_groups, other=-(2**31))
 
 
 @triton.jit
-def _count_candidates_kernel(
-    products,  # [B, F]
-    bias,
-    norms,  # or None
+def _count_groups_kernel(
     maxima,  # [B, n_groups]
     bound,  # [1]
     n_above,  # [B]
     n_equal,  # [B]
-    F,
     n_groups,
-    GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     b = tl.program_id(0).to(tl.int64)
     at_least = tl.load(bound)
     above = tl.zeros([BLOCK], tl.int32)
     equal = tl.zeros([BLOCK], tl.int32)
-    for start in range(0, F, BLOCK):
-        _, keys, _ = _keys_of(
-            products + b * F, bias, norms, maxima + b * n_groups, at_least, start, F, GROUP, BLOCK
-        )
+    for start in range(0, n_groups, BLOCK):
+        _, keys = _load_maxima(maxima + b * n_groups, start, n_groups, BLOCK)
         above += (keys > at_least).to(tl.int32)
         equal += (keys == at_least).to(tl.int32)
     tl.store(n_above + b, tl.sum(above))
@@ -62,51 +48,75 @@ def _count_candidates_kernel(
 
 
 @triton.jit
-def _write_candidates_kernel(
-    products,
-    bias,
-    norms,  # or None
+def _write_groups_kernel(
     maxima,
     bound,  # [1]
-    ends,  # [B], int64: where each sample's candidates end
+    ends,  # [B], int64: where each sample's groups end
     n_above,  # [B]
-    n_taken,  # [B]: how many with the key `bound` a sample takes
-    keys,  # [capacity], and likewise:
-    samples,
-    latents,
-    hidden,
-    first_sample,
-    F,
+    n_taken,  # [B]: how many whose maximum is `bound` a sample takes
+    groups,  # [n], int64: b n_groups + the group
     n_groups,
-    GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     b = tl.program_id(0).to(tl.int64)
     at_least = tl.load(bound)
     taken = tl.load(n_taken + b)
     place = tl.load(ends + b) - tl.load(n_above + b) - taken
-    n_before = 0  # with the key `bound`, in the blocks before
-    for start in range(0, F, BLOCK):
-        f, key, h = _keys_of(
-            products + b * F, bias, norms, maxima + b * n_groups, at_least, start, F, GROUP, BLOCK
-        )
+    n_before = 0  # with the maximum `bound`, in the blocks before
+    for start in range(0, n_groups, BLOCK):
+        group, key = _load_maxima(maxima + b * n_groups, start, n_groups, BLOCK)
         is_equal = (key == at_least).to(tl.int32)
         number = n_before + tl.cumsum(is_equal, axis=0)
-        is_candidate = (key > at_least) | ((is_equal == 1) & (number <= taken))
-        at = place + tl.cumsum(is_candidate.to(tl.int32), axis=0) - 1
-        tl.store(keys + at, key, mask=is_candidate)
-        tl.store(samples + at, (first_sample + b).to(tl.int32) + f * 0, mask=is_candidate)
-        tl.store(latents + at, f, mask=is_candidate)
-        tl.store(hidden + at, h.to(hidden.dtype.element_ty), mask=is_candidate)
+        is_taken = (key > at_least) | ((is_equal == 1) & (number <= taken))
+        at = place + tl.cumsum(is_taken.to(tl.int32), axis=0) - 1
+        tl.store(groups + at, b * n_groups + group, mask=is_taken)
         n_before += tl.sum(is_equal)
-        place += tl.sum(is_candidate.to(tl.int32))
+        place += tl.sum(is_taken.to(tl.int32))
+
+
+@triton.jit
+def _write_candidates_kernel(
+    products,  # [B, F]
+    bias,
+    norms,  # or None
+    bound,  # [1]
+    groups,  # [n_places / GROUP]: b n_groups + the group, or -1
+    keys,  # [n_places], and likewise:
+    samples,
+    latents,
+    hidden,
+    n_places,
+    first_sample,
+    F,
+    n_groups,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    exists = place < n_places
+    group = tl.load(groups + place // GROUP, mask=exists, other=-1)
+    b = group // n_groups
+    f = group % n_groups * GROUP + place % GROUP
+    is_latent = (group >= 0) & (f < F)
+    product = tl.load(products + b * F + f, mask=is_latent, other=0.0)
+    bias_of_f = tl.load(bias + f, mask=is_latent, other=0.0).to(tl.float32)
+    norm = None
+    if norms is not None:
+        norm = tl.load(norms + f, mask=is_latent, other=0.0).to(tl.float32)
+    key = compared_key(product, bias_of_f, norm)
+    is_candidate = is_latent & (key >= tl.load(bound))
+    tl.store(keys + place, tl.where(is_candidate, key, 0), mask=exists)
+    tl.store(samples + place, (first_sample + b).to(tl.int32), mask=is_candidate)
+    tl.store(latents + place, f.to(tl.int32), mask=is_candidate)
+    h = product.to(tl.float32) + bias_of_f
+    tl.store(hidden + place, h.to(hidden.dtype.element_ty), mask=is_candidate)
 
 
 BLOCK = 2048
 
 
 class Candidates(NamedTuple):
-    """Pre-activations that reached a bound, in the order of the batch; then, unused places.
+    """Pre-activations that reach a bound, in the order of the batch, and unused places.
 
     Attributes:
         keys: [n], int32; 0 in an unused place.
@@ -128,8 +138,7 @@ def candidates(
     maxima: torch.Tensor,
     bound: torch.Tensor,
     *,
-    n_of_bound: int,
-    capacity: int,
+    n_largest: int,
     first_sample: int,
     dtype: torch.dtype,
 ) -> Candidates:
@@ -142,39 +151,45 @@ def candidates(
             for 1.
         maxima: the largest key of each group of neighbouring latents, [B, n_groups]; the size of a
             group is a power of two, and F / n_groups rounded up.
-        bound: [1], int32, above 0.
-        n_of_bound: how many candidates with the key `bound` are taken.
-        capacity: no fewer than there are candidates.
+        bound: [1], int32, above 0, and no smaller than the n_largest-th largest of maxima.
+        n_largest: how many of the largest the candidates hold.
         first_sample: the number of the first of these samples.
         dtype: of `hidden`.
     """
     n_samples, n_latents = products.shape
     n_groups = maxima.shape[1]
-    group = triton.next_power_of_2(cdiv(n_latents, n_groups))
+    size = triton.next_power_of_2(cdiv(n_latents, n_groups))
     n_above, n_equal = products.new_empty((2, n_samples), dtype=torch.int32)
-    tensors = (products, bias, norms, maxima, bound)
     launch(
-        _count_candidates_kernel,
+        _count_groups_kernel,
         (n_samples,),
-        (*tensors, n_above, n_equal),
+        (maxima, bound, n_above, n_equal),
         (),
-        (n_latents, n_groups),
-        GROUP=group,
+        (n_groups,),
         BLOCK=BLOCK,
     )
-    n_before = n_equal.cumsum(0) - n_equal
-    n_taken = (n_of_bound - n_before).clamp_min(0).minimum(n_equal).to(torch.int32)
+    n_before = n_above.sum() + n_equal.cumsum(0) - n_equal
+    n_taken = (n_largest - n_before).clamp_min(0).minimum(n_equal).to(torch.int32)
     ends = (n_above + n_taken).cumsum(0)
-    keys = products.new_zeros(capacity, dtype=torch.int32)
-    samples, latents = (torch.empty_like(keys) for _ in range(2))
-    hidden = products.new_empty(capacity, dtype=dtype)
+    groups = maxima.new_full((min(n_largest, maxima.numel()),), -1, dtype=torch.int64)
+    launch(
+        _write_groups_kernel,
+        (n_samples,),
+        (maxima, bound, ends, n_above, n_taken, groups),
+        (),
+        (n_groups,),
+        BLOCK=BLOCK,
+    )
+    n_places = len(groups) * size
+    keys, samples, latents = (products.new_empty(n_places, dtype=torch.int32) for _ in range(3))
+    hidden = products.new_empty(n_places, dtype=dtype)
     launch(
         _write_candidates_kernel,
-        (n_samples,),
-        (*tensors, ends, n_above, n_taken, keys, samples, latents, hidden),
+        (cdiv(n_places, BLOCK),),
+        (products, bias, norms, bound, groups, keys, samples, latents, hidden),
         (),
-        (first_sample, n_latents, n_groups),
-        GROUP=group,
+        (n_places, first_sample, n_latents, n_groups),
+        GROUP=size,
         BLOCK=BLOCK,
     )
     return Candidates(keys, samples, latents, hidden)

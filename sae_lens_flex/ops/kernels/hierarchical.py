@@ -64,7 +64,6 @@ def _weighted(r, level_weights, first, K, LEVELS: tl.constexpr):
 def _counted(
     r,
     level_weights,
-    level_errors,
     first,
     sample,
     starts,
@@ -76,16 +75,13 @@ def _counted(
     LAST_ALONE: tl.constexpr,
     OF_SAMPLES: tl.constexpr,
 ):
-    # r_j where the level counts, 0 elsewhere; and c_j r_j. Adds |r_j|^2 to level_errors.
+    # r_j where the level counts, 0 elsewhere; and c_j r_j.
     if OF_SAMPLES:
         pairs, exists = pairs_of(first, sample, starts, B, K, LEVELS)
         at = pairs + sample + tl.arange(0, 2)[None, :] + 1
         of_level = tl.load(level_weights + at, mask=exists, other=0.0).to(tl.float32)
         c = widened(of_level, BLOCK_D)
         r = tl.where(c != 0.0, r, 0.0)
-        if level_errors is not None:
-            squares = tl.sum(tl.reshape(r * r, [LEVELS, 2, BLOCK_D]), 2)
-            tl.atomic_add(level_errors + at, squares, mask=of_level != 0.0, sem="relaxed")
         return r, c * r
     else:
         r = _with_weight(r, first, K, LEVELS, LAST_ALONE, EVEN)
@@ -135,7 +131,6 @@ def _hierarchical_kernel(  # an output that is None is not wanted
     grad_bias,  # float32, zeroed: [bias_rows, D], parts
     grad_target,
     suffix_sums,  # [n_pairs, BLOCK_D], of one slice
-    level_errors,  # float32, zeroed, like level_weights
     scale,  # factor / (B D), and / K without level_weights
     first_slice,
     n_sums,
@@ -200,7 +195,6 @@ def _hierarchical_kernel(  # an output that is None is not wanted
             r_j, c_r = _counted(
                 r_j,
                 level_weights,
-                level_errors,
                 first,
                 sample,
                 starts,
@@ -269,7 +263,6 @@ def _hierarchical_kernel(  # an output that is None is not wanted
         r_j, c_r = _counted(
             r_j,
             level_weights,
-            level_errors,
             first,
             sample,
             starts,
@@ -318,13 +311,6 @@ def _hierarchical_kernel(  # an output that is None is not wanted
         r_0 = tl.where(c != 0.0, r_0, 0.0)
         error += c * r_0 * r_0
         s += c * r_0
-        if level_errors is not None:
-            of_sample = tl.sum(tl.reshape(tl.where(bd_mask, r_0 * r_0, 0.0), [2, BLOCK_D]), 1)
-            b = sample + tl.arange(0, 2)
-            start = b * K
-            if starts is not None:
-                start = tl.load(starts + b, mask=b < B, other=0)
-            tl.atomic_add(level_errors + start + b, of_sample, mask=b < B, sem="relaxed")
 
     error = tl.where(bd_mask, error, 0.0)  # beyond the batch the bias is no error
     add_to_loss(loss_sums, scale * tl.sum(error), n_sums)
@@ -361,8 +347,6 @@ class Outputs(NamedTuple):
         grad_bias: [bias_rows, D], float32, zeroed: parts of the gradient.
         grad_target: [B, D].
         suffix_sums: S of each pair, [n_pairs, BLOCK_D], float32: a walk over one slice only.
-        level_errors: |r_j|^2 of the levels that count, laid out as level weights of each sample,
-            float32, zeroed: with such weights only.
     """
 
     loss_sums: torch.Tensor
@@ -373,7 +357,6 @@ class Outputs(NamedTuple):
     grad_bias: torch.Tensor | None = None
     grad_target: torch.Tensor | None = None
     suffix_sums: torch.Tensor | None = None
-    level_errors: torch.Tensor | None = None
 
 
 def walk(

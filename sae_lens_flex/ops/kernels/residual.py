@@ -20,6 +20,7 @@ from .tiles import (
     gather_levels,
     highest_level,
     levels_in_a_tile,
+    slice_width,
     widened,
 )
 
@@ -95,13 +96,7 @@ def _residual_kernel(
         add_to_bias(grad_bias, r, 2.0 * scale, slice_, bias_rows, D, BLOCK_D)
 
 
-SLICE_BYTES = 256  # of a row of weight
 NUM_WARPS = 1
-
-
-def slice_width(weight: torch.Tensor) -> int:
-    """Return the number of columns that a program takes of `weight`."""
-    return SLICE_BYTES // weight.element_size()
 
 
 class Outputs(NamedTuple):

@@ -78,6 +78,14 @@ class Batch(NamedTuple):
         return Sizes(n_samples, k, *self.weight.shape, *self.weight.stride())
 
 
+SLICE_BYTES = 256  # of a row of weight, for a program that only reads it
+
+
+def slice_width(weight: torch.Tensor) -> int:
+    """Return the number of columns that a program takes of `weight` which only reads it."""
+    return SLICE_BYTES // weight.element_size()
+
+
 LEVELS = 16
 """Rows of weight that a program loads at once. With 16 it uses all 255 registers of a thread."""
 
@@ -160,13 +168,43 @@ def gather_levels(
     EVEN: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Return some levels' latents and values, [LEVELS, 2], and their rows of weight, a tile.
-
-    The latents are int32, the values and rows float32. A pair beyond the batch or a
-    row's end, or one whose latent is outside [0, F), has latent -1, value 0 and a row of zeros.
-    With EVEN all samples, levels and columns exist, and the loads have no masks.
-    """
+    """Return what `gather_pairs` does, for some levels of two samples."""
     pairs, exists = pairs_of(first, sample, starts, B, K, LEVELS)
+    return gather_pairs(
+        pairs,
+        exists,
+        latents,
+        values,
+        weight_slice,
+        in_slice,
+        F,
+        stride_wf,
+        BLOCK_D,
+        EVEN,
+        WIDE,
+    )
+
+
+@triton.jit
+def gather_pairs(
+    pairs,  # [LEVELS, 2]
+    exists,  # [LEVELS, 2]
+    latents,
+    values,
+    weight_slice,  # [2 BLOCK_D]: addresses of the columns in the first row of weight
+    in_slice,  # [2 BLOCK_D]: whether the column exists
+    F,
+    stride_wf,
+    BLOCK_D: tl.constexpr,
+    EVEN: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Return the pairs' latents and values, [LEVELS, 2], and their rows of weight, a tile.
+
+    The latents are int32, the values and rows float32. A pair that does not exist, or one whose
+    latent is outside [0, F), has latent -1, value 0 and a row of zeros. With EVEN all pairs and
+    columns exist, and the loads have no masks.
+    """
     if EVEN:
         f = tl.load(latents + pairs)
         v = tl.load(values + pairs)
