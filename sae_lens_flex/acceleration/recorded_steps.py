@@ -81,8 +81,10 @@ class RecordedSteps:
         """
         sae, optimizer, shards = trainer.sae, trainer.optimizer, request.shards
         # The SAE's recorder, so that it does not keep a recording of its own beside this one.
-        recorder = sae._recorder_of(request)
-        if (recorder is None and not shards.is_sharded) or any(request.wanted[4:]):
+        recorder = sae._recorder_of(request, is_whole=True)
+        # A step too large to be recorded still makes fewer passes over the gradients as a whole.
+        is_by_kernels = request.spec.use_triton and request.weights.W_dec.is_cuda
+        if not (recorder or shards.is_sharded or is_by_kernels) or any(request.wanted[4:]):
             return None
         since_fired = trainer.n_forward_passes_since_fired
         (group,) = optimizer.param_groups

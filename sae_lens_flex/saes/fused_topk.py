@@ -410,13 +410,20 @@ class FusedTopKTrainingSAE(OwnNormalization, TopKTrainingSAE):
         below = counts_below_later(mask, self._widths()) if self._auxiliary_by_width() else None
         return Dead(nonzero_later(mask), coefficient, below=below)
 
-    def _recorder_of(self, request: StepRequest) -> Recorder | None:
-        """Return what records the step as a CUDA graph, or None where it is not to be recorded."""
+    def _recorder_of(self, request: StepRequest, *, is_whole: bool = False) -> Recorder | None:
+        """Return what records the step as a CUDA graph, or None where it is not to be recorded.
+
+        Args:
+            request: of the step.
+            is_whole: whether the step also changes the weights.
+        """
         if not (
             self.use_cuda_graph
             and request.spec.use_triton
             and any(request.wanted)
-            and is_worth_recording(request.weights, request.inputs, request.shards)
+            and is_worth_recording(
+                request.weights, request.inputs, request.shards, is_whole=is_whole
+            )
             and not CHECKS_INDICES
             and not torch.cuda.is_current_stream_capturing()
         ):

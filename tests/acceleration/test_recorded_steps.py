@@ -15,7 +15,7 @@ from sae_lens import SAETrainer
 from saes.comparison import EVERY_ARCHITECTURE, FUSED_ARCHITECTURES, assert_close
 from torch._subclasses.fake_tensor import FakeTensorMode
 from training.comparison import F, case
-from training.replays import Replays, recording_of
+from training.replays import Replays, has_recorded, recording_of
 
 import sae_lens_flex
 from sae_lens_flex.acceleration import dead_bound, recorded_steps
@@ -23,6 +23,7 @@ from sae_lens_flex.acceleration.dead_bound import HORIZON, PERIOD, DeadBound, _C
 from sae_lens_flex.acceleration.recorded_steps import RecordedSteps
 from sae_lens_flex.acceleration.whole_step import Moments, Settings, Trained, whole_step
 from sae_lens_flex.ops.kernels.launch import Launch
+from sae_lens_flex.saes import fused_topk
 from sae_lens_flex.training.graph import ORDINARY_CALLS, Recorder
 from sae_lens_flex.training.matryoshka import widths_on
 from sae_lens_flex.training.requests import Inputs, WantedGradients, Weights
@@ -191,6 +192,19 @@ def test_every_step_is_the_ordinary_one(steps, architecture, autocast, fields) -
     assert kinds[0] == "ordinary"  # It makes the moments.
     assert set(kinds[3:]) == {"whole"}
     assert recording_of(trainers[0].sae) is not None
+
+
+@pytest.mark.gpu
+@every_architecture
+def test_steps_too_large_to_be_recorded(architecture, monkeypatch) -> None:
+    monkeypatch.setattr(fused_topk, "is_worth_recording", lambda *_, **__: False)
+    steps = WholeSteps("cuda", monkeypatch)
+    trainers = steps.pair(architecture, autocast=True, dead_feature_window=2)
+    kinds = steps.check(trainers, 6)
+    assert kinds[0] == "ordinary"
+    assert set(kinds[1:]) == {"whole"}
+    assert max(steps.forms) > 0
+    assert not has_recorded(trainers[0].sae)
 
 
 # --- dead latents

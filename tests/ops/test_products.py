@@ -224,6 +224,19 @@ def test_a_latent_of_every_sample_among_others(on) -> None:
 
 
 @every_backend
+@pytest.mark.parametrize("n_own", [1, 3, 7, 8, 59])
+def test_latents_from_some_one_on_are_ignored(on, n_own) -> None:
+    # Their pairs fill runs of the inverted index, and part of one.
+    code, rows = random_code((40, 9, 60, 7), device=on[1]), random_matrix(40, 7, device=on[1])
+    whole = assert_scatters(code, rows, 60, on)
+    use_triton = on[0] == "triton"
+    index = code.by_latent(60, use_triton=use_triton, deterministic=False)
+    out = torch.full((n_own, 7), torch.nan, device=on[1])
+    scatter(index, code.values, rows, out=out, use_triton=use_triton)
+    torch.testing.assert_close(out, whole[:n_own], rtol=0, atol=1e-5)
+
+
+@every_backend
 def test_values_in_the_order_of_the_index(on, monkeypatch) -> None:
     monkeypatch.setattr(sums, "MOST_SCATTERED", 0)  # as for many pairs
     code = random_code((9, 9, 20, 70), device=on[1])

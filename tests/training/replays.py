@@ -78,12 +78,12 @@ class Replays:
             return
         recorder_of = fused_topk.FusedTopKTrainingSAE._recorder_of
 
-        def as_by_triton(self, request) -> Recorder | None:
+        def as_by_triton(self, request, **options: bool) -> Recorder | None:
             spec = replace(request.spec, use_triton=True)
-            return recorder_of(self, request._replace(spec=spec))
+            return recorder_of(self, request._replace(spec=spec), **options)
 
         monkeypatch.setattr(fused_topk.FusedTopKTrainingSAE, "_recorder_of", as_by_triton)
-        monkeypatch.setattr(fused_topk, "is_worth_recording", lambda *_: True)
+        monkeypatch.setattr(fused_topk, "is_worth_recording", lambda *_, **__: True)
         monkeypatch.setattr(graph, "_record", Recomputed)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         on_no_stream(monkeypatch)

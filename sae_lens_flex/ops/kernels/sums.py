@@ -107,7 +107,12 @@ def _sum_run_kernel(
         sums += first_column + d
         partials += run * 2 * n_columns + d
 
-    goes_on = tl.load(latents - 1, mask=run > 0, other=-2) == tl.load(latents)
+    first_latent = tl.load(latents)
+    goes_on = tl.load(latents - 1, mask=run > 0, other=-2) == first_latent
+    if weight is None:
+        # The latents ascend, so the run has nothing to add to a sum. Of several processes each has
+        # many such pairs: those of the others' latents.
+        length = tl.where(first_latent < F, length, 0)
     f = tl.full([], -2, tl.int32)  # which no latent is
     began_before = goes_on & False
     total = tl.zeros([BLOCK_D], tl.float32)
