@@ -11,6 +11,7 @@ from sae_lens.saes.sae import TrainStepOutput
 from sae_lens.training.sae_trainer import SAETrainer
 from torch.distributed.tensor import DTensor
 
+from ..ops.kernels.adam import Adam
 from ..saes.fused_topk import FusedTopKTrainingSAE, StepRequest
 from ..saes.sharded import ShardedTrainingSAE
 from ..training.graph import Recorder, place
@@ -90,11 +91,13 @@ class RecordedSteps:
         if moments is None:
             return None
         settings = Settings(
-            betas=group["betas"],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            maximize=group["maximize"],
-            decoupled_weight_decay=group["decoupled_weight_decay"],
+            adam=Adam(
+                betas=group["betas"],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+                maximize=group["maximize"],
+                decoupled_weight_decay=group["decoupled_weight_decay"],
+            ),
             dead_feature_window=trainer.cfg.dead_feature_window,
             aux_loss_coefficient=sae._auxiliary_coefficient(),
             aux_loss_by_width=sae._auxiliary_by_width(),

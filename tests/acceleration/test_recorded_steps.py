@@ -22,6 +22,7 @@ from sae_lens_flex.acceleration import dead_bound, recorded_steps
 from sae_lens_flex.acceleration.dead_bound import HORIZON, PERIOD, DeadBound, _Count
 from sae_lens_flex.acceleration.recorded_steps import RecordedSteps
 from sae_lens_flex.acceleration.whole_step import Moments, Settings, Trained, whole_step
+from sae_lens_flex.ops.kernels.adam import Adam
 from sae_lens_flex.ops.kernels.launch import Launch
 from sae_lens_flex.training.graph import ORDINARY_CALLS, Recorder
 from sae_lens_flex.training.matryoshka import widths_on
@@ -575,7 +576,7 @@ def test_no_shape_depends_on_the_data(monkeypatch, widths, by_width, most_dead) 
     # Tensors without values: whatever asks for one, or whose shape depends on one, raises.
     monkeypatch.setattr(Launch, "__call__", lambda *_: None)
     made = case(("triton", "cpu"), k=13, over_batch=True, widths=widths)
-    settings = Settings((0.9, 0.99), 1e-8, 0.0, False, False, 3, 1.0, by_width, 0.1)
+    settings = Settings(Adam((0.9, 0.99), 1e-8), 3, 1.0, by_width, 0.1)
     wanted = WantedGradients(*[True] * 4, *[False] * 3)
     widths_on.cache_clear()
     try:

@@ -288,3 +288,14 @@ def test_a_tensor_in_another_layout_is_refused() -> None:
     with_gaps = Updated(*(torch.zeros(4, 6)[:, :3] for _ in range(4)), torch.zeros(()))
     with pytest.raises(ValueError, match=r"weight has .*strides \(6, 1\), expected a contiguous"):
         take_step([with_gaps], SETTINGS["defaults"], 0.1)
+
+
+@on_kernel_devices
+def test_strides_of_single_rows_and_of_nothing_may_differ(device) -> None:
+    for shape, others in (((1, 5), (1, 1)), ((5, 1), (1, 5)), ((0, 5), (1, 7))):
+        weight = torch.ones(shape, device=device)
+        gradient = torch.ones(5, device=device).as_strided(shape, others)
+        state = [torch.zeros(shape, device=device) for _ in range(2)]
+        updated = [Updated(weight, gradient, *state, torch.zeros((), device=device))]
+        take_step(updated, SETTINGS["defaults"], 0.25)
+        torch.testing.assert_close(weight, torch.full_like(weight, 0.75))

@@ -312,10 +312,10 @@ def adam_(
 
 
 def _check_layout(updated: Updated) -> None:
-    """Raise a ValueError unless the order of memory is the same in all, with no gaps."""
+    """Raise a ValueError unless all have the same order in memory, without gaps."""
     weight = updated.weight
     for name, tensor in zip(updated._fields[1:4], updated[1:4], strict=True):
-        if tensor.shape != weight.shape or tensor.stride() != weight.stride():
+        if tensor.shape != weight.shape or _steps_in_memory(tensor) != _steps_in_memory(weight):
             raise ValueError(
                 f"{name} has shape {list(tensor.shape)} and strides {tensor.stride()}, expected "
                 f"those of its weight, {list(weight.shape)} and {weight.stride()}"
@@ -325,3 +325,9 @@ def _check_layout(updated: Updated) -> None:
             f"weight has shape {list(weight.shape)} and strides {weight.stride()}, expected a "
             "contiguous tensor or the transpose of one"
         )
+
+
+def _steps_in_memory(tensor: torch.Tensor) -> list[int]:
+    """Return the strides that are ever taken."""
+    each = zip(tensor.shape, tensor.stride(), strict=True)
+    return [stride for size, stride in each if size > 1 and tensor.numel() > 0]
