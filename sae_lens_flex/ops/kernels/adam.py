@@ -203,7 +203,8 @@ NUM_WARPS = 4
 MOST_PROGRAMS = 2**31 - 1
 SQUARES_BLOCK = 8192
 SQUARES_NUM_WARPS = 8
-MOST_SQUARES = 1024
+MOST_SQUARES = 1024  # programs, and numbers that they leave
+BEGIN_BLOCK = 1024
 
 
 class Updated(NamedTuple):
@@ -292,7 +293,7 @@ def adam_(
         (len(squares),),
         N_WEIGHTS=len(updated),
         MAXIMIZE=settings.maximize,
-        BLOCK=MOST_SQUARES,
+        BLOCK=BEGIN_BLOCK,
     )
     beta1, beta2 = settings.betas
     shares = min(beta1, 1 - beta1), min(beta2, 1 - beta2)
