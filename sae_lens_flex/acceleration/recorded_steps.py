@@ -1,4 +1,7 @@
-"""When a step of SAELens's trainer is taken as a whole, and how: recorded, and replayed.
+"""When a step of SAELens's trainer is taken as a whole, and how.
+
+That of a small SAE is recorded, and replayed. That of a large one is launched piece by piece: the
+host is done with it before the device is.
 
 Whatever a user may have changed that the whole step would pass by makes the step an ordinary one.
 """
@@ -12,6 +15,7 @@ from sae_lens.training.sae_trainer import SAETrainer
 from torch.distributed.tensor import DTensor
 
 from ..ops.kernels.adam import Adam
+from ..ops.kernels.launch import cdiv
 from ..saes.fused_topk import FusedTopKTrainingSAE, StepRequest
 from ..saes.sharded import ShardedTrainingSAE
 from ..training.graph import Recorder, place
@@ -25,7 +29,7 @@ OWN_STEPS = (
     FusedTopKTrainingSAE.training_forward_pass,
     ShardedTrainingSAE.training_forward_pass,
 )
-LEAST_CAPACITY = 256  # of recordings with an auxiliary loss, in dead latents
+LEAST_CAPACITY = 256  # of steps with an auxiliary loss, in dead latents
 
 # The recorders of steps in which several processes exchange tensors. They are kept here so that
 # their recordings can be freed: while one exists NCCL does not end the group of processes, and
@@ -54,6 +58,7 @@ class RecordedSteps:
 
     def __init__(self) -> None:
         self._bound = DeadBound()
+        self._n_dead = 0
         self._capacity = 0
         self._learning_rate: torch.Tensor | None = None
         self._filled_with = float("nan")
@@ -67,8 +72,8 @@ class RecordedSteps:
             return 0
         since_fired = trainer.n_forward_passes_since_fired
         parts = sae._shards.latents_of_all(len(since_fired))
-        bound = self._bound.at_step(since_fired, trainer.cfg.dead_feature_window, parts)
-        return self._capacity_for(bound, len(since_fired))
+        self._n_dead = self._bound.at_step(since_fired, trainer.cfg.dead_feature_window, parts)
+        return self._capacity_for(self._n_dead, len(since_fired))
 
     def take(
         self, trainer: SAETrainer[Any, Any], request: StepRequest, most_dead: int
@@ -83,9 +88,19 @@ class RecordedSteps:
         sae, optimizer, shards = trainer.sae, trainer.optimizer, request.shards
         # The SAE's recorder, so that it does not keep a recording of its own beside this one.
         recorder = sae._recorder_of(request)
-        if (recorder is None and not shards.is_sharded) or any(request.wanted[4:]):
-            return None
         since_fired = trainer.n_forward_passes_since_fired
+        if any(request.wanted[4:]):
+            return None
+        if recorder is None and not shards.is_sharded:
+            if not is_worth_launching(sae, request):
+                return None
+            if most_dead > 0:
+                # Each width may have all of the dead latents, so the loss would be of several
+                # times as many.
+                if sae._auxiliary_by_width():
+                    return None
+                most_dead = LEAST_CAPACITY * cdiv(self._n_dead, LEAST_CAPACITY)
+                most_dead = min(most_dead, len(since_fired))
         (group,) = optimizer.param_groups
         moments = _moments(optimizer, request, sae)
         if moments is None:
@@ -169,6 +184,15 @@ class RecordedSteps:
         if not least <= self._capacity <= 4 * least:
             self._capacity = least
         return min(self._capacity, n_latents)
+
+
+def is_worth_launching(sae: FusedTopKTrainingSAE, request: StepRequest) -> bool:
+    """Return whether a step that is not recorded is faster as a whole than as an ordinary one.
+
+    Autograd is left out, the gradients are not written a second time, and nothing waits for the
+    number of dead latents.
+    """
+    return request.weights.W_dec.is_cuda and sae._asks_nothing(request)
 
 
 def parameters(sae: Any) -> Weights:

@@ -24,6 +24,8 @@ from sae_lens_flex.acceleration.recorded_steps import RecordedSteps
 from sae_lens_flex.acceleration.whole_step import Moments, Settings, Trained, whole_step
 from sae_lens_flex.ops.kernels.adam import Adam
 from sae_lens_flex.ops.kernels.launch import Launch
+from sae_lens_flex.saes import fused_topk
+from sae_lens_flex.training import graph
 from sae_lens_flex.training.graph import ORDINARY_CALLS, Recorder
 from sae_lens_flex.training.matryoshka import widths_on
 from sae_lens_flex.training.requests import Inputs, WantedGradients, Weights
@@ -192,6 +194,54 @@ def test_every_step_is_the_ordinary_one(steps, architecture, autocast, fields) -
     assert kinds[0] == "ordinary"  # It makes the moments.
     assert set(kinds[3:]) == {"whole"}
     assert recording_of(trainers[0].sae) is not None
+
+
+@pytest.fixture
+def too_large(steps, monkeypatch) -> WholeSteps:
+    """Pairs of trainers whose steps are too large to be recorded."""
+    if steps.device == "cuda":
+        monkeypatch.setattr(graph, "MOST_RECORDED_WEIGHTS", 0)
+    else:
+        monkeypatch.setattr(fused_topk, "is_worth_recording", lambda *_: False)
+        monkeypatch.setattr(recorded_steps, "is_worth_launching", lambda *_: True)
+    return steps
+
+
+@every_architecture
+def test_steps_too_large_to_be_recorded_are_whole_ones(too_large, architecture) -> None:
+    trainers = too_large.pair(architecture, autocast=True, dead_feature_window=8)
+    for trainer in trainers:
+        trainer.cfg.logger.log_to_wandb = True
+        trainer.cfg.logger.wandb_log_frequency = 5
+    kinds = too_large.check(trainers, 11)
+    assert set(kinds[1:]) == {"whole"}
+    assert too_large.last.losses["auxiliary_reconstruction_loss"] > 0
+    assert trainers[0].sae._recorder is None
+
+
+def test_large_step_takes_few_latents_that_are_not_dead(too_large, monkeypatch) -> None:
+    taken = []
+
+    def noted(*arguments: Any, **options: Any) -> Any:
+        taken.append(arguments[-1])
+        return whole_step(*arguments, **options)
+
+    monkeypatch.setattr(recorded_steps, "whole_step", noted)
+    trainers = too_large.pair("flex_topk", dead_feature_window=22)
+    too_large.check(trainers, 26)
+    assert taken[0] == 0
+    assert taken[-1] == 20  # for 18 that are dead, with 4 as the least capacity
+
+
+def test_large_step_with_a_loss_for_each_width_is_ordinary_once_latents_are_dead(too_large) -> None:
+    fields = {"matryoshka_widths": [12, 33, 45, D_SAE], "use_matryoshka_aux_loss": True}
+    trainers = too_large.pair(
+        "flex_matryoshka_batchtopk", dead_feature_window=22, sae_fields=fields
+    )
+    kinds = too_large.check(trainers, 26)
+    assert kinds[1] == "whole"
+    assert kinds[-1] == "ordinary"
+    assert too_large.last.losses["auxiliary_reconstruction_loss"] > 0
 
 
 # --- dead latents
