@@ -34,6 +34,7 @@ from sae_lens.saes.sae import TrainingSAE
 
 import sae_lens_flex
 from sae_lens_flex.ops.codes import Code
+from sae_lens_flex.ops.kernels.adam import Adam, Updated, adam_, squares
 from sae_lens_flex.ops.kernels.norms import norms_and_copy
 from sae_lens_flex.ops.losses import decoder_loss
 from sae_lens_flex.ops.products import scatter
@@ -396,6 +397,20 @@ def measure_stages(case: Case, gb_per_s: float) -> list[dict[str, Any]]:
     with sae_lens_flex.fused_adam():
         trainer = new_trainer(case, sae)
     add("Adam, fused", trainer.optimizer.step, adam_bytes)
+    if use_triton:
+        # As in a whole step: the gradients are read twice.
+        names = ("exp_avg", "exp_avg_sq", "step")
+        updated = [
+            Updated(p.detach(), p.grad, *(trainer.optimizer.state[p][name] for name in names))
+            for p in sae.parameters()
+        ]
+        learning_rate = torch.full((), 1e-3, device=case.device)
+
+        def clip_and_adam() -> None:
+            of_gradients = squares([each.gradient for each in updated])
+            adam_(updated, of_gradients, learning_rate, Adam((0.9, 0.999), 1e-8))
+
+        add("clip and Adam", clip_and_adam, adam_bytes + 4 * n_parameters)
     return rows
 
 

@@ -1,4 +1,7 @@
-"""When a step of SAELens's trainer is taken as a whole, and how: recorded, and replayed.
+"""When a step of SAELens's trainer is taken as a whole, and how.
+
+That of a small SAE is recorded, and replayed. That of a large one is launched piece by piece: the
+host is done with it before the device is.
 
 Whatever a user may have changed that the whole step would pass by makes the step an ordinary one.
 """
@@ -11,6 +14,8 @@ from sae_lens.saes.sae import TrainStepOutput
 from sae_lens.training.sae_trainer import SAETrainer
 from torch.distributed.tensor import DTensor
 
+from ..ops.kernels.adam import Adam
+from ..ops.kernels.launch import cdiv
 from ..saes.fused_topk import FusedTopKTrainingSAE, StepRequest
 from ..saes.sharded import ShardedTrainingSAE
 from ..training.graph import Recorder, place
@@ -24,7 +29,7 @@ OWN_STEPS = (
     FusedTopKTrainingSAE.training_forward_pass,
     ShardedTrainingSAE.training_forward_pass,
 )
-LEAST_CAPACITY = 256  # of recordings with an auxiliary loss, in dead latents
+LEAST_CAPACITY = 256  # of steps with an auxiliary loss, in dead latents
 
 # The recorders of steps in which several processes exchange tensors. They are kept here so that
 # their recordings can be freed: while one exists NCCL does not end the group of processes, and
@@ -53,6 +58,7 @@ class RecordedSteps:
 
     def __init__(self) -> None:
         self._bound = DeadBound()
+        self._n_dead = 0
         self._capacity = 0
         self._learning_rate: torch.Tensor | None = None
         self._filled_with = float("nan")
@@ -66,8 +72,8 @@ class RecordedSteps:
             return 0
         since_fired = trainer.n_forward_passes_since_fired
         parts = sae._shards.latents_of_all(len(since_fired))
-        bound = self._bound.at_step(since_fired, trainer.cfg.dead_feature_window, parts)
-        return self._capacity_for(bound, len(since_fired))
+        self._n_dead = self._bound.at_step(since_fired, trainer.cfg.dead_feature_window, parts)
+        return self._capacity_for(self._n_dead, len(since_fired))
 
     def take(
         self, trainer: SAETrainer[Any, Any], request: StepRequest, most_dead: int
@@ -80,23 +86,31 @@ class RecordedSteps:
             most_dead: what `most_dead` returned at this step.
         """
         sae, optimizer, shards = trainer.sae, trainer.optimizer, request.shards
+        # Each width may have all of the dead latents, so the loss would be of several times as many.
+        is_for_small_ones = most_dead > 0 and sae._auxiliary_by_width()
         # The SAE's recorder, so that it does not keep a recording of its own beside this one.
-        recorder = sae._recorder_of(request, is_whole=True)
-        # A step too large to be recorded still makes fewer passes over the gradients as a whole.
-        is_by_kernels = request.spec.use_triton and request.weights.W_dec.is_cuda
-        if not (recorder or shards.is_sharded or is_by_kernels) or any(request.wanted[4:]):
-            return None
+        recorder = sae._recorder_of(request, is_whole=not is_for_small_ones)
         since_fired = trainer.n_forward_passes_since_fired
+        if any(request.wanted[4:]):
+            return None
+        if recorder is None and not shards.is_sharded:
+            if is_for_small_ones or not is_worth_launching(sae, request):
+                return None
+            if most_dead > 0:
+                most_dead = LEAST_CAPACITY * cdiv(self._n_dead, LEAST_CAPACITY)
+                most_dead = min(most_dead, len(since_fired))
         (group,) = optimizer.param_groups
         moments = _moments(optimizer, request, sae)
         if moments is None:
             return None
         settings = Settings(
-            betas=group["betas"],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            maximize=group["maximize"],
-            decoupled_weight_decay=group["decoupled_weight_decay"],
+            adam=Adam(
+                betas=group["betas"],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+                maximize=group["maximize"],
+                decoupled_weight_decay=group["decoupled_weight_decay"],
+            ),
             dead_feature_window=trainer.cfg.dead_feature_window,
             aux_loss_coefficient=sae._auxiliary_coefficient(),
             aux_loss_by_width=sae._auxiliary_by_width(),
@@ -177,6 +191,15 @@ def _rounded_up(n: int) -> int:
     """Return the least number from n on that is some eighths of a power of two."""
     unit = max(LEAST_CAPACITY, 1 << max(0, n.bit_length() - 4))
     return -(-n // unit) * unit
+
+
+def is_worth_launching(sae: FusedTopKTrainingSAE, request: StepRequest) -> bool:
+    """Return whether a step that is not recorded is faster as a whole than as an ordinary one.
+
+    Autograd is left out, the gradients are not written a second time, and nothing waits for the
+    number of dead latents.
+    """
+    return request.weights.W_dec.is_cuda and sae._asks_nothing(request)
 
 
 def parameters(sae: Any) -> Weights:

@@ -136,10 +136,11 @@ def accelerate() -> Iterator[None]:
       SAELens. Gradients are clipped in SAELens's way where the optimizer is another one or has
       hooks before its step, where they are not float32, and where
       `torch.nn.utils.clip_grad_norm_` was replaced. A subclass's own `_train_step` is called.
-    - On a GPU a step of a small `flex_topk` or `hierarchical_topk` SAE (`sae.use_cuda_graph` says
-      how small) is recorded as one CUDA graph, from the normalized activations to Adam and the
-      statistics of firing, and replayed in one launch. The losses of such a step carry no graph,
-      because the backward pass has been done. The number of dead latents is not waited for: the
+    - On a GPU a step of one of our SAEs is one function, from the normalized activations to Adam
+      and the statistics of firing. Adam's kernel there leaves the gradients as they are. The step
+      of a small SAE (`sae.use_cuda_graph` says how small) is recorded as one CUDA graph, and
+      replayed in one launch. The losses of such a step carry no graph, because the backward pass
+      has been done. The number of dead latents is not waited for: the
       auxiliary loss takes all that may be dead by now, and those that are not add nothing to it. A
       step is an ordinary one where anyone would see the difference: with hooks on parameters or
       around the optimizer's step, with a gradient left on a parameter, with methods replaced on

@@ -3,7 +3,8 @@
     mse_loss, its gradients     `training.step.reconstruct`
     auxiliary loss, gradients   `training.dead`, of a fixed number of latents that may be dead
     g                           the sum of the gradients
-    W                           Adam's step with g / max(|g| + 1e-6, 1), |g| of all weights together
+    W                           Adam's step with g min(1 / (|g| + 1e-6), 1), |g| of all weights
+                                together: `ops.kernels.adam`, or PyTorch's
     threshold                   `training.threshold`, of the architectures of a batch
     since_fired[f]              0 where a sample keeps f with a positive activation, else 1 more
 
@@ -18,6 +19,7 @@ import torch
 from torch.nn.utils import get_total_norm
 from torch.optim.adam import adam
 
+from ..ops.kernels.adam import Adam, Updated, adam_, squares
 from ..ops.policy import no_autocast
 from ..training.dead import padded
 from ..training.firing import coordinates, fired
@@ -65,18 +67,14 @@ class Settings:
     """What else a step depends on.
 
     Attributes:
-        betas, eps, weight_decay, maximize, decoupled_weight_decay: Adam's.
+        adam: the optimizer's.
         dead_feature_window: a latent is dead after more steps without firing.
         aux_loss_coefficient: of the loss on dead latents.
         aux_loss_by_width: whether each of the spec's `widths` has such a loss of its own.
         threshold_lr: how far the threshold moves.
     """
 
-    betas: tuple[float, float]
-    eps: float
-    weight_decay: float
-    maximize: bool
-    decoupled_weight_decay: bool
+    adam: Adam
     dead_feature_window: float
     aux_loss_coefficient: float
     aux_loss_by_width: bool = False
@@ -142,7 +140,7 @@ def whole_step(
             )
             gradients = of_dead.added_to(gradients, weights, inputs.encoder_input)
             total = main.mse_loss + auxiliary
-        _update(trained, gradients, settings, shards)
+        _update(trained, gradients, spec, settings.adam, shards)
         counts = fired(main.code.with_values(main.hidden_pre), len(since_fired))
         since_fired.add_(1).masked_fill_(counts.bool(), 0)
         if trained.threshold is not None:
@@ -153,17 +151,22 @@ def whole_step(
     return WholeStep(main._replace(gradients=Gradients()), losses, counts, at)
 
 
-def _update(trained: Trained, gradients: Gradients, settings: Settings, shards: Whole) -> None:
+def _update(
+    trained: Trained, gradients: Gradients, spec: Spec, settings: Adam, shards: Whole
+) -> None:
     """Clip the gradients, all together, and apply Adam."""
-    changed = [
-        (weight, gradient, *moments)
+    updated = [
+        Updated(weight, gradient, *moments)
         for weight, gradient, moments in zip(
             trained.weights, gradients[:4], trained.moments, strict=True
         )
         if gradient is not None and moments is not None
     ]
+    if spec.use_triton:
+        adam_(updated, _squares(gradients, shards), trained.learning_rate, settings)
+        return
     weights, grads, exp_avgs, exp_avg_sqs, steps = (
-        list(tensors) for tensors in zip(*changed, strict=True)
+        list(tensors) for tensors in zip(*updated, strict=True)
     )
     adam(
         weights,
@@ -185,13 +188,25 @@ def _update(trained: Trained, gradients: Gradients, settings: Settings, shards: 
     )
 
 
+def _parts_and_whole(gradients: Gradients) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Return the gradients that are parts in several processes, and those that all have whole."""
+    *parts, of_b_dec = gradients[:4]
+    return [part for part in parts if part is not None], [] if of_b_dec is None else [of_b_dec]
+
+
+def _squares(gradients: Gradients, shards: Whole) -> torch.Tensor:
+    """Return numbers whose sum is the squared norm of the weights' gradients, all together, [n]."""
+    parts, whole = _parts_and_whole(gradients)
+    if not shards.is_sharded:
+        return squares(parts + whole)
+    of_parts = [shards.sum(squares(parts).sum(0, keepdim=True))] if parts else []
+    return torch.cat([*of_parts, *([squares(whole)] if whole else [])])
+
+
 def _total_norm(gradients: Gradients, shards: Whole) -> torch.Tensor:
     """Return the norm of the weights' gradients, all together, a scalar."""
-    *parts, of_b_dec = gradients[:4]
-    parts = [part for part in parts if part is not None]
-    whole = [] if of_b_dec is None else [of_b_dec]
+    parts, whole = _parts_and_whole(gradients)
     if not shards.is_sharded:
         return get_total_norm(parts + whole)
-    # Every process has all of b_dec's gradient, and a part of the others.
     norms = [shards.sum(get_total_norm(parts).square()).sqrt()] if parts else []
     return get_total_norm(norms + whole)

@@ -81,8 +81,9 @@ class FusedTopKTrainingSAE(OwnNormalization, TopKTrainingSAE):
     takes longer than computing them. Nothing else changes: a step that does not fit the recording,
     of another batch size or dtype for instance, is an ordinary one. A recording keeps the memory of
     a step's intermediates until `eval()`; `use_cuda_graph = False` does without. Within
-    `accelerate()` a trainer's recording is of its whole step, Adam included. The losses of such a
-    step carry no gradients, because they have been applied.
+    `accelerate()` a trainer's recording is of its whole step, Adam included, and large steps are
+    taken as a whole without a recording. The losses of such a step carry no gradients, because they
+    have been applied. `use_cuda_graph = False` does without these steps, too.
 
     `W_enc` is [d_in, d_sae], as everywhere in SAELens, but stored latent by latent, which is how
     its gradient comes. So it is not contiguous; its transpose is. In a `state_dict` it is an
@@ -410,6 +411,16 @@ class FusedTopKTrainingSAE(OwnNormalization, TopKTrainingSAE):
         below = counts_below_later(mask, self._widths()) if self._auxiliary_by_width() else None
         return Dead(nonzero_later(mask), coefficient, below=below)
 
+    def _asks_nothing(self, request: StepRequest) -> bool:
+        """Return whether the step asks nothing of the device, and may be taken as a function."""
+        return (
+            self.use_cuda_graph
+            and request.spec.use_triton
+            and any(request.wanted)
+            and not CHECKS_INDICES
+            and not torch.cuda.is_current_stream_capturing()
+        )
+
     def _recorder_of(self, request: StepRequest, *, is_whole: bool = False) -> Recorder | None:
         """Return what records the step as a CUDA graph, or None where it is not to be recorded.
 
@@ -418,14 +429,10 @@ class FusedTopKTrainingSAE(OwnNormalization, TopKTrainingSAE):
             is_whole: whether the step also changes the weights.
         """
         if not (
-            self.use_cuda_graph
-            and request.spec.use_triton
-            and any(request.wanted)
+            self._asks_nothing(request)
             and is_worth_recording(
                 request.weights, request.inputs, request.shards, is_whole=is_whole
             )
-            and not CHECKS_INDICES
-            and not torch.cuda.is_current_stream_capturing()
         ):
             return None
         if self._recorder is None:

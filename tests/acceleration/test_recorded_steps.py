@@ -15,15 +15,17 @@ from sae_lens import SAETrainer
 from saes.comparison import EVERY_ARCHITECTURE, FUSED_ARCHITECTURES, assert_close
 from torch._subclasses.fake_tensor import FakeTensorMode
 from training.comparison import F, case
-from training.replays import Replays, has_recorded, recording_of
+from training.replays import Replays, recording_of
 
 import sae_lens_flex
 from sae_lens_flex.acceleration import dead_bound, recorded_steps
 from sae_lens_flex.acceleration.dead_bound import HORIZON, PERIOD, DeadBound, _Count
 from sae_lens_flex.acceleration.recorded_steps import RecordedSteps
 from sae_lens_flex.acceleration.whole_step import Moments, Settings, Trained, whole_step
+from sae_lens_flex.ops.kernels.adam import Adam
 from sae_lens_flex.ops.kernels.launch import Launch
 from sae_lens_flex.saes import fused_topk
+from sae_lens_flex.training import graph
 from sae_lens_flex.training.graph import ORDINARY_CALLS, Recorder
 from sae_lens_flex.training.matryoshka import widths_on
 from sae_lens_flex.training.requests import Inputs, WantedGradients, Weights
@@ -194,17 +196,52 @@ def test_every_step_is_the_ordinary_one(steps, architecture, autocast, fields) -
     assert recording_of(trainers[0].sae) is not None
 
 
-@pytest.mark.gpu
+@pytest.fixture
+def too_large(steps, monkeypatch) -> WholeSteps:
+    """Pairs of trainers whose steps are too large to be recorded."""
+    if steps.device == "cuda":
+        monkeypatch.setattr(graph, "MOST_RECORDED_WEIGHTS", 0)
+    else:
+        monkeypatch.setattr(fused_topk, "is_worth_recording", lambda *_, **__: False)
+        monkeypatch.setattr(recorded_steps, "is_worth_launching", lambda *_: True)
+    return steps
+
+
 @every_architecture
-def test_steps_too_large_to_be_recorded(architecture, monkeypatch) -> None:
-    monkeypatch.setattr(fused_topk, "is_worth_recording", lambda *_, **__: False)
-    steps = WholeSteps("cuda", monkeypatch)
-    trainers = steps.pair(architecture, autocast=True, dead_feature_window=2)
-    kinds = steps.check(trainers, 6)
-    assert kinds[0] == "ordinary"
+def test_steps_too_large_to_be_recorded_are_whole_ones(too_large, architecture) -> None:
+    trainers = too_large.pair(architecture, autocast=True, dead_feature_window=8)
+    for trainer in trainers:
+        trainer.cfg.logger.log_to_wandb = True
+        trainer.cfg.logger.wandb_log_frequency = 5
+    kinds = too_large.check(trainers, 11)
     assert set(kinds[1:]) == {"whole"}
-    assert max(steps.forms) > 0
-    assert not has_recorded(trainers[0].sae)
+    assert too_large.last.losses["auxiliary_reconstruction_loss"] > 0
+    assert trainers[0].sae._recorder is None
+
+
+def test_large_step_takes_few_latents_that_are_not_dead(too_large, monkeypatch) -> None:
+    taken = []
+
+    def noted(*arguments: Any, **options: Any) -> Any:
+        taken.append(arguments[-1])
+        return whole_step(*arguments, **options)
+
+    monkeypatch.setattr(recorded_steps, "whole_step", noted)
+    trainers = too_large.pair("flex_topk", dead_feature_window=22)
+    too_large.check(trainers, 26)
+    assert taken[0] == 0
+    assert taken[-1] == 20  # for 18 that are dead, with 4 as the least capacity
+
+
+def test_large_step_with_a_loss_for_each_width_is_ordinary_once_latents_are_dead(too_large) -> None:
+    fields = {"matryoshka_widths": [12, 33, 45, D_SAE], "use_matryoshka_aux_loss": True}
+    trainers = too_large.pair(
+        "flex_matryoshka_batchtopk", dead_feature_window=22, sae_fields=fields
+    )
+    kinds = too_large.check(trainers, 26)
+    assert kinds[1] == "whole"
+    assert kinds[-1] == "ordinary"
+    assert too_large.last.losses["auxiliary_reconstruction_loss"] > 0
 
 
 # --- dead latents
@@ -589,7 +626,7 @@ def test_no_shape_depends_on_the_data(monkeypatch, widths, by_width, most_dead) 
     # Tensors without values: whatever asks for one, or whose shape depends on one, raises.
     monkeypatch.setattr(Launch, "__call__", lambda *_: None)
     made = case(("triton", "cpu"), k=13, over_batch=True, widths=widths)
-    settings = Settings((0.9, 0.99), 1e-8, 0.0, False, False, 3, 1.0, by_width, 0.1)
+    settings = Settings(Adam((0.9, 0.99), 1e-8), 3, 1.0, by_width, 0.1)
     wanted = WantedGradients(*[True] * 4, *[False] * 3)
     widths_on.cache_clear()
     try:

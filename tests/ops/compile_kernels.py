@@ -44,7 +44,7 @@ JITFunction.run = compile_only
 
 from sae_lens_flex import ops  # noqa: E402
 from sae_lens_flex.ops import by_triton, kernels  # noqa: E402
-from sae_lens_flex.ops.kernels import copies, launch  # noqa: E402
+from sae_lens_flex.ops.kernels import adam, copies, launch  # noqa: E402
 from sae_lens_flex.training.requests import (  # noqa: E402
     Inputs,
     Spec,
@@ -93,6 +93,23 @@ def compile_step(
     inputs = Inputs(torch.zeros(B, D, dtype=dtype), torch.zeros(B, D))
     step(weights, inputs, spec, wanted=WantedGradients(*[True] * 7))
 
+
+def compile_adam(n_weights: int, **settings: Any) -> None:
+    weights = [
+        adam.Updated(*(torch.zeros(size) for _ in range(4)), torch.zeros(()))
+        for size in (F * D, F, F * D, D)[:n_weights]
+    ]
+    squares = adam.squares([each.gradient for each in weights])
+    adam.adam_(weights, squares, torch.ones(()), adam.Adam((0.9, 0.999), 1e-8, **settings))
+
+
+for n_weights in (1, 4):
+    for settings in (
+        {},
+        {"weight_decay": 0.1, "maximize": True},
+        {"weight_decay": 0.1, "decoupled_weight_decay": True},
+    ):
+        compile_adam(n_weights, **settings)
 
 for dtype in (torch.float32, torch.bfloat16):
     for is_deterministic in (False, True):
