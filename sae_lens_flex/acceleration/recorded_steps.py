@@ -86,7 +86,7 @@ class RecordedSteps:
             most_dead: what `most_dead` returned at this step.
         """
         sae, optimizer, shards = trainer.sae, trainer.optimizer, request.shards
-        # Each width may have all of the dead latents, so the loss would be of several times as many.
+        # Each width may have all dead latents, so its loss would be of several times as many.
         is_for_small_ones = most_dead > 0 and sae._auxiliary_by_width()
         # The SAE's recorder, so that it does not keep a recording of its own beside this one.
         recorder = sae._recorder_of(request, is_whole=not is_for_small_ones)
