@@ -227,7 +227,13 @@ def new_trainer(case: Case, sae: TrainingSAE[Any]) -> SAETrainer[Any, Any]:
         device=case.device,
         autocast=case.autocast,
     )
-    return SAETrainer(cfg=cfg, sae=sae, data_provider=iter(()))
+    trainer = SAETrainer(cfg=cfg, sae=sae, data_provider=iter(()))
+    if case.n_dead > 0:
+        # They do not fire again, so nobody has to mark them as dead anew in every step.
+        with torch.no_grad():
+            sae.get_parameter("b_enc")[: case.n_dead] -= 100
+        trainer.n_forward_passes_since_fired[: case.n_dead] = cfg.dead_feature_window + 1
+    return trainer
 
 
 def steps(case: Case, trainer: SAETrainer[Any, Any]) -> Callable[[], None]:
@@ -235,7 +241,6 @@ def steps(case: Case, trainer: SAETrainer[Any, Any]) -> Callable[[], None]:
     batches = new_batches(case)
 
     def step() -> None:
-        trainer.n_forward_passes_since_fired[: case.n_dead] = trainer.cfg.dead_feature_window + 1
         trainer.step(batches[trainer.n_training_steps % N_BATCHES])
         trainer.n_training_steps += 1
 

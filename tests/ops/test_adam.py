@@ -127,6 +127,18 @@ def test_steps_are_those_of_float64(settings, device) -> None:
 
 
 @on_kernel_devices
+def test_a_setting_may_be_an_integer(device) -> None:
+    # As torch's weight_decay is, 0. The kernel is compiled once for both.
+    first, second = weights_of(SHAPES, device), weights_of(SHAPES, device)
+    for updated, zeros in ((first, (0, 0.0)), (second, (0.0, 0))):
+        for step, zero in enumerate(zeros):
+            fill_gradients(updated, step, norm=1)
+            take_step(updated, Adam((0.9, 0.999), 1e-8, weight_decay=zero), 1e-2)
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one.weight, other.weight)
+
+
+@on_kernel_devices
 def test_averages_of_many_steps_stay_exact(device) -> None:
     # With two factors, 0.999 and 0.001 in float32, the average of equal squares would come out
     # wrong by up to 3e-5 of it.

@@ -128,11 +128,9 @@ def _step_of(
     for start in range(tl.program_id(0).to(tl.int64) * BLOCK, n, stride):
         i = start + tl.arange(0, BLOCK)
         mask = i < n
-        # The gradient is not read again, and the moments not until the next step. The weight is
-        # what the next step reads first.
-        g = tl.load(gradient + i, mask=mask, eviction_policy="evict_first").to(tl.float32)
-        m = tl.load(exp_avg + i, mask=mask, eviction_policy="evict_first").to(tl.float32)
-        v = tl.load(exp_avg_sq + i, mask=mask, eviction_policy="evict_first").to(tl.float32)
+        g = tl.load(gradient + i, mask=mask).to(tl.float32)
+        m = tl.load(exp_avg + i, mask=mask).to(tl.float32)
+        v = tl.load(exp_avg_sq + i, mask=mask).to(tl.float32)
         w = tl.load(weight + i, mask=mask).to(tl.float32)
         g *= clip
         if DECAY == "coupled":
@@ -142,8 +140,8 @@ def _step_of(
         m = _average(m, g, share1, IS_LONG1)
         v = _average(v, g * g, share2, IS_LONG2)
         w -= tl.div_rn(size * m, tl.sqrt_rn(v) * root + eps)
-        tl.store(exp_avg + i, m, mask=mask, eviction_policy="evict_first")
-        tl.store(exp_avg_sq + i, v, mask=mask, eviction_policy="evict_first")
+        tl.store(exp_avg + i, m, mask=mask)
+        tl.store(exp_avg_sq + i, v, mask=mask)
         tl.store(weight + i, w, mask=mask)
 
 
@@ -197,8 +195,13 @@ def _adam_kernel(
     )  # fmt: skip
 
 
+# One H200, 302 million weights, ms beside the 1.99 that the bytes take: blocks of 2048 with
+# evict_first on all but the weight 2.25, without any hint 2.08, with it on the weight too 2.08; of
+# 1024 and of 512 with the first hints 2.12 and 2.11. A program that walks several blocks: 2.25 to
+# 2.38. The squares, beside 0.28 for the bytes: 0.27 to 0.29 by blocks of 2048 to 8192 and 1024 to
+# 2048 programs. torch takes 0.44 for the norm and 3.06 for Adam.
 MOST_WEIGHTS = 4  # as many as an SAE has
-BLOCK = 2048
+BLOCK = 1024
 NUM_WARPS = 4
 MOST_PROGRAMS = 2**31 - 1
 SQUARES_BLOCK = 8192

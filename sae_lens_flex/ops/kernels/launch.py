@@ -105,6 +105,8 @@ class Launch:
 
         No program depends on the value of a float.
         """
+        # Triton compiles another program for an integer, as which a setting such as 0 may come.
+        floats = tuple(map(float, floats))
         if INTERPRETED:
             self._kernel[self._grid](*tensors, *floats, *self._ints, **self._constants)
             return
