@@ -132,7 +132,7 @@ class RecordedSteps:
                 request.inputs,
                 *arguments,
                 shards=shards,
-                before_update=lambda main: reports.append(sae._reported(request, main)),
+                before_update=lambda main, at: reports.append(sae._reported(request, main, at)),
             )
             (reported,), losses = reports, result.losses
         else:
