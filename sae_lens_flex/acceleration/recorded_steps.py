@@ -97,6 +97,9 @@ class RecordedSteps:
             if is_for_small_ones or not is_worth_launching(sae, request):
                 return None
             if most_dead > 0:
+                # In a window of a few steps nothing is known of how many latents are dead.
+                if self._n_dead == len(since_fired):
+                    return None
                 most_dead = LEAST_CAPACITY * cdiv(self._n_dead, LEAST_CAPACITY)
                 most_dead = min(most_dead, len(since_fired))
         (group,) = optimizer.param_groups
@@ -132,7 +135,7 @@ class RecordedSteps:
                 request.inputs,
                 *arguments,
                 shards=shards,
-                before_update=lambda main: reports.append(sae._reported(request, main)),
+                before_update=lambda main, at: reports.append(sae._reported(request, main, at)),
             )
             (reported,), losses = reports, result.losses
         else:

@@ -107,7 +107,7 @@ def whole_step(
     most_dead: int,
     *,
     shards: Whole = WHOLE,
-    before_update: Callable[[Reconstruction], None] = lambda main: None,
+    before_update: Callable[[Reconstruction, torch.Tensor], None] = lambda main, at: None,
 ) -> WholeStep:
     """Take a step.
 
@@ -119,12 +119,14 @@ def whole_step(
         most_dead: at least the number of dead latents, of several processes in the encoder of each;
             0 leaves out the loss on them.
         shards: of which process the tensors are.
-        before_update: is called with the reconstruction while the weights are those that it is of.
+        before_update: is called with the reconstruction, while the weights are those that it is of,
+            and with the `coordinates` of its code.
     """
     weights, since_fired = trained.weights, trained.since_fired
     with no_autocast(since_fired.device):
         main = reconstruct(weights, inputs, spec, wanted, shards)
-        before_update(main)
+        at = coordinates(main.code)
+        before_update(main, at)
         gradients, total = main.gradients, main.mse_loss
         auxiliary = torch.zeros_like(total)
         if most_dead > 0:
@@ -147,7 +149,6 @@ def whole_step(
             Threshold(trained.threshold, settings.threshold_lr).move(main.hidden_pre)
         *of_widths, mse = [main.mse_loss] if main.width_losses is None else main.width_losses
         losses = torch.stack((total, mse, auxiliary, *of_widths))
-        at = coordinates(main.code)
     return WholeStep(main._replace(gradients=Gradients()), losses, counts, at)
 
 

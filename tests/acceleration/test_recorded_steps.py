@@ -209,11 +209,11 @@ def too_large(steps, monkeypatch) -> WholeSteps:
 
 @every_architecture
 def test_steps_too_large_to_be_recorded_are_whole_ones(too_large, architecture) -> None:
-    trainers = too_large.pair(architecture, autocast=True, dead_feature_window=8)
+    trainers = too_large.pair(architecture, autocast=True, dead_feature_window=17)
     for trainer in trainers:
         trainer.cfg.logger.log_to_wandb = True
         trainer.cfg.logger.wandb_log_frequency = 5
-    kinds = too_large.check(trainers, 11)
+    kinds = too_large.check(trainers, 20)
     assert set(kinds[1:]) == {"whole"}
     assert too_large.last.losses["auxiliary_reconstruction_loss"] > 0
     assert trainers[0].sae._recorder is None
@@ -241,6 +241,12 @@ def test_large_step_with_a_loss_for_each_width_is_ordinary_once_latents_are_dead
     kinds = too_large.check(trainers, 26)
     assert kinds[1] == "whole"
     assert kinds[-1] == "ordinary"
+    assert too_large.last.losses["auxiliary_reconstruction_loss"] > 0
+
+
+def test_large_step_is_ordinary_where_all_latents_may_be_dead(too_large) -> None:
+    trainers = too_large.pair("flex_topk", dead_feature_window=2)
+    assert set(too_large.check(trainers, 5)) == {"ordinary"}
     assert too_large.last.losses["auxiliary_reconstruction_loss"] > 0
 
 

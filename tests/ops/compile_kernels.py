@@ -97,7 +97,7 @@ def compile_step(
 def compile_adam(n_weights: int, **settings: Any) -> None:
     weights = [
         adam.Updated(*(torch.zeros(size) for _ in range(4)), torch.zeros(()))
-        for size in (F * D, F, F * D, D)[:n_weights]
+        for size in (F * D, 1, F * D, D)[:n_weights]
     ]
     squares = adam.squares([each.gradient for each in weights])
     adam.adam_(weights, squares, torch.ones(()), adam.Adam((0.9, 0.999), 1e-8, **settings))
