@@ -16,6 +16,7 @@ from ..saes.budgets import (
     check_budget,
     check_budgets,
     doubling_budgets,
+    largest_budget,
 )
 from .batches import activations_of, draw_batches, no_store
 from .metrics import BudgetMetrics, BudgetSweep, Totals
@@ -135,7 +136,9 @@ def _choose_budgets(
 
     An SAE without a run-time budget gets one entry: its k, or None if it has none.
     """
-    k_of = {name: sae.cfg.k for name, sae in saes.items() if isinstance(sae, RuntimeBudget)}
+    k_of = {
+        name: largest_budget(sae) for name, sae in saes.items() if isinstance(sae, RuntimeBudget)
+    }
     means: list[MeanBudget] = []
     if budgets is not None:
         if not k_of:

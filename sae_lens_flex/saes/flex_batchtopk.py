@@ -130,6 +130,11 @@ class FlexBatchTopKTrainingSAE(WithoutBudget, FusedTopKTrainingSAE, BatchTopKTra
         self._threshold().move(acts_topk._values() if acts_topk.is_sparse else acts_topk)
 
     @override
+    def _check_config(self) -> None:
+        super()._check_config()
+        check_number("topk_threshold_lr", self.cfg.topk_threshold_lr)
+
+    @override
     def _threshold(self) -> Threshold:
         return Threshold(self.topk_threshold, self.cfg.topk_threshold_lr)
 

@@ -171,7 +171,7 @@ class HierarchicalTopKTrainingSAE(RuntimeBudget, FusedTopKTrainingSAE):
         weights = self._weights()
         x = shards.by_width(x)  # [B, D_r]
         output_map = OutputMap(*(None if m is None else shards.all_samples(m) for m in output_map))
-        b_dec = weights.b_dec[shards.own_width(self.cfg.d_in)]
+        b_dec = weights.b_dec[shards.own_width(len(weights.b_dec))]
         vals, target = self._decoding(code.values, x, output_map, b_dec)
         residuals = prefix_residuals(
             code.with_values(vals),
