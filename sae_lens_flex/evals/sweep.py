@@ -43,7 +43,8 @@ def sweep_budgets(
 ) -> BudgetSweep:
     """Measure SAEs at a list of budgets, every one on the same tokens.
 
-    It warns of an SAE that explains less of the variance with more latents.
+    It warns of an SAE that explains less of the variance with more latents, and of activations
+    that have no variance.
 
     An SAE with a run-time budget (`hierarchical_topk`) is encoded once a batch and measured at
     every budget. Any other SAE is measured once, as it is.
@@ -109,7 +110,14 @@ def sweep_budgets(
         raise ValueError("activations gave no token, expected at least one")
     rows = [total.metrics(name, budget) for (name, budget), total in totals.items()]
     for name in named:
-        _warn_of_fall([row for row in rows if row.sae == name and row.budget is not None])
+        if any(total.lacks_variance() for (of, _), total in totals.items() if of == name):
+            warnings.warn(
+                f"the activations of {name!r} have no variance, so its explained_variance means "
+                f"nothing: all {n_tokens} are equal",
+                stacklevel=3,
+            )
+        else:
+            _warn_of_fall([row for row in rows if row.sae == name and row.budget is not None])
     return BudgetSweep(rows, n_tokens)
 
 
