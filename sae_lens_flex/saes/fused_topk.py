@@ -381,6 +381,8 @@ class FusedTopKTrainingSAE(OwnNormalization, TopKTrainingSAE):
     def _check_config(self) -> None:
         """Raise a ValueError that names what was edited in the config to what it must not be.
 
+        Numbers of numpy and of torch become plain ones, which a saved config can hold.
+
         SAELens makes the functions that normalize when it makes the SAE. Edited later,
         `normalize_activations` has no effect on training, but a saved SAE would be loaded with what
         it then says.
@@ -395,7 +397,8 @@ class FusedTopKTrainingSAE(OwnNormalization, TopKTrainingSAE):
                 "settled when the SAE is made"
             )
         # At once: a run would else end much later, with the first dead latent.
-        if self._auxiliary_coefficient() != 0:
+        self.cfg.aux_loss_coefficient = self._auxiliary_coefficient()
+        if self.cfg.aux_loss_coefficient != 0:
             check_auxiliary_loss(self.cfg)
 
     def _auxiliary_coefficient(self) -> float:

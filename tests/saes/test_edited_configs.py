@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sae_lens.saes.sae import SAE
+from sae_lens.saes.sae import SAE, TrainingSAE
 from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
 
 from sae_lens_flex import HierarchicalTopKSAE, HierarchicalTopKSAEConfig, sweep_budgets
@@ -132,6 +132,41 @@ def test_an_impossible_edit_ends_the_next_step_and_is_named(
     dead = None if n_dead is None else dead_mask(n_dead)
     with pytest.raises(ValueError, match=rf"^(an element of )?{field} is "):
         sae.training_forward_pass(step_input(random_activations(), dead))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "fields"),
+    [
+        ("flex_topk", {"aux_loss_coefficient": np.float32(0.5)}),
+        ("flex_batchtopk", {"topk_threshold_lr": np.float64(0.5)}),
+        ("hierarchical_topk", {"k": np.int64(3), "budgets": np.array([1, 3])}),
+        ("hierarchical_topk", {"k": torch.tensor(3), "level_weights": torch.arange(3.0)}),
+        ("hierarchical_topk", {"budgets": torch.tensor([1, K]), "level_weights": np.ones(2)}),
+    ],
+    ids=str,
+)
+@either_path
+def test_edited_numbers_of_numpy_and_torch_are_saved(architecture, fields, path, tmp_path) -> None:
+    sae = trained_sae(architecture)
+    sae.use_fused_path = path
+    for field, value in fields.items():
+        setattr(sae.cfg, field, value)
+    run_step(sae, random_activations())
+    sae.save_model(tmp_path)
+    saved = TrainingSAE.load_from_disk(tmp_path).cfg
+    for field, value in fields.items():
+        expected = value.tolist() if hasattr(value, "tolist") else value
+        assert getattr(saved, field) == expected
+
+
+@pytest.mark.parametrize("k", [np.int64(3), np.float32(2.5)], ids=repr)
+@pytest.mark.parametrize("architecture", ["flex_batchtopk", "flex_matryoshka_batchtopk"])
+def test_a_mean_k_of_numpy_is_saved(architecture, k, tmp_path) -> None:
+    sae = trained_sae(architecture, k=k)
+    sae.save_model(tmp_path)
+    saved = TrainingSAE.load_from_disk(tmp_path).cfg
+    assert saved.k == k == sae.activation_fn.k
+    assert type(saved.k) is type(k.item())
 
 
 @pytest.mark.parametrize("architecture", ["flex_topk", "hierarchical_topk", "flex_batchtopk"])
