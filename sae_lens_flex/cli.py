@@ -29,15 +29,17 @@ from sae_lens.training._interruption import InterruptedException
 
 from . import __version__, train_flags
 from .acceleration import accelerate
+from .acceleration.resumption import check_checkpoint
 from .distributed import ShardedTrainingRunner
 from .distributed.processes import are_several, is_first_to_fail, is_rank_0, join
 from .distributed.runner import check_settings
-from .evals import sweep_budgets
+from .evals import mean_budget, sweep_budgets
 from .evals.batches import flat_activations
 from .evals.figures import check_can_write
 from .interruption import InterruptibleRunner, Stop, catching_signals, telling_what_is_saved
 from .ops.policy import uses_triton
-from .saes.budgets import RuntimeBudget, check_budgets
+from .saes.budgets import RuntimeBudget, check_budgets, doubling_budgets
+from .saes.checks import check_number
 from .saes.registration import TOPK_TRAINING_CLASSES
 from .sharing import SETTLED, export_topk, start_training, trained_with
 
@@ -210,6 +212,10 @@ def train(argv: list[str]) -> int:
     pretrained, flags = _pretrained(argv)
     cfg = train_flags.parse([*flags, *argv])
     _fit_buffer(cfg, argv)
+    if cfg.training_tokens < 1:
+        raise ValueError(f"--training_tokens is {cfg.training_tokens}, expected at least 1")
+    if cfg.resume_from_checkpoint is not None:
+        check_checkpoint(cfg.resume_from_checkpoint)
     sae = None if pretrained is None else _start(pretrained, cfg)
     del pretrained  # Its weights would take as much memory as the new SAE's.
     _make_paths_absolute(cfg)
@@ -414,10 +420,19 @@ def sweep(argv: list[str]) -> int:
     parser = _parser("sweep", "[flags]", SWEEP_DESCRIPTION, "my_sae --figure sweep.html")
     parser.add_argument(
         "--budgets",
-        type=int,
+        type=_budget,
         nargs="+",
         metavar="K",
         help="such as 1 8 64; default: 1, 2, 4, ... and k",
+    )
+    parser.add_argument(
+        "--mean-budgets",
+        type=_mean,
+        nargs="+",
+        default=[],
+        metavar="MEAN",
+        help="such as 8 12.5: latents kept on average, by one threshold; each is chosen on as many "
+        "batches as are measured, which come before those",
     )
     parser.add_argument("--model", help="language model; default: the one that the SAE names")
     parser.add_argument(
@@ -463,13 +478,17 @@ def sweep(argv: list[str]) -> int:
 
     _device(args.device)
     sae = _load(args.sae, args.sae_id, args.device)
-    if args.budgets is not None:
-        if not isinstance(sae, RuntimeBudget):
+    for flag, given in (("--budgets", args.budgets), ("--mean-budgets", args.mean_budgets)):
+        if given and not isinstance(sae, RuntimeBudget):
             parser.error(
-                f"argument --budgets: a {type(sae).__name__} takes no budget at run time; leave "
+                f"argument {flag}: a {type(sae).__name__} takes no budget at run time; leave "
                 "the flag out to measure it as it is"
             )
+    if args.budgets is not None:
         args.budgets = check_budgets("--budgets", args.budgets, sae.cfg.k)
+    for mean in args.mean_budgets:
+        if mean > sae.cfg.k:
+            parser.error(f"argument --mean-budgets: {mean:g}, expected up to k ({sae.cfg.k})")
     metadata = sae.cfg.metadata
     model_name = args.model or metadata.model_name
     dataset = args.dataset or metadata.dataset_path
@@ -504,12 +523,15 @@ def sweep(argv: list[str]) -> int:
                 text = datasets.load_dataset(dataset, split=args.split, streaming=True)
             store = ActivationsStore.from_sae(model, sae, dataset=text, device=args.device)
     first_pass = store.iterable_sequences
+    batches = {"n_batches": args.n_batches, "batch_size_prompts": args.batch_size_prompts}
+    means = [mean_budget(sae, store, mean, **batches) for mean in args.mean_budgets]
+    if means:
+        args.budgets = [*(args.budgets or doubling_budgets(sae.cfg.k)), *means]
     result = sweep_budgets(
         sae,
         store,
         budgets=args.budgets,
-        n_batches=args.n_batches,
-        batch_size_prompts=args.batch_size_prompts,
+        **batches,
         compute_ce_loss=not args.no_ce,
         compute_kl=args.kl,
     )
@@ -518,6 +540,8 @@ def sweep(argv: list[str]) -> int:
         origin = "the text that the SAE was trained on, from its beginning"
     else:
         origin = "from its beginning"
+    if means:
+        origin += f", after {len(means) * args.n_batches} batches that chose the thresholds"
     print(f"text: {dataset}, split {args.split}, {origin}")
     if store.iterable_sequences is not first_pass:
         print("The text ended and began again, so some of its tokens count more than once.")
@@ -615,6 +639,26 @@ def _not_empty(text: str) -> str:
 
 def _path(text: str) -> Path:
     return Path(_not_empty(text))
+
+
+def _budget(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise _no_number(text, "whole number") from None
+
+
+def _mean(text: str) -> float:
+    try:
+        return check_number("mean", float(text), is_positive=True)
+    except ValueError:
+        raise _no_number(text, "number above 0") from None
+
+
+def _no_number(text: str, kind: str) -> argparse.ArgumentTypeError:
+    several = " (give several with spaces between them, without quotes)"
+    hint = several if len(re.findall(r"[\d.]+", text)) > 1 else ""
+    return argparse.ArgumentTypeError(f"{text!r} is no {kind}{hint}")
 
 
 def _count(text: str) -> int:

@@ -22,7 +22,7 @@ from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig, TopKTrainingSAE
 from safetensors.torch import save_file
 
 from .evals import BudgetSweep
-from .saes.budgets import MeanBudget, check_budget, doubling_budgets
+from .saes.budgets import MeanBudget, check_budget, doubling_budgets, largest_budget
 from .saes.checks import check_integer
 from .saes.hierarchical_topk import (
     HierarchicalTopKSAE,
@@ -79,7 +79,7 @@ def export_topk(
         raise ValueError(
             f"budget is {budget!r}, expected a number of latents: `export_jumprelu` takes this one"
         )
-    budget = check_integer("budget", budget, sae.cfg.k, "k")
+    budget = check_integer("budget", budget, largest_budget(sae), "k")
     cfg = _export_config(TopKSAEConfig, sae, {"budget": budget}, k=budget)
     exported = TopKSAE(cfg)
     exported.load_state_dict(sae.state_dict())
@@ -121,7 +121,7 @@ def export_jumprelu(
             f"budget is {budget!r}, expected a MeanBudget, as `mean_budget` returns it: "
             "`export_topk` takes a number of latents"
         )
-    check_budget(budget, sae.cfg.k)
+    check_budget(budget, largest_budget(sae))
     cfg = _export_config(JumpReLUSAEConfig, sae, asdict(budget))
     exported = JumpReLUSAE(cfg)
     weights = _with_norms_folded(sae, sae.dtype)
@@ -162,7 +162,7 @@ def export_sparsify(
         NotADirectoryError: if `path` is a file, or lies below one.
     """
     path = _check_export(sae, path, SPARSIFY_WEIGHTS_FILENAME)
-    budget = check_integer("budget", budget, sae.cfg.k, "k")
+    budget = check_integer("budget", budget, largest_budget(sae), "k")
     for name in ("normalize_activations", "reshape_activations"):
         if getattr(sae.cfg, name) != "none":
             raise ValueError(

@@ -55,7 +55,10 @@ def _explained(message: str, argv: Sequence[str]) -> str:
         given = " ".join(_given(argv, flag, nargs="*"))
         numbers = re.split(r"[\s,;\[\]()]+", given.strip("[]() "))
         if all(re.fullmatch(r"[\d.eE+-]+", number) for number in numbers):
-            return f"{flag} is {given!r}, expected numbers with spaces: {flag} {' '.join(numbers)}"
+            return (
+                f"{flag} is {given!r}, expected numbers with spaces between them, without quotes: "
+                f"{flag} {' '.join(numbers)}"
+            )
     return message
 
 

@@ -140,6 +140,23 @@ def test_sweep_prints_and_writes_every_budget(
     assert "plotly" in (tmp_path / "new" / "far" / "sweep.html").read_text()
 
 
+def test_sweep_measures_mean_budgets_beside_fixed_ones(trained: Path, run, tmp_path: Path) -> None:
+    flags = ("sweep", trained, "--no-ce", "--n-batches", 2, "--batch-size-prompts", 4)
+    json_file = ("--json", tmp_path / "sweep.json")
+    result = run(*flags, *json_file, "--mean-budgets", 3, 1.5)
+    assert result.code == 0, result.err
+    sweep = BudgetSweep.from_json((tmp_path / "sweep.json").read_text())
+    assert [row.budget for row in sweep.metrics] == [1, 2, 4, 8, None, None]
+    for row, mean in zip(sweep.metrics[4:], (3, 1.5), strict=True):
+        assert row.threshold is not None
+        assert abs(row.l0 - mean) < 0.3 * mean  # It was chosen on other tokens.
+    assert "from its beginning, after 4 batches that chose the thresholds" in result.out
+    result = run(*flags, *json_file, "--budgets", 2, "--mean-budgets", 3)
+    assert result.code == 0, result.err
+    sweep = BudgetSweep.from_json((tmp_path / "sweep.json").read_text())
+    assert [row.budget for row in sweep.metrics] == [2, None]
+
+
 def test_sweep_measures_the_split_that_it_says(
     trained: Path, run, text_dir: Path, tmp_path: Path
 ) -> None:
@@ -372,6 +389,13 @@ def test_unknown_command_is_refused(command, run) -> None:
         ("sweep SAE --budgets 1 99", ["--budgets", "99"]),
         ("sweep SAE --budgets 0", ["--budgets", "0"]),
         ("sweep SAE --budgets 4 2", ["--budgets", "[4, 2]"]),
+        ("sweep SAE --budgets '1 4 8'", ["--budgets: '1 4 8' is no whole", "without quotes"]),
+        ("sweep SAE --budgets 1,4,8", ["--budgets: '1,4,8' is no whole", "spaces between them"]),
+        ("sweep SAE --mean-budgets '2 4.5'", ["--mean-budgets: '2 4.5'", "without quotes"]),
+        ("sweep SAE --mean-budgets 9", ["--mean-budgets: 9, expected up to k (8)"]),
+        ("sweep SAE --mean-budgets nan", ["--mean-budgets: 'nan' is no number above 0"]),
+        ("sweep SAE --mean-budgets 0", ["--mean-budgets: '0' is no number above 0"]),
+        ("sweep TOPK --mean-budgets 1", ["--mean-budgets", "TopKSAE"]),
         ("sweep SAE --n-batches 0", ["--n-batches", "0"]),
         ("sweep SAE --n-batches many", ["--n-batches", "many"]),
         ("sweep SAE --batch-size-prompts -1", ["--batch-size-prompts"]),
@@ -427,7 +451,7 @@ def test_wrong_arguments_are_refused(
     }
     for name, path in places.items():
         arguments = arguments.replace(name, str(path))
-    assert_refused(run(*arguments.split()), *words)
+    assert_refused(run(*shlex.split(arguments)), *words)
     assert not (tmp_path / "new").exists()
     assert SAE.load_from_disk(trained).cfg.architecture() == "hierarchical_topk"
 
@@ -546,7 +570,10 @@ def test_sae_that_does_not_say_what_it_reads_is_refused(
         ({"--architecture": "hierarchical_topK"}, ["did you mean hierarchical_topk?"]),
         ({"--budgets": "[1,4,8]"}, ["--budgets is '[1,4,8]'", "--budgets 1 4 8"]),
         ({"--budgets": "1,4,8"}, ["--budgets is '1,4,8'", "--budgets 1 4 8"]),
+        ({"--budgets": "1 4 8"}, ["--budgets is '1 4 8'", "without quotes: --budgets 1 4 8"]),
         ({"--level_weights": "1, 0.5"}, ["--level_weights 1 0.5"]),
+        ({"--training_tokens": 0}, ["--training_tokens is 0, expected at least 1"]),
+        ({"--resume_from_checkpoint": "MISSING"}, ["resume_from_checkpoint is", "there is none"]),
         ({"--budgets": "one"}, ["--budgets", "one"]),
         ({"--output_path": "FILE"}, ["file"]),
         ({"--device": "gpu"}, ["gpu"]),
@@ -637,6 +664,18 @@ def test_signal_ends_training_after_the_step_with_a_checkpoint_to_go_on_from(
     assert "differ" not in result.err
     assert torch.load(checkpoint / "trainer_state.pt")["n_training_steps"] == 3
     assert not torch.equal(SAE.load_from_disk(tmp_path / "sae").W_dec, before)
+    # Of what is changed meanwhile the run says what it does not take.
+    changed = flags | {"--resume_from_checkpoint": checkpoint.parent, "--lr": 1e-3}
+    assert_refused(run("train", *as_arguments(changed)), f"below it: {checkpoint}")
+    changed |= {"--resume_from_checkpoint": checkpoint, "--training_tokens": BATCH_SIZE}
+    nothing = (
+        f"^no step is left to take: training_tokens is {BATCH_SIZE}, .*{3 * BATCH_SIZE} tokens"
+    )
+    with (
+        pytest.warns(UserWarning, match=nothing),
+        pytest.warns(UserWarning, match=r"lr is 0\.003, not 0\.001"),
+    ):
+        assert run("train", *as_arguments(changed)).code == 0
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from .adam import FusedAdam
 from .language_model import run_with_cache
 from .mixing_buffer import mixing_buffer
 from .recorded_steps import forget_recordings_of_several
+from .resumption import LOAD_TRAINER_STATE, load_trainer_state
 from .tokens import tokenized_sequences
 from .trainer_step import train_step
 
@@ -83,6 +84,13 @@ _SEAMS = (
         "clipping within the optimizer's step, and one count of what fired",
         is_known=lambda theirs: fingerprint(theirs) == TRAIN_STEP,
     ),
+    _Seam(
+        sae_trainer.SAETrainer,
+        "load_trainer_state",
+        load_trainer_state,
+        "warnings of what a checkpoint decides",
+        is_known=lambda theirs: theirs is LOAD_TRAINER_STATE,
+    ),
     *(
         _Seam(
             module,
@@ -126,7 +134,7 @@ def accelerate() -> Iterator[None]:
 
     `MultiSAETrainingRunner`, `SAETrainer` and `MultiSAETrainer` go faster likewise, whatever their
     SAEs are. A step's results are SAELens's up to rounding, and checkpoints are interchangeable.
-    Six things change:
+    Seven things change:
 
     - A trainer that is made within the block has `torch.optim.Adam(fused=True)`, see `fused_adam`.
     - A trainer's step within the block clips the gradients in the pass in which Adam reads them.
@@ -162,6 +170,10 @@ def accelerate() -> Iterator[None]:
       a piece a layer. The model does not store keys and values for a next token, and under
       `compile_llm` uses attention's causal flag where transformers would make a mask. Activations
       are the same. With hooks of other people on the model it runs in SAELens's way.
+
+    - A run that goes on from a checkpoint is warned where SAELens loads other settings of the
+      optimizer and of the learning rate's schedule than the config's, and where no token is left to
+      train on. A `resume_from_checkpoint` that is no checkpoint names those in the folders below.
 
     After the block, also after an error, SAELens is as it was. A trainer that was made within it
     keeps its optimizer, a data loader that was begun within it its buffer and its way of reading,

@@ -8,7 +8,7 @@ import torch
 from sae_lens import ActivationsStore
 from transformer_lens.HookedTransformer import HookedRootModule  # pyright: ignore
 
-from ..saes.budgets import MeanBudget, RuntimeBudget
+from ..saes.budgets import MeanBudget, RuntimeBudget, largest_budget
 from ..saes.checks import check_number
 from ..saes.normalization import take_output_map
 from .batches import activations_of, draw_batches
@@ -62,7 +62,7 @@ def mean_budget(
             f"sae is a {type(sae).__name__}, expected an SAE with a run-time budget "
             "(hierarchical_topk)"
         )
-    k = sae.cfg.k
+    k = largest_budget(sae)
     if check_number("mean", mean, is_positive=True) > k:
         raise ValueError(f"mean is {mean!r}, expected a number up to k ({k})")
     batches, _ = draw_batches(

@@ -156,6 +156,10 @@ class BudgetSweep:
         return figure
 
 
+# Of the mean squared norm. SAELens sums a batch in float32, so a smaller variance is rounding.
+LEAST_VARIANCE = 1e-6
+
+
 class Totals:
     """Sums over the batches, for one SAE at one budget."""
 
@@ -194,6 +198,14 @@ class Totals:
         for name, value in metrics.items():
             self.sums[name] = self.sums.get(name, 0.0) + float(value.double().sum())
             self.counts[name] = self.counts.get(name, 0) + value.numel()
+
+    def lacks_variance(self) -> bool:
+        """Return whether the activations are equal up to the rounding of their sums."""
+        n, sum_x = self.variance.num_samples, self.variance.sum_x
+        assert sum_x is not None
+        mean_squared_norm = self.variance.sum_squared_norm / n
+        variance = mean_squared_norm - float((sum_x / n).square().sum())
+        return variance <= LEAST_VARIANCE * mean_squared_norm
 
     def metrics(self, sae: str, budget: Budget | None) -> BudgetMetrics:
         """Return the means over all tokens counted. At least one must have been."""

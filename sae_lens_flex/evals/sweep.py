@@ -16,6 +16,7 @@ from ..saes.budgets import (
     check_budget,
     check_budgets,
     doubling_budgets,
+    largest_budget,
 )
 from .batches import activations_of, draw_batches, no_store
 from .metrics import BudgetMetrics, BudgetSweep, Totals
@@ -42,7 +43,8 @@ def sweep_budgets(
 ) -> BudgetSweep:
     """Measure SAEs at a list of budgets, every one on the same tokens.
 
-    It warns of an SAE that explains less of the variance with more latents.
+    It warns of an SAE that explains less of the variance with more latents, and of activations
+    that have no variance.
 
     An SAE with a run-time budget (`hierarchical_topk`) is encoded once a batch and measured at
     every budget. Any other SAE is measured once, as it is.
@@ -108,7 +110,14 @@ def sweep_budgets(
         raise ValueError("activations gave no token, expected at least one")
     rows = [total.metrics(name, budget) for (name, budget), total in totals.items()]
     for name in named:
-        _warn_of_fall([row for row in rows if row.sae == name and row.budget is not None])
+        if any(total.lacks_variance() for (of, _), total in totals.items() if of == name):
+            warnings.warn(
+                f"the activations of {name!r} have no variance, so its explained_variance means "
+                f"nothing: all {n_tokens} are equal",
+                stacklevel=3,
+            )
+        else:
+            _warn_of_fall([row for row in rows if row.sae == name and row.budget is not None])
     return BudgetSweep(rows, n_tokens)
 
 
@@ -135,7 +144,9 @@ def _choose_budgets(
 
     An SAE without a run-time budget gets one entry: its k, or None if it has none.
     """
-    k_of = {name: sae.cfg.k for name, sae in saes.items() if isinstance(sae, RuntimeBudget)}
+    k_of = {
+        name: largest_budget(sae) for name, sae in saes.items() if isinstance(sae, RuntimeBudget)
+    }
     means: list[MeanBudget] = []
     if budgets is not None:
         if not k_of:

@@ -99,6 +99,11 @@ def check_budget(budget: Any, k: int) -> Budget:
     return budget
 
 
+def largest_budget(sae: SAE[Any]) -> int:
+    """Return the config's k, which may have been edited. Raise a ValueError if it is impossible."""
+    return check_integer("k", sae.cfg.k, len(sae.W_dec), "d_sae")
+
+
 class WithoutBudget:
     """Refuses a run-time budget, where SAELens's SAEs would take the attribute and ignore it."""
 
@@ -132,9 +137,9 @@ class RuntimeTopK(TopK):
         """What is kept.
 
         Raises:
-            ValueError: where the config's k was set below the budget.
+            ValueError: where the config's k was set below the budget, or to an impossible number.
         """
-        highest = self._sae[0].cfg.k
+        highest = largest_budget(self._sae[0])
         return highest if self._budget is None else check_budget(self._budget, highest)
 
     @property
@@ -198,7 +203,7 @@ class RuntimeBudget(OwnNormalization):
 
     @budget.setter
     def budget(self, budget: Budget) -> None:
-        budget = check_budget(budget, self.cfg.k)
+        budget = check_budget(budget, largest_budget(self))
         if isinstance(budget, MeanBudget) and not isinstance(self.activation_fn, RuntimeTopK):
             raise ValueError(
                 f"budget is {budget!r}, expected a number of latents: activation_fn was replaced "
@@ -232,10 +237,9 @@ class RuntimeBudget(OwnNormalization):
         """
         budget = whole_budget("encode_levels", self.budget)
         width = x.shape[-2:].numel() if self.hook_z_reshaping_mode else x.shape[-1]
-        if width != self.cfg.d_in:
-            raise ValueError(
-                f"x has shape {list(x.shape)}, expected {self.cfg.d_in} values an activation"
-            )
+        d_in = self.W_dec.shape[1]
+        if width != d_in:
+            raise ValueError(f"x has shape {list(x.shape)}, expected {d_in} values an activation")
         take_output_map(self)  # what an `encode` without a `decode` may have left
         acts, latents = self.encode(x).topk(budget)
         return acts, latents
@@ -278,7 +282,7 @@ class RuntimeBudget(OwnNormalization):
         vals = self._decode_coefficients(acts, latents)
         if output_map.scale is not None:
             vals = vals * output_map.scale
-        target = target.reshape(-1, self.cfg.d_in)
+        target = target.reshape(-1, self.W_dec.shape[1])
         allowed = tolerance * target.square().sum(-1)
         kept = torch.full_like(allowed, k, dtype=torch.int64)
         for level, residual in prefix_residuals(
@@ -292,7 +296,7 @@ class RuntimeBudget(OwnNormalization):
             kept = torch.where(reached, kept.clamp(max=level), kept)
         levels = torch.arange(k, device=x.device)
         acts = acts.where(levels < kept.view(*acts.shape[:-1], 1), 0)
-        return acts.new_zeros(*acts.shape[:-1], self.cfg.d_sae).scatter_(-1, latents, acts)
+        return acts.new_zeros(*acts.shape[:-1], len(self.W_dec)).scatter_(-1, latents, acts)
 
     @torch.no_grad()
     def decode_levels(
@@ -329,7 +333,7 @@ class RuntimeBudget(OwnNormalization):
 
         def reconstructions() -> Iterator[tuple[int, torch.Tensor]]:
             for budget, decoded in residuals:
-                decoded = decoded.to(self.dtype).view(*shape, self.cfg.d_in)
+                decoded = decoded.to(self.dtype).view(*shape, self.W_dec.shape[1])
                 decoded = output_map.apply(self.hook_sae_recons(decoded))
                 yield budget, self.reshape_fn_out(decoded, self.d_head)
 

@@ -15,6 +15,9 @@ from .normalization import PER_SAMPLE
 # With these normalizations SAELens's auxiliary loss raises as soon as a latent is dead.
 WITHOUT_AUXILIARY_LOSS = PER_SAMPLE
 
+# Fields that are true or false.
+SWITCHES = ("rescale_acts_by_decoder_norm", "apply_b_dec_to_input", "use_sparse_activations")
+
 
 def check_auxiliary_loss(cfg: TopKTrainingSAEConfig) -> None:
     """Raise a ValueError where a config has an auxiliary loss that its normalization rules out."""
@@ -103,9 +106,8 @@ class FusedTopKTrainingSAEConfig(TopKTrainingSAEConfig):
         self.d_in = check_integer("d_in", self.d_in)
         self.d_sae = check_integer("d_sae", self.d_sae)
         self._check_k()
-        check_bool("rescale_acts_by_decoder_norm", self.rescale_acts_by_decoder_norm)
-        check_bool("use_sparse_activations", self.use_sparse_activations)
-        check_bool("apply_b_dec_to_input", self.apply_b_dec_to_input)
+        for name in SWITCHES:
+            check_bool(name, getattr(self, name))
         if not isinstance(self.dtype, (str, torch.dtype)):
             raise ValueError(f"dtype is {self.dtype!r}, expected the name of one")
         self.dtype = dtype_to_str(str_to_dtype(self.dtype))  # raises on an unknown one

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -71,14 +72,15 @@ class FlexBatchTopKTrainingSAEConfig(FusedTopKTrainingSAEConfig, BatchTopKTraini
 
     @override
     def _check_k(self) -> None:
-        check_mean_k("k", self.k, self.d_sae)
+        self.k = check_mean_k("k", self.k, self.d_sae)
 
 
 def check_mean_k(name: str, k: Any, n_latents: int) -> float:
-    """Return a mean number of latents, or raise a ValueError that names it."""
-    if check_number(name, k, is_positive=True) > n_latents:
+    """Return a mean number of latents, an int as an int, or raise a ValueError that names it."""
+    number = check_number(name, k, is_positive=True)
+    if number > n_latents:
         raise ValueError(f"{name} is {k!r}, expected a number up to d_sae ({n_latents})")
-    return k
+    return int(k) if isinstance(k, Integral) else number
 
 
 class FlexBatchTopKTrainingSAE(WithoutBudget, FusedTopKTrainingSAE, BatchTopKTrainingSAE):
@@ -128,6 +130,12 @@ class FlexBatchTopKTrainingSAE(WithoutBudget, FusedTopKTrainingSAE, BatchTopKTra
             acts_topk: activations, [..., d_sae]; also a sparse COO tensor.
         """
         self._threshold().move(acts_topk._values() if acts_topk.is_sparse else acts_topk)
+
+    @override
+    def _check_config(self) -> None:
+        super()._check_config()
+        rate = check_number("topk_threshold_lr", self.cfg.topk_threshold_lr)
+        self.cfg.topk_threshold_lr = rate
 
     @override
     def _threshold(self) -> Threshold:

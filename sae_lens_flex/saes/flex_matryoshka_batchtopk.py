@@ -98,6 +98,22 @@ class FlexMatryoshkaBatchTopKTrainingSAE(FlexBatchTopKTrainingSAE, MatryoshkaBat
     config_class = FlexMatryoshkaBatchTopKTrainingSAEConfig
 
     @override
+    def _check_config(self) -> None:
+        super()._check_config()
+        check_bool("use_matryoshka_aux_loss", self.cfg.use_matryoshka_aux_loss)
+        widths, d_sae = self.cfg.matryoshka_widths, len(self.W_dec)
+        if (
+            not isinstance(widths, (list, tuple))
+            or not all(type(width) is int for width in widths)
+            or list(widths) != sorted({*widths, d_sae})
+            or widths[0] < 1
+        ):
+            raise ValueError(
+                f"matryoshka_widths is {widths!r}, expected ascending integers of at least 1 "
+                f"without repeats, the last d_sae ({d_sae})"
+            )
+
+    @override
     def _widths(self) -> tuple[int, ...]:
         return (*self.cfg.matryoshka_widths[:-1], len(self.W_dec))
 

@@ -27,8 +27,8 @@ from ..training.requests import Inputs, Spec, WantedGradients, Weights
 from ..training.shards import WHOLE, Whole
 from ..training.step import Reconstruction, begin_step, finish_step
 from ..training.threshold import Threshold
-from .checks import check_number, warn_of_other_settings
-from .configs import FusedTopKTrainingSAEConfig, check_auxiliary_loss
+from .checks import check_bool, check_number, warn_of_other_settings
+from .configs import SWITCHES, FusedTopKTrainingSAEConfig, check_auxiliary_loss
 from .fused_path import METHODS, OF_SAMPLES, hooked, replaced
 from .normalization import PER_SAMPLE, OutputMap, OwnNormalization, take_output_map
 
@@ -161,7 +161,7 @@ class FusedTopKTrainingSAE(OwnNormalization, TopKTrainingSAE):
         """Compute a training step's losses from activations of shape [batch, d_in]."""
         if self._takes_fused_path(step_input):
             return self._fused_training_forward_pass(step_input)
-        self._check_normalization()
+        self._check_config()
         return self._unfused_training_forward_pass(step_input)
 
     @override
@@ -204,7 +204,7 @@ class FusedTopKTrainingSAE(OwnNormalization, TopKTrainingSAE):
 
     def _request(self, step_input: TrainStepInput, shards: Whole = WHOLE) -> StepRequest:
         """Return what a fused step is to compute. It normalizes the activations."""
-        self._check_normalization()
+        self._check_config()
         x, weights = step_input.sae_in, self._weights()
         d_in = self.W_dec.shape[1]
         if x.shape[0] == 0 or x.shape[1] != d_in:
@@ -378,12 +378,17 @@ class FusedTopKTrainingSAE(OwnNormalization, TopKTrainingSAE):
             target = target - output_map.shift
         return Inputs(encoder_input, target, output_map.scale), output_map
 
-    def _check_normalization(self) -> None:
-        """Raise a ValueError if the config names another normalization than the SAE computes.
+    def _check_config(self) -> None:
+        """Raise a ValueError that names what was edited in the config to what it must not be.
 
-        SAELens makes the functions that normalize when it makes the SAE. Edited later, the field
-        has no effect on training, but a saved SAE would be loaded with what it then says.
+        Numbers of numpy and of torch become plain ones, which a saved config can hold.
+
+        SAELens makes the functions that normalize when it makes the SAE. Edited later,
+        `normalize_activations` has no effect on training, but a saved SAE would be loaded with what
+        it then says.
         """
+        for name in SWITCHES:
+            check_bool(name, getattr(self.cfg, name))
         made_with, now = self._normalization, self.cfg.normalize_activations
         # Of the others the SAE itself computes none: they are folded into the weights.
         if made_with != now and {made_with, now} & set(PER_SAMPLE) and made_with is not None:
@@ -391,13 +396,14 @@ class FusedTopKTrainingSAE(OwnNormalization, TopKTrainingSAE):
                 f"normalize_activations is {now!r} in the config, expected {made_with!r}: it is "
                 "settled when the SAE is made"
             )
+        # At once: a run would else end much later, with the first dead latent.
+        self.cfg.aux_loss_coefficient = self._auxiliary_coefficient()
+        if self.cfg.aux_loss_coefficient != 0:
+            check_auxiliary_loss(self.cfg)
 
     def _auxiliary_coefficient(self) -> float:
-        """Return what multiplies the loss on dead latents. Raises where there can be none."""
-        coefficient = check_number("aux_loss_coefficient", self.cfg.aux_loss_coefficient)
-        if coefficient != 0:
-            check_auxiliary_loss(self.cfg)
-        return coefficient
+        """Return what multiplies the loss on dead latents."""
+        return check_number("aux_loss_coefficient", self.cfg.aux_loss_coefficient)
 
     def _dead(self, mask: torch.Tensor | None) -> Dead | None:
         """Return the dead latents, which are known later, or None if there is no loss on them."""

@@ -137,6 +137,17 @@ class HierarchicalTopKTrainingSAE(RuntimeBudget, FusedTopKTrainingSAE):
     config_class = HierarchicalTopKTrainingSAEConfig
 
     @override
+    def _check_config(self) -> None:
+        super()._check_config()
+        cfg = self.cfg
+        cfg.k = k = self._step_k(0)
+        if cfg.budgets is not None:
+            cfg.budgets = check_trained_budgets(cfg.budgets, k)
+        if cfg.level_weights is not None:
+            n_budgets = k if cfg.budgets is None else len(cfg.budgets)
+            cfg.level_weights = check_level_weights(cfg.level_weights, n_budgets)
+
+    @override
     def _step_k(self, n_samples: int) -> int:
         return check_integer("k", self.cfg.k, len(self.W_dec), "d_sae")
 
@@ -171,7 +182,7 @@ class HierarchicalTopKTrainingSAE(RuntimeBudget, FusedTopKTrainingSAE):
         weights = self._weights()
         x = shards.by_width(x)  # [B, D_r]
         output_map = OutputMap(*(None if m is None else shards.all_samples(m) for m in output_map))
-        b_dec = weights.b_dec[shards.own_width(self.cfg.d_in)]
+        b_dec = weights.b_dec[shards.own_width(len(weights.b_dec))]
         vals, target = self._decoding(code.values, x, output_map, b_dec)
         residuals = prefix_residuals(
             code.with_values(vals),

@@ -22,6 +22,7 @@ from .trainers import new_trainer, take_steps
 PLACES = {
     "Adam": (sae_trainer, "Adam"),
     "_train_step": (SAETrainer, "_train_step"),
+    "load_trainer_state": (SAETrainer, "load_trainer_state"),
     "mixing_buffer of one": (activations_store, "mixing_buffer"),
     "mixing_buffer of several": (mixing_buffer, "mixing_buffer"),
     "sequences": (ActivationsStore, "_iterate_tokenized_sequences"),

@@ -1,6 +1,7 @@
 """Sweeps: the same tokens for every budget, SAELens's metrics, and clear errors."""
 
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -342,3 +343,18 @@ def test_model_without_a_tokenizer_raises_unless_tokens_are_given(
         sweep_budgets(sae, store, show_progress=False)
     sweep = sweep_budgets(sae, store, n_batches=1, exclude_special_tokens=[0], show_progress=False)
     assert sweep.n_tokens < BATCH_SIZE_PROMPTS * CONTEXT_SIZE
+
+
+@pytest.mark.parametrize("value", [0.0, 0.7, -300.0])
+@pytest.mark.parametrize("n", [1, 30])
+def test_activations_without_variance_are_told(value, n) -> None:
+    sae = make_sae()
+    x = torch.full((n, D_IN), value) + torch.arange(D_IN) * value
+    with pytest.warns(UserWarning, match=r"^the activations of 'sae' have no variance") as caught:
+        sweep_budgets(sae, x, show_progress=False)
+    assert len(caught) == 1
+    x[0] = 1 - x[0]
+    if n > 1:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*no variance")
+            sweep_budgets(sae, x, show_progress=False)
