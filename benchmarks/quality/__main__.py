@@ -44,7 +44,7 @@ from ..measuring import machine
 from .kinds import FAMILIES, SCHEMES, Kind, make_kind, make_plan
 from .processes import run_here, run_in_processes
 from .report import report
-from .sources import chosen_source, model_config
+from .sources import SYNTHETIC_TRAINING, chosen_source, model_config
 from .unit import Unit, chosen_rates
 from .worker import Training, Worker
 
@@ -119,7 +119,7 @@ def quick() -> None:
             ),
             (
                 "synthetic",
-                "--synthetic --features 512 --lr 3e-3 "
+                "--synthetic --features 512 --workers 2 --lr 3e-3 "
                 "--kinds doubling topk_8 batchtopk_2 matryoshka_2",
             ),
         ):
@@ -143,7 +143,9 @@ def main(argv: list[str]) -> None:
     source = unit.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", type=Path, help="a language model's directory; with --tokens")
     source.add_argument("--config", type=Path, help="the runner_cfg.json of a run of SAELens")
-    source.add_argument("--synthetic", action="store_true", help="known features")
+    source.add_argument(
+        "--synthetic", action="store_true", help="known features, by SynthSAEBench's settings"
+    )
     unit.add_argument("--features", type=int, help="known ones, four times the width")
     unit.add_argument("--tokens", type=Path, help="what benchmarks.quality.text wrote")
     unit.add_argument("--hook", default="model.layers.15")
@@ -170,6 +172,9 @@ def main(argv: list[str]) -> None:
     merge.add_argument("--name", required=True, help="of the result")
     merge.add_argument("--draw", nargs="+", help="series for the figure, such as even_corrected")
     args = parser.parse_args(argv)
+    if args.command == "train" and args.synthetic:
+        unit.set_defaults(**SYNTHETIC_TRAINING)
+        args = parser.parse_args(argv)
     if args.command == "train" and (args.model is None) != (args.tokens is None):
         parser.error("--model and --tokens go together")
     if args.command == "train" and args.workers < 1:

@@ -1,7 +1,7 @@
 """What a process does for a unit: it makes activations, and trains and measures SAEs on them."""
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -48,15 +48,6 @@ class Training:
         }
 
 
-def batches(x: torch.Tensor, size: int, seed: int) -> Iterator[torch.Tensor]:
-    """Yield batches of x [n, d_in] in a random order, another one in each epoch."""
-    generator = torch.Generator(x.device).manual_seed(seed)
-    while True:
-        for rows in torch.randperm(len(x), generator=generator, device=x.device).split(size):
-            if len(rows) == size:
-                yield x[rows].float()
-
-
 class Worker:
     """
     Args:
@@ -83,7 +74,7 @@ class Worker:
         sae = TrainingSAE.from_dict(
             {
                 "architecture": kind.architecture,
-                "d_in": self.source.train.shape[1],
+                "d_in": self.source.validation.shape[1],
                 "d_sae": training.d_sae,
                 "k": kind.k,
                 "device": training.device,
@@ -104,7 +95,7 @@ class Worker:
             **training.schedule(kind.longer),
         )
         with sae_lens_flex.accelerate():
-            trainer = SAETrainer(cfg, sae, batches(self.source.train, training.batch, seed))
+            trainer = SAETrainer(cfg, sae, self.source.batches(training.batch, seed))
             started = perf_counter()
             trainer.fit()
             if training.device.startswith("cuda"):
