@@ -56,7 +56,8 @@ def train(args: argparse.Namespace) -> None:
     """Train and measure a unit."""
     ends = monotonic() + args.seconds
     autocast = args.device.startswith("cuda")
-    training = Training(args.d_sae, args.samples, args.batch, args.device, autocast)
+    tuning = args.samples // 20 if args.tuning is None else args.tuning
+    training = Training(args.d_sae, args.samples, args.batch, args.device, autocast, tuning)
     head = {
         "date": datetime.date.today().isoformat(),
         "machine": machine(args.device),
@@ -166,11 +167,12 @@ def main(argv: list[str]) -> None:
     unit.add_argument("--lr", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3])
     unit.add_argument("--extensions", type=int, default=2, help="of the grid, where its edge wins")
     unit.add_argument("--rates-of", type=Path, nargs="+", help="units that chose them")
+    unit.add_argument("--tuning", type=int, help="samples; of --samples 5 %% if left out, 0: none")
     unit.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     merge = commands.add_parser("report", help="merge units into tables and a figure")
     merge.add_argument("units", type=Path, nargs="+")
     merge.add_argument("--name", required=True, help="of the result")
-    merge.add_argument("--draw", nargs="+", help="series for the figure, such as even_corrected")
+    merge.add_argument("--draw", nargs="+", help="series for the figure, such as even_tuned")
     args = parser.parse_args(argv)
     if args.command == "train" and args.synthetic:
         unit.set_defaults(**SYNTHETIC_TRAINING)

@@ -43,7 +43,7 @@ from sae_lens_flex import HierarchicalTopKTrainingSAEConfig
 from sae_lens_flex.evals.batches import ModelBatch, ModelRuns, tokens_to_ignore
 from sae_lens_flex.evals.metrics import Totals
 from sae_lens_flex.evals.reconstruction import reconstruct
-from sae_lens_flex.saes.budgets import Budget, MeanBudget, RuntimeBudget
+from sae_lens_flex.saes.budgets import Budget, RuntimeBudget
 
 # Activations whose norm is so many times the median are left out. In SmolLM2 these are BOS and some
 # separators; their squared norms would be most of what an SAE is trained on and measured by.
@@ -98,46 +98,6 @@ class Source(Protocol):
     def measure(self, sae: SAE[Any], budgets: list[Budget | None]) -> list[dict[str, Any]]:
         """Return the metrics of an SAE on the test, at each budget."""
         ...
-
-
-class Correction(NamedTuple):
-    """What makes g x_hat + s of a reconstruction x_hat: the gain g, and the shift s, [d_in]."""
-
-    gain: float
-    shift: torch.Tensor
-
-
-@torch.no_grad()
-def fit_corrections(
-    sae: SAE[Any], x: torch.Tensor, budgets: list[Budget | None]
-) -> dict[Budget | None, Correction]:
-    """Return the correction of each budget by which E|x - g x_hat - s|^2 is smallest.
-
-    One SAE for all budgets has one decoder bias, and a latent has one value whether many follow it
-    or none. An SAE at one budget takes its correction up in its weights: W_dec' = g W_dec,
-    b_dec' = g b_dec + s, and b_enc' = b_enc + (b_dec' - b_dec) W_enc where the encoder subtracts
-    b_dec.
-
-    Args:
-        sae: the SAE.
-        x: activations, [n, d_in].
-        budgets: to fit at.
-    """
-    mean_x = x.double().mean(0)
-    sums: dict[Budget | None, list[torch.Tensor]] = {}
-    for part in x.split(8192):
-        centred = part.double() - mean_x
-        for budget, reconstruction in reconstruct(sae, part, budgets):
-            x_hat = reconstruction.x_hat.double()
-            new = [x_hat.sum(0), x_hat.square().sum(), (x_hat * centred).sum()]
-            old = sums.get(budget)
-            sums[budget] = new if old is None else [a + b for a, b in zip(old, new, strict=True)]
-    corrections: dict[Budget | None, Correction] = {}
-    for budget, (total, squares, products) in sums.items():
-        mean = total / len(x)
-        gain = float(products / (squares - len(x) * mean.square().sum()))
-        corrections[budget] = Correction(gain, (mean_x - gain * mean).to(x.dtype))
-    return corrections
 
 
 def _dtype(device: torch.device) -> torch.dtype:
@@ -367,30 +327,18 @@ class LanguageModelSource:
 
     @torch.no_grad()
     def measure(self, sae: SAE[Any], budgets: list[Budget | None]) -> list[dict[str, Any]]:
-        """Return the metrics of an SAE on the test, at each budget, numbers corrected too."""
-        numbers = [budget for budget in budgets if not isinstance(budget, MeanBudget)]
-        corrections = fit_corrections(sae, self.validation, numbers)
-        totals: dict[tuple[Budget | None, bool], Totals] = {}
+        totals = {budget: Totals(sae) for budget in budgets}
         runs = ModelRuns(self.model, self.ignored, True, True, {}, max_norm=self.max_norm)
         for tokens in self.test.split(max(1, 16384 // self.test.shape[1])):
             batch = ModelBatch(tokens, [sae], runs)
             x = batch.activations(sae)
             for budget, reconstruction in reconstruct(sae, x, budgets):
-                versions = [(False, reconstruction)]
-                if budget in corrections:
-                    gain, shift = corrections[budget]
-                    corrected = reconstruction._replace(x_hat=gain * reconstruction.x_hat + shift)
-                    versions.append((True, corrected))
-                for is_corrected, version in versions:
-                    total = totals.setdefault((budget, is_corrected), Totals(sae))
-                    total.add(x, version, batch.mask)
-                    total.add_model_metrics(batch.model_metrics(sae, version.x_hat))
+                totals[budget].add(x, reconstruction, batch.mask)
+                totals[budget].add_model_metrics(batch.model_metrics(sae, reconstruction.x_hat))
         rows = []
-        for (budget, is_corrected), total in totals.items():
+        for budget, total in totals.items():
             row = asdict(total.metrics("", budget))
             row["ce_increase"] = row["ce_loss_with_sae"] - row["ce_loss_without_sae"]
-            if is_corrected:
-                row |= {"corrected": True, "gain": corrections[budget].gain}
             rows.append(row)
         return rows
 

@@ -14,6 +14,7 @@ from sae_lens.saes.sae import SAEMetadata, TrainingSAE
 from sae_lens.saes.topk_sae import TopKSAE
 
 import sae_lens_flex
+from sae_lens_flex import FlexTopKTrainingSAE, FlexTopKTrainingSAEConfig
 
 from .kinds import Kind
 from .sources import Source, budgets_of
@@ -30,6 +31,7 @@ class Training:
         batch (int): Activations in a batch.
         device (str): Where it runs.
         autocast (bool): Whether matrix products are in bfloat16.
+        tuning (int): Activations on which a decoder is trained on for each budget, 0 for none.
     """
 
     d_sae: int
@@ -37,6 +39,7 @@ class Training:
     batch: int
     device: str
     autocast: bool
+    tuning: int
 
     def schedule(self, longer: int = 1) -> dict[str, int]:
         """Return warm-up, decay, and after how many steps without firing a latent is dead."""
@@ -46,6 +49,42 @@ class Training:
             "lr_decay_steps": steps // 5,
             "dead_feature_window": max(1, steps // longer // 10),
         }
+
+
+def topk_with_free_decoder(sae: SAE[Any], k: int) -> FlexTopKTrainingSAE:
+    """Return a TopK SAE that reconstructs as this one does with k latents; its encoder is frozen.
+
+    Neither the decoder's norms nor b_dec have a part in its encoder. So what it encodes stays the
+    same whatever its decoder becomes. The decoder's rows begin with norm 1 where norms were folded.
+
+    Args:
+        sae: a TopK SAE, or one of `hierarchical_topk`.
+        k: latents to keep.
+    """
+    weights = {name: each.detach().clone() for name, each in sae.state_dict().items()}
+    if sae.cfg.rescale_acts_by_decoder_norm:
+        norms = weights["W_dec"].norm(dim=-1)
+        weights["W_enc"] *= norms
+        weights["b_enc"] *= norms
+        weights["W_dec"] /= norms[:, None]
+    if sae.cfg.apply_b_dec_to_input:
+        weights["b_enc"] -= weights["b_dec"] @ weights["W_enc"]
+    topk = FlexTopKTrainingSAE(
+        FlexTopKTrainingSAEConfig(
+            d_in=sae.cfg.d_in,
+            d_sae=sae.cfg.d_sae,
+            k=k,
+            device=sae.cfg.device,
+            apply_b_dec_to_input=False,
+            rescale_acts_by_decoder_norm=False,
+            aux_loss_coefficient=0,  # it would revive latents through their encoder
+            metadata=sae.cfg.metadata,
+        )
+    )
+    topk.load_state_dict(weights)
+    topk.W_enc.requires_grad_(False)
+    topk.b_enc.requires_grad_(False)
+    return topk
 
 
 class Worker:
@@ -84,23 +123,8 @@ class Worker:
             }
         )
         sae.cfg.metadata = SAEMetadata(**self.source.metadata)
-        cfg = SAETrainerConfig(
-            total_training_samples=kind.longer * training.samples,
-            train_batch_size_samples=training.batch,
-            lr=lr,
-            lr_end=lr / 10,
-            device=training.device,
-            autocast=training.autocast,
-            n_batches_for_norm_estimate=20,
-            **training.schedule(kind.longer),
-        )
-        with sae_lens_flex.accelerate():
-            trainer = SAETrainer(cfg, sae, self.source.batches(training.batch, seed))
-            started = perf_counter()
-            trainer.fit()
-            if training.device.startswith("cuda"):
-                torch.cuda.synchronize()
-            seconds = perf_counter() - started
+        samples, schedule = kind.longer * training.samples, training.schedule(kind.longer)
+        trainer, seconds = self._fit(sae, samples, lr, seed, schedule)
         # For BatchTopK only saving and loading makes the SAE that a user gets.
         trainer.sae.save_inference_model(path)
         variances = self._validate(self._load(path), kind)
@@ -115,8 +139,65 @@ class Worker:
             "validation_at_budgets": variances,
         }
 
-    def measure(self, kind: Kind, path: Path) -> list[dict[str, Any]]:
-        """Return the metrics on the test at every budget, and at thresholds of the same means."""
+    def _fit(
+        self, sae: TrainingSAE[Any], samples: int, lr: float, seed: int, schedule: dict[str, int]
+    ) -> tuple[SAETrainer[Any, Any], float]:
+        """Train an SAE by SAELens's trainer. Return the trainer and how many seconds it took."""
+        training = self.training
+        cfg = SAETrainerConfig(
+            total_training_samples=samples,
+            train_batch_size_samples=training.batch,
+            lr=lr,
+            lr_end=lr / 10,
+            device=training.device,
+            autocast=training.autocast,
+            n_batches_for_norm_estimate=20,
+            **schedule,
+        )
+        with sae_lens_flex.accelerate():
+            trainer = SAETrainer(cfg, sae, self.source.batches(training.batch, seed))
+            started = perf_counter()
+            trainer.fit()
+            if training.device.startswith("cuda"):
+                torch.cuda.synchronize()
+            return trainer, perf_counter() - started
+
+    def _tuned(self, sae: SAE[Any], budget: int, known: dict[str, Any], path: Path) -> SAE[Any]:
+        """Return a TopK SAE with the encoder of this one, and its decoder trained on for a budget.
+
+        Args:
+            sae: of `hierarchical_topk`.
+            budget: latents that the TopK SAE keeps.
+            known: what `train` returned of the SAE.
+            path: a directory for the TopK SAE.
+        """
+        gc.collect()
+        steps = self.training.tuning // self.training.batch
+        topk = topk_with_free_decoder(sae, budget)
+        self._fit(
+            topk,
+            self.training.tuning,
+            known["lr"],
+            known["seed"] + 1,  # other batches than those that it saw last
+            {
+                "lr_warm_up_steps": steps // 20,
+                "lr_decay_steps": steps - steps // 20,
+                "dead_feature_window": steps + 1,
+            },
+        )
+        topk.save_inference_model(path)
+        return self._load(path)
+
+    def measure(self, kind: Kind, known: dict[str, Any], path: Path) -> list[dict[str, Any]]:
+        """Return the metrics on the test at every budget, and at thresholds of the same means.
+
+        Of one SAE for all budgets also those with a decoder that is trained on for each of them.
+
+        Args:
+            kind: of the SAE.
+            known: what `train` returned.
+            path: where it lies.
+        """
         sae = self._load(path)
         if isinstance(sae, TopKSAE) and len(kind.budgets) > 1 and kind.architecture == "flex_topk":
             sae = sae_lens_flex.from_topk(sae)
@@ -135,6 +216,11 @@ class Worker:
         for row in rows:
             if row["threshold"] is not None:
                 row["mean"] = means[row["threshold"]]
+        if kind.architecture == "hierarchical_topk" and self.training.tuning:
+            for k in kind.budgets:
+                tuned = self._tuned(sae, k, known, path / f"tuned_{k}")
+                (row,) = self.source.measure(tuned, [None])
+                rows.append(row | {"budget": k, "tuned": self.training.tuning})
         return rows
 
     def _load(self, path: Path) -> Any:
