@@ -51,7 +51,7 @@ def test_tuning_changes_the_decoder_only_and_explains_more(tmp_path):
         assert tuned[k]["l0"] == plain[k]["l0"]
         assert tuned[k]["explained_variance"] > plain[k]["explained_variance"]
     sae = worker._load(tmp_path)
-    again = worker._load(tmp_path / "tuned_2")
+    again = worker._load(tmp_path / "tuned_2" / f"{tuned[2]['tuning_lr']:g}")
     expected = topk_with_free_decoder(sae, 2)
     assert torch.equal(again.W_enc, expected.W_enc)
     assert torch.equal(again.b_enc, expected.b_enc)

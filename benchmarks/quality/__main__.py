@@ -56,7 +56,7 @@ def train(args: argparse.Namespace) -> None:
     """Train and measure a unit."""
     ends = monotonic() + args.seconds
     autocast = args.device.startswith("cuda")
-    tuning = args.samples // 20 if args.tuning is None else args.tuning
+    tuning = max(args.samples // 20, args.batch) if args.tuning is None else args.tuning
     training = Training(args.d_sae, args.samples, args.batch, args.device, autocast, tuning)
     head = {
         "date": datetime.date.today().isoformat(),
@@ -120,7 +120,7 @@ def quick() -> None:
             ),
             (
                 "synthetic",
-                "--synthetic --features 512 --workers 2 --lr 3e-3 "
+                "--synthetic --features 512 --lr 3e-3 "
                 "--kinds doubling topk_8 batchtopk_2 matryoshka_2",
             ),
         ):
@@ -181,6 +181,10 @@ def main(argv: list[str]) -> None:
         parser.error("--model and --tokens go together")
     if args.command == "train" and args.workers < 1:
         parser.error(f"--workers is {args.workers}, expected 1 or more")
+    if args.command == "train" and (args.activations or args.samples) < args.batch:
+        parser.error(f"--batch is {args.batch}, expected no more than there are activations")
+    if args.command == "train" and args.tuning and args.tuning < args.batch:
+        parser.error(f"--tuning is {args.tuning}, expected 0 or --batch ({args.batch}) at least")
     if args.command == "train":
         train(args)
     else:

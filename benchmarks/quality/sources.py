@@ -465,7 +465,6 @@ class SyntheticSource:
         starts = torch.cat([ends.new_zeros(1), ends])
         return self.parts.joined("values"), self.parts.joined("features"), starts
 
-    @torch.no_grad()
     def batches(self, size: int, seed: int) -> Iterator[torch.Tensor]:
         """Yield the batches in a random order, another one in each epoch.
 
@@ -473,14 +472,15 @@ class SyntheticSource:
         """
         values, features, starts = self._train
         bounds = starts[::size].tolist()
-        dictionary = self.model.feature_dict
+        vectors = self.model.feature_dict.feature_vectors.detach()
+        bias = self.model.feature_dict.bias.detach()
         generator = torch.Generator().manual_seed(seed)
         while True:
             for number in torch.randperm(len(bounds) - 1, generator=generator).tolist():
                 start, stop = bounds[number], bounds[number + 1]
-                yield dictionary.bias + embedding_bag(
+                yield bias + embedding_bag(
                     features[start:stop].int(),
-                    dictionary.feature_vectors,
+                    vectors,
                     (starts[number * size : (number + 1) * size] - start).int(),
                     mode="sum",
                     per_sample_weights=values[start:stop],

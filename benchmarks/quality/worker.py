@@ -127,7 +127,8 @@ class Worker:
         trainer, seconds = self._fit(sae, samples, lr, seed, schedule)
         # For BatchTopK only saving and loading makes the SAE that a user gets.
         trainer.sae.save_inference_model(path)
-        variances = self._validate(self._load(path), kind)
+        budgets = kind.budgets if kind.architecture == "hierarchical_topk" else None
+        variances = self._validate(self._load(path), budgets)
         return {
             "kind": kind.name,
             "architecture": kind.architecture,
@@ -162,31 +163,37 @@ class Worker:
                 torch.cuda.synchronize()
             return trainer, perf_counter() - started
 
-    def _tuned(self, sae: SAE[Any], budget: int, known: dict[str, Any], path: Path) -> SAE[Any]:
+    def _tuned(
+        self, sae: SAE[Any], budget: int, known: dict[str, Any], path: Path
+    ) -> tuple[SAE[Any], float]:
         """Return a TopK SAE with the encoder of this one, and its decoder trained on for a budget.
+
+        The learning rate is returned, too: that of the SAE or a quarter of it, whichever explains
+        more of the validation activations.
 
         Args:
             sae: of `hierarchical_topk`.
             budget: latents that the TopK SAE keeps.
             known: what `train` returned of the SAE.
-            path: a directory for the TopK SAE.
+            path: a directory for the TopK SAEs.
         """
-        gc.collect()
         steps = self.training.tuning // self.training.batch
-        topk = topk_with_free_decoder(sae, budget)
-        self._fit(
-            topk,
-            self.training.tuning,
-            known["lr"],
-            known["seed"] + 1,  # other batches than those that it saw last
-            {
-                "lr_warm_up_steps": steps // 20,
-                "lr_decay_steps": steps - steps // 20,
-                "dead_feature_window": steps + 1,
-            },
-        )
-        topk.save_inference_model(path)
-        return self._load(path)
+        schedule = {
+            "lr_warm_up_steps": steps // 20,
+            "lr_decay_steps": steps - steps // 20,
+            "dead_feature_window": steps + 1,
+        }
+        tried = []
+        for lr in (known["lr"], known["lr"] / 4):
+            gc.collect()
+            topk = topk_with_free_decoder(sae, budget)
+            # Another seed than its own: else the batches that it saw first would come again.
+            self._fit(topk, self.training.tuning, lr, known["seed"] + 1000, schedule)
+            topk.save_inference_model(path / f"{lr:g}")
+            tuned = self._load(path / f"{lr:g}")
+            tried.append((self._validate(tuned, None)[0], tuned, lr))
+        _, tuned, lr = max(tried, key=lambda each: each[0])
+        return tuned, lr
 
     def measure(self, kind: Kind, known: dict[str, Any], path: Path) -> list[dict[str, Any]]:
         """Return the metrics on the test at every budget, and at thresholds of the same means.
@@ -218,17 +225,16 @@ class Worker:
                 row["mean"] = means[row["threshold"]]
         if kind.architecture == "hierarchical_topk" and self.training.tuning:
             for k in kind.budgets:
-                tuned = self._tuned(sae, k, known, path / f"tuned_{k}")
+                tuned, lr = self._tuned(sae, k, known, path / f"tuned_{k}")
                 (row,) = self.source.measure(tuned, [None])
-                rows.append(row | {"budget": k, "tuned": self.training.tuning})
+                rows.append(row | {"budget": k, "tuned": self.training.tuning, "tuning_lr": lr})
         return rows
 
     def _load(self, path: Path) -> Any:
         return SAE.load_from_disk(path, device=self.training.device)
 
-    def _validate(self, sae: Any, kind: Kind) -> list[float]:
-        """Return the explained variance at each budget, whose mean decides a learning rate."""
-        budgets = kind.budgets if kind.architecture == "hierarchical_topk" else None
+    def _validate(self, sae: Any, budgets: list[int] | None) -> list[float]:
+        """Return the explained variance at each budget, by which a learning rate is chosen."""
         rows = sae_lens_flex.sweep_budgets(
             sae, self.source.validation.split(8192), budgets=budgets, show_progress=False
         ).metrics
