@@ -44,7 +44,7 @@ from ..measuring import machine
 from .kinds import FAMILIES, SCHEMES, Kind, make_kind, make_plan
 from .processes import run_here, run_in_processes
 from .report import report
-from .sources import chosen_source, model_config
+from .sources import SYNTHETIC_TRAINING, chosen_source, model_config
 from .unit import Unit, chosen_rates
 from .worker import Training, Worker
 
@@ -56,7 +56,8 @@ def train(args: argparse.Namespace) -> None:
     """Train and measure a unit."""
     ends = monotonic() + args.seconds
     autocast = args.device.startswith("cuda")
-    training = Training(args.d_sae, args.samples, args.batch, args.device, autocast)
+    tuning = max(args.samples // 20, args.batch) if args.tuning is None else args.tuning
+    training = Training(args.d_sae, args.samples, args.batch, args.device, autocast, tuning)
     head = {
         "date": datetime.date.today().isoformat(),
         "machine": machine(args.device),
@@ -143,7 +144,9 @@ def main(argv: list[str]) -> None:
     source = unit.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", type=Path, help="a language model's directory; with --tokens")
     source.add_argument("--config", type=Path, help="the runner_cfg.json of a run of SAELens")
-    source.add_argument("--synthetic", action="store_true", help="known features")
+    source.add_argument(
+        "--synthetic", action="store_true", help="known features, by SynthSAEBench's settings"
+    )
     unit.add_argument("--features", type=int, help="known ones, four times the width")
     unit.add_argument("--tokens", type=Path, help="what benchmarks.quality.text wrote")
     unit.add_argument("--hook", default="model.layers.15")
@@ -164,16 +167,24 @@ def main(argv: list[str]) -> None:
     unit.add_argument("--lr", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3])
     unit.add_argument("--extensions", type=int, default=2, help="of the grid, where its edge wins")
     unit.add_argument("--rates-of", type=Path, nargs="+", help="units that chose them")
+    unit.add_argument("--tuning", type=int, help="samples; of --samples 5 %% if left out, 0: none")
     unit.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     merge = commands.add_parser("report", help="merge units into tables and a figure")
     merge.add_argument("units", type=Path, nargs="+")
     merge.add_argument("--name", required=True, help="of the result")
-    merge.add_argument("--draw", nargs="+", help="series for the figure, such as even_corrected")
+    merge.add_argument("--draw", nargs="+", help="series for the figure, such as even_tuned")
     args = parser.parse_args(argv)
+    if args.command == "train" and args.synthetic:
+        unit.set_defaults(**SYNTHETIC_TRAINING)
+        args = parser.parse_args(argv)
     if args.command == "train" and (args.model is None) != (args.tokens is None):
         parser.error("--model and --tokens go together")
     if args.command == "train" and args.workers < 1:
         parser.error(f"--workers is {args.workers}, expected 1 or more")
+    if args.command == "train" and (args.activations or args.samples) < args.batch:
+        parser.error(f"--batch is {args.batch}, expected no more than there are activations")
+    if args.command == "train" and args.tuning and args.tuning < args.batch:
+        parser.error(f"--tuning is {args.tuning}, expected 0 or --batch ({args.batch}) at least")
     if args.command == "train":
         train(args)
     else:

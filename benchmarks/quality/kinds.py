@@ -153,5 +153,9 @@ def make_kind(name: str, k: int, d_sae: int, budgets: list[int], longer: int = 1
     architecture, fields = "flex_batchtopk", {}
     if family == "matryoshka":
         architecture = "flex_matryoshka_batchtopk"
-        fields = {"matryoshka_widths": [d_sae // n for n in (16, 8, 4, 2, 1)]}
+        # As in SynthSAEBench (arXiv 2602.14687), whose SAEs have 4096 latents.
+        fields = {
+            "matryoshka_widths": [d_sae // n for n in (32, 8, 2, 1)],
+            "use_matryoshka_aux_loss": True,
+        }
     return Kind(full_name, architecture, own, [own], fields, longer)

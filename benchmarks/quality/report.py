@@ -38,9 +38,19 @@ METRICS = [
     ("dead_in_training", "latents that died in training", 0),
     ("seconds", "seconds of training", 1),
 ]
+# What is said beside TopK's: the difference to so many digits, or where there is None, the ratio.
+BESIDE = [
+    ("explained_variance", "explained variance", 4),
+    ("ce_increase", "ce_increase times TopK's", None),
+    ("kl_div_with_sae", "kl_div_with_sae times TopK's", None),
+    ("f1_score", "F1", 4),
+    ("mcc", "MCC", 4),
+    ("features_found", "true features found", 0),
+    ("uniqueness", "uniqueness", 4),
+]
 OF_AN_SAE = ("dead_in_training", "seconds")
-# The end of a series' name where each budget has its correction.
-CORRECTED = "_corrected"
+# The end of a series' name where the decoder was trained on for each budget.
+TUNED = "_tuned"
 # The end where one threshold keeps k latents on average.
 THRESHOLD = "_threshold"
 
@@ -56,23 +66,23 @@ def rows_of(measured: list[dict[str, Any]]) -> list[tuple[str, int, dict[str, An
         longer = f"_x{one['longer']}" if "longer" in one else ""
         for row in one["metrics"]:
             row = row | {name: one[name] for name in OF_AN_SAE}
-            corrected = CORRECTED if row.get("corrected") else ""
+            tuned = TUNED if row.get("tuned") else ""
             if row.get("threshold") is not None:
                 rows.append((one["kind"] + THRESHOLD, row["mean"], row))
                 continue
             if family not in FAMILIES:
-                rows.append((one["kind"] + corrected, row["budget"], row))
+                rows.append((one["kind"] + tuned, row["budget"], row))
                 continue
             budget = row["budget"] or one["k"]
             is_cut = budget != one["k"] and family == "topk"
             series = "topk_cut" if is_cut else family
-            rows.append((series + longer + corrected, budget if is_cut else one["k"], row))
+            rows.append((series + longer + tuned, budget if is_cut else one["k"], row))
     return rows
 
 
 def split(series: str) -> tuple[str, int]:
     """Return a series' name without suffixes, and how many times as long it was trained."""
-    name, _, longer = series.removesuffix(CORRECTED).removesuffix(THRESHOLD).partition("_x")
+    name, _, longer = series.removesuffix(TUNED).removesuffix(THRESHOLD).partition("_x")
     return name, int(longer or 1)
 
 
@@ -81,8 +91,8 @@ def label(series: str) -> str:
     parts = [NAMES[name]]
     if longer > 1:
         parts.append(f"{longer} times as long")
-    if series.endswith(CORRECTED):
-        parts.append("corrected")
+    if series.endswith(TUNED):
+        parts.append("decoder tuned")
     if series.endswith(THRESHOLD):
         parts.append("one threshold")
     return ", ".join(parts)
@@ -111,7 +121,7 @@ def table(measured: list[dict[str, Any]], metric: str, digits: int) -> str:
         values = {
             name: each
             for name, each in values.items()
-            if split(name)[0] != "topk_cut" and not name.endswith((CORRECTED, THRESHOLD))
+            if split(name)[0] != "topk_cut" and not name.endswith((TUNED, THRESHOLD))
         }
     budgets = sorted({budget for series in values.values() for budget in series})
     lines = [
@@ -125,29 +135,21 @@ def table(measured: list[dict[str, Any]], metric: str, digits: int) -> str:
 
 
 def beside_topk(measured: list[dict[str, Any]]) -> str:
-    """Say at which k each scheme is worse than TopK trained for that k, and by how much.
-
-    Where the scheme's budgets are corrected, TopK is, too.
-    """
+    """Say at which k each scheme is worse than TopK trained for that k, and by how much."""
     lines = []
-    values = {
-        metric: values_of(measured, metric)
-        for metric in ("explained_variance", "ce_increase", "kl_div_with_sae")
-    }
-    for scheme in values["explained_variance"]:
+    of_all = [(values_of(measured, metric), title, digits) for metric, title, digits in BESIDE]
+    for scheme in of_all[0][0]:
         if split(scheme)[0] not in SCHEMES:
             continue
-        topk = "topk" + (CORRECTED if scheme.endswith(CORRECTED) else "")
         parts = []
-        for metric, series in values.items():
-            one, other = series.get(scheme, {}), series.get(topk, {})
+        for values, title, digits in of_all:
+            one, other = values.get(scheme, {}), values.get("topk", {})
             pairs = [(k, mean(one[k]), mean(other[k])) for k in sorted(one.keys() & other.keys())]
-            if pairs and metric == "explained_variance":
-                each = ", ".join(f"{k}: {a - b:+.4f}" for k, a, b in pairs)
-                parts.append(f"explained variance {each}")
-            elif pairs:
-                each = ", ".join(f"{k}: {a / b:.2f}" for k, a, b in pairs)
-                parts.append(f"{metric} times TopK's {each}")
+            if pairs:
+                is_ratio = digits is None
+                each = [f"{a / b:.2f}" if is_ratio else f"{a - b:+.{digits}f}" for _, a, b in pairs]
+                cells = ", ".join(f"{k}: {cell}" for (k, *_), cell in zip(pairs, each, strict=True))
+                parts.append(f"{title} {cells}")
         if parts:
             lines.append(f"- {label(scheme)}: " + "; ".join(parts))
     return "\n".join(lines)
@@ -158,7 +160,7 @@ def draw(measured: list[dict[str, Any]], drawn: list[str] | None = None) -> go.F
 
     Args:
         measured: the results.
-        drawn: the series, such as "even_corrected" or "even_threshold". None draws those without
+        drawn: the series, such as "even_tuned" or "even_threshold". None draws those without
             such an end.
     """
     panels = [("explained_variance", "explained variance")]
@@ -170,7 +172,7 @@ def draw(measured: list[dict[str, Any]], drawn: list[str] | None = None) -> go.F
     colors = dict(zip(NAMES, _COLORS, strict=True))
     for column, (metric, title) in enumerate(panels, start=1):
         for name, series in values_of(measured, metric).items():
-            is_variant = name.endswith((CORRECTED, THRESHOLD))
+            is_variant = name.endswith((TUNED, THRESHOLD))
             if is_variant if drawn is None else name not in drawn:
                 continue
             budgets = sorted(series)
@@ -219,7 +221,7 @@ def _dash(series: str) -> str:
     name, longer = split(series)
     if longer > 1:
         return "dash"
-    if series.endswith(CORRECTED):
+    if series.endswith(TUNED):
         return "dashdot"
     if series.endswith(THRESHOLD):
         return "longdash"

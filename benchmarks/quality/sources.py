@@ -8,7 +8,9 @@ import json
 import math
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -34,13 +36,14 @@ from sae_lens.synthetic.evals import (
 )
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.nn.functional import embedding_bag, normalize
 from tqdm.auto import tqdm
 
 from sae_lens_flex import HierarchicalTopKTrainingSAEConfig
 from sae_lens_flex.evals.batches import ModelBatch, ModelRuns, tokens_to_ignore
 from sae_lens_flex.evals.metrics import Totals
 from sae_lens_flex.evals.reconstruction import reconstruct
-from sae_lens_flex.saes.budgets import Budget, MeanBudget, RuntimeBudget
+from sae_lens_flex.saes.budgets import Budget, RuntimeBudget
 
 # Activations whose norm is so many times the median are left out. In SmolLM2 these are BOS and some
 # separators; their squared norms would be most of what an SAE is trained on and measured by.
@@ -80,9 +83,11 @@ class Source(Protocol):
         """Make a part of the activations to train on. Each of several processes makes one."""
         ...
 
-    @property
-    def train(self) -> torch.Tensor:
-        """Activations, [n, d_in]. All parts must have been made."""
+    def batches(self, size: int, seed: int) -> Iterator[torch.Tensor]:
+        """Yield batches [size, d_in] to train on, without end, in the order of a seed.
+
+        All parts must have been made.
+        """
         ...
 
     @property
@@ -95,49 +100,63 @@ class Source(Protocol):
         ...
 
 
-class Correction(NamedTuple):
-    """What makes g x_hat + s of a reconstruction x_hat: the gain g, and the shift s, [d_in]."""
-
-    gain: float
-    shift: torch.Tensor
-
-
-@torch.no_grad()
-def fit_corrections(
-    sae: SAE[Any], x: torch.Tensor, budgets: list[Budget | None]
-) -> dict[Budget | None, Correction]:
-    """Return the correction of each budget by which E|x - g x_hat - s|^2 is smallest.
-
-    One SAE for all budgets has one decoder bias, and a latent has one value whether many follow it
-    or none. An SAE at one budget takes its correction up in its weights: W_dec' = g W_dec,
-    b_dec' = g b_dec + s, and b_enc' = b_enc + (b_dec' - b_dec) W_enc where the encoder subtracts
-    b_dec.
-
-    Args:
-        sae: the SAE.
-        x: activations, [n, d_in].
-        budgets: to fit at.
-    """
-    mean_x = x.double().mean(0)
-    sums: dict[Budget | None, list[torch.Tensor]] = {}
-    for part in x.split(8192):
-        centred = part.double() - mean_x
-        for budget, reconstruction in reconstruct(sae, part, budgets):
-            x_hat = reconstruction.x_hat.double()
-            new = [x_hat.sum(0), x_hat.square().sum(), (x_hat * centred).sum()]
-            old = sums.get(budget)
-            sums[budget] = new if old is None else [a + b for a, b in zip(old, new, strict=True)]
-    corrections: dict[Budget | None, Correction] = {}
-    for budget, (total, squares, products) in sums.items():
-        mean = total / len(x)
-        gain = float(products / (squares - len(x) * mean.square().sum()))
-        corrections[budget] = Correction(gain, (mean_x - gain * mean).to(x.dtype))
-    return corrections
-
-
 def _dtype(device: torch.device) -> torch.dtype:
     # A model's precision there is not float32's, and bfloat16 halves the memory.
     return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+class Parts:
+    """
+    What a source makes in parts, each by another process.
+
+    Args:
+        count: the number of parts.
+        cache: a directory for the parts, a file each. What is there is not made again. Left out,
+            there is one part, which stays in this process.
+        device: where tensors are read to.
+    """
+
+    def __init__(self, count: int, cache: Path | None, device: str | torch.device):
+        if count > 1 and cache is None:
+            raise ValueError(f"parts is {count} and cache is None, expected a directory")
+        self.count, self.cache, self.device = count, cache, torch.device(device)
+        self._made: dict[str, torch.Tensor] = {}
+
+    def share(self, n: int, part: int) -> int:
+        """Return how many of n are a part's."""
+        return n // self.count + (part < n % self.count)
+
+    def collect(self, part: int, make: Callable[[int], dict[str, torch.Tensor]]) -> None:
+        """Make a part, unless it is there."""
+        if self.cache is None:
+            self._made = make(part)
+        elif not (path := self._file(part)).exists():
+            self.cache.mkdir(parents=True, exist_ok=True)
+            # Under another name first: what exists is whole.
+            save_file(make(part), path.with_suffix(".partial"))
+            path.with_suffix(".partial").rename(path)
+
+    def _file(self, part: int) -> Path:
+        assert self.cache is not None
+        return self.cache / f"part_{part}_of_{self.count}.safetensors"
+
+    def joined(self, name: str) -> torch.Tensor:
+        """Return the rows of a tensor of all parts."""
+        if self.cache is None:
+            return self._made[name]
+        files = [
+            safe_open(self._file(part), "pt", device=str(self.device)) for part in range(self.count)
+        ]
+        shapes = [file.get_slice(name).get_shape() for file in files]
+        sizes = [shape[0] for shape in shapes]
+        dtype = files[0].get_slice(name)[:1].dtype
+        joined = torch.empty(sum(sizes), *shapes[0][1:], dtype=dtype, device=self.device)
+        # One by one: all of them may be half of the GPU's memory.
+        for rows, file in zip(joined.split(sizes), files, strict=True):
+            rows.copy_(file.get_tensor(name))
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # of a part each
+        return joined
 
 
 # --- language models
@@ -190,9 +209,8 @@ class LanguageModelSource:
         cfg: the run. Its SAE gives d_in only.
         sizes: how many activations each part has; that of the test counts whole prompts.
         dataset: in place of the config's.
-        parts: in how many parts the activations to train on are made, each by another process.
-        cache: a directory for the parts, a file each. What is there is not computed again. Left
-            out, there is one part, which stays in this process.
+        parts: in how many parts the activations to train on are made.
+        cache: as in Parts.
         text: what the text is, for the result.
     """
 
@@ -205,10 +223,8 @@ class LanguageModelSource:
         cache: Path | None = None,
         text: Any = None,
     ):
-        if parts > 1 and cache is None:
-            raise ValueError(f"parts is {parts} and cache is None, expected a directory")
         self.cfg, self.sizes, self.dataset, self.text = cfg, sizes, dataset, text
-        self.parts, self.cache = parts, cache
+        self.parts = Parts(parts, cache, cfg.device)
         self.metadata = {"hook_name": cfg.hook_name}
         self.model = load_model(
             cfg.model_class_name,
@@ -226,7 +242,6 @@ class LanguageModelSource:
         norms = torch.cat(acts).norm(dim=-1)
         self.max_norm = EXTREME * float(norms.median())
         self.validation = torch.cat(acts)[norms <= self.max_norm]
-        self._made: dict[str, torch.Tensor] | None = None
 
     def _new_store(self) -> ActivationsStore:
         dataset: Any = self.dataset  # SAELens only iterates over it.
@@ -241,44 +256,25 @@ class LanguageModelSource:
         return prompts(self.sizes.validation), prompts(self.sizes.test)
 
     def collect(self, part: int) -> None:
-        if self.cache is None:
-            self._made = self._collect(part)
-        elif not (path := self._file(part)).exists():
-            self.cache.mkdir(parents=True, exist_ok=True)
-            # Under another name first: what exists is whole.
-            save_file(self._collect(part), path.with_suffix(".partial"))
-            path.with_suffix(".partial").rename(path)
+        self.parts.collect(part, self._collect)
 
-    def _file(self, part: int) -> Path:
-        assert self.cache is not None
-        return self.cache / f"part_{part}_of_{self.parts}.safetensors"
-
-    def _load(self) -> dict[str, torch.Tensor]:
-        """Return the activations of all parts, and how many tokens were kept and seen."""
-        if self._made is None:
-            device = self.store.device
-            files = [
-                safe_open(self._file(part), "pt", device=str(device)) for part in range(self.parts)
-            ]
-            sizes = [file.get_slice("train").get_shape()[0] for file in files]
-            made = torch.empty(sum(sizes), self.store.d_in, dtype=_dtype(device), device=device)
-            # One by one: all of them may be half of the GPU's memory.
-            for rows, file in zip(made.split(sizes), files, strict=True):
-                rows.copy_(file.get_tensor("train"))
-            counts = sum(file.get_tensor("counts").cpu() for file in files)
-            self._made = {"train": made, "counts": torch.as_tensor(counts)}
-            if device.type == "cuda":
-                torch.cuda.empty_cache()  # of a part each
-        return self._made
-
-    @property
+    @cached_property
     def train(self) -> torch.Tensor:
-        return self._load()["train"]
+        """Activations, [n, d_in]. All parts must have been made."""
+        return self.parts.joined("train")
+
+    def batches(self, size: int, seed: int) -> Iterator[torch.Tensor]:
+        x = self.train
+        generator = torch.Generator(x.device).manual_seed(seed)
+        while True:
+            for rows in torch.randperm(len(x), generator=generator, device=x.device).split(size):
+                if len(rows) == size:
+                    yield x[rows].float()
 
     @property
     def about(self) -> dict[str, Any]:
         cfg = self.cfg
-        kept, seen = self._load()["counts"].tolist()
+        kept, seen = self.parts.joined("counts").sum(0).tolist()
         return {
             "model": Path(cfg.model_name).name if Path(cfg.model_name).exists() else cfg.model_name,
             "hook_name": cfg.hook_name,
@@ -303,12 +299,12 @@ class LanguageModelSource:
 
         Every process goes through all tokens, and runs the model on its share of the batches.
         """
-        n = self.sizes.train // self.parts + (part < self.sizes.train % self.parts)
+        n = self.parts.share(self.sizes.train, part)
         store = self._new_store()
         self._held_out(store)
         made = torch.empty(n, store.d_in, dtype=_dtype(store.device), device=store.device)
         filled = seen = kept = 0
-        bar = tqdm(total=n, desc=f"Activations, part {part + 1} of {self.parts}")
+        bar = tqdm(total=n, desc=f"Activations, part {part + 1} of {self.parts.count}")
         for number in count():
             if filled == n:
                 break
@@ -316,7 +312,7 @@ class LanguageModelSource:
                 tokens = store.get_batch_tokens(raise_at_epoch_end=True)
             except StopIteration:
                 break
-            if number % self.parts != part:
+            if number % self.parts.count != part:
                 continue
             acts = self._activations(tokens)
             acts = acts[acts.norm(dim=-1) <= self.max_norm]
@@ -327,34 +323,22 @@ class LanguageModelSource:
             kept += len(acts)
             bar.update(len(new))
         bar.close()
-        return {"train": made[:filled], "counts": torch.tensor([kept, seen])}
+        return {"train": made[:filled], "counts": torch.tensor([[kept, seen]])}
 
     @torch.no_grad()
     def measure(self, sae: SAE[Any], budgets: list[Budget | None]) -> list[dict[str, Any]]:
-        """Return the metrics of an SAE on the test, at each budget, numbers corrected too."""
-        numbers = [budget for budget in budgets if not isinstance(budget, MeanBudget)]
-        corrections = fit_corrections(sae, self.validation, numbers)
-        totals: dict[tuple[Budget | None, bool], Totals] = {}
+        totals = {budget: Totals(sae) for budget in budgets}
         runs = ModelRuns(self.model, self.ignored, True, True, {}, max_norm=self.max_norm)
         for tokens in self.test.split(max(1, 16384 // self.test.shape[1])):
             batch = ModelBatch(tokens, [sae], runs)
             x = batch.activations(sae)
             for budget, reconstruction in reconstruct(sae, x, budgets):
-                versions = [(False, reconstruction)]
-                if budget in corrections:
-                    gain, shift = corrections[budget]
-                    corrected = reconstruction._replace(x_hat=gain * reconstruction.x_hat + shift)
-                    versions.append((True, corrected))
-                for is_corrected, version in versions:
-                    total = totals.setdefault((budget, is_corrected), Totals(sae))
-                    total.add(x, version, batch.mask)
-                    total.add_model_metrics(batch.model_metrics(sae, version.x_hat))
+                totals[budget].add(x, reconstruction, batch.mask)
+                totals[budget].add_model_metrics(batch.model_metrics(sae, reconstruction.x_hat))
         rows = []
-        for (budget, is_corrected), total in totals.items():
+        for budget, total in totals.items():
             row = asdict(total.metrics("", budget))
             row["ce_increase"] = row["ce_loss_with_sae"] - row["ce_loss_without_sae"]
-            if is_corrected:
-                row |= {"corrected": True, "gain": corrections[budget].gain}
             rows.append(row)
         return rows
 
@@ -385,6 +369,30 @@ SYNTHETIC = SyntheticModelConfig(
 )
 
 
+# What that benchmark trains: its width, its batch, its learning rate in the middle of the grid. Of
+# its L0s, 15 to 45, these are the ends, and the mean number of the 4096 most frequent features that
+# fire. Its SAEs see 200 million samples.
+SYNTHETIC_TRAINING: dict[str, Any] = {
+    "d_sae": 4096,
+    "k": 45,
+    "budgets": [15, 25, 45],
+    "batch": 1024,
+    "samples": 50_000_896,
+    "test": 524_288,
+    "lr": [1.5e-4, 3e-4, 6e-4],
+}
+
+# Seeds of the generator.
+VALIDATION, TEST, FIRST_PART = 1, 2, 3
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
 def small_synthetic(num_features: int) -> SyntheticModelConfig:
     """Return a small model of the kind, whose width is a quarter of its number of features."""
     return replace(
@@ -397,39 +405,102 @@ def small_synthetic(num_features: int) -> SyntheticModelConfig:
 
 class SyntheticSource:
     """
-    Sums of known sparse features.
+    Sums of known sparse features, which SAELens's generator draws.
+
+    What is kept of an activation are its features and how strongly they fire, some 34 in the
+    standard setting: 50 million take 10 GB, and would take 77 as activations in bfloat16.
 
     Args:
         cfg: of SAELens's synthetic model.
         sizes: how many activations each part has.
         device: where they lie.
+        parts: in how many parts the activations to train on are made.
+        cache: as in Parts.
     """
 
-    def __init__(self, cfg: SyntheticModelConfig, sizes: Sizes, device: str):
+    def __init__(
+        self,
+        cfg: SyntheticModelConfig,
+        sizes: Sizes,
+        device: str,
+        parts: int = 1,
+        cache: Path | None = None,
+    ):
+        if cfg.num_features > 2**15:
+            raise ValueError(f"num_features is {cfg.num_features}, expected up to {2**15}")
         self.metadata: dict[str, Any] = {}
-        self.model = SyntheticModel(cfg, device=device)
-        self.n_test = sizes.test
-        torch.manual_seed(1)
-        # Every process draws the same ones: that is quicker than to hand them over.
-        dtype = _dtype(torch.device(device))
-        self.train = torch.empty(sizes.train, cfg.hidden_dim, dtype=dtype, device=device)
-        for rows in tqdm(self.train.split(8192), desc="Samples"):
-            rows.copy_(self.model.sample(len(rows)))
-        self.validation = self.model.sample(sizes.validation)
-        self.about = {
+        self.model, self.sizes = SyntheticModel(cfg, device=device), sizes
+        self.parts = Parts(parts, cache, device)
+        with _seeded(VALIDATION):
+            self.validation = self.model.sample(sizes.validation)
+
+    def collect(self, part: int) -> None:
+        self.parts.collect(part, self._collect)
+
+    def _collect(self, part: int) -> dict[str, torch.Tensor]:
+        """Return a part of the activations, as the rows of a sparse matrix.
+
+        `values` and `features` are of all that fires, one activation after the other; `counts` says
+        how many fire in each.
+        """
+        n = self.parts.share(self.sizes.train, part)
+        made: dict[str, list[torch.Tensor]] = {"values": [], "features": [], "counts": []}
+        with _seeded(FIRST_PART + part):
+            bar = tqdm(total=n, desc=f"Samples, part {part + 1} of {self.parts.count}")
+            for start in range(0, n, 8192):
+                acts = self.model.activation_generator.sample(min(8192, n - start))
+                rows = acts.to_sparse_csr()
+                made["values"].append(rows.values())
+                made["features"].append(rows.col_indices().short())
+                made["counts"].append(rows.crow_indices().diff().short())
+                bar.update(len(acts))
+            bar.close()
+        return {name: torch.cat(tensors) for name, tensors in made.items()}
+
+    @cached_property
+    def _train(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Values, features, and where each activation begins in them, [n + 1]."""
+        counts = self.parts.joined("counts")
+        ends = counts.cumsum(0, dtype=torch.long)
+        starts = torch.cat([ends.new_zeros(1), ends])
+        return self.parts.joined("values"), self.parts.joined("features"), starts
+
+    def batches(self, size: int, seed: int) -> Iterator[torch.Tensor]:
+        """Yield the batches in a random order, another one in each epoch.
+
+        Samples are independent, so a batch is of successive ones.
+        """
+        values, features, starts = self._train
+        bounds = starts[::size].tolist()
+        vectors = self.model.feature_dict.feature_vectors.detach()
+        bias = self.model.feature_dict.bias.detach()
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            for number in torch.randperm(len(bounds) - 1, generator=generator).tolist():
+                start, stop = bounds[number], bounds[number + 1]
+                yield bias + embedding_bag(
+                    features[start:stop].int(),
+                    vectors,
+                    (starts[number * size : (number + 1) * size] - start).int(),
+                    mode="sum",
+                    per_sample_weights=values[start:stop],
+                )
+
+    @property
+    def about(self) -> dict[str, Any]:
+        cfg = self.model.cfg
+        return {
             "synthetic": {
                 "num_features": cfg.num_features,
                 "hidden_dim": cfg.hidden_dim,
-                "like": "SynthSAEBench-16k" if cfg is SYNTHETIC else None,
+                "like": "SynthSAEBench-16k" if cfg == SYNTHETIC else None,
             },
-            "train": sizes.train,
-            "validation": sizes.validation,
-            "test_samples": sizes.test,
+            "train": self.sizes.train,
+            "mean_firing": round(len(self._train[0]) / self.sizes.train, 2),
+            "validation": self.sizes.validation,
+            "test_samples": self.sizes.test,
             "found": f"a decoder row has a cosine of {FOUND} with the feature",
         }
-
-    def collect(self, part: int) -> None:
-        pass
 
     @torch.no_grad()
     def measure(self, sae: SAE[Any], budgets: list[Budget | None]) -> list[dict[str, Any]]:
@@ -437,21 +508,17 @@ class SyntheticSource:
         decoder = sae.W_dec.detach().float()
         # At full size the Hungarian algorithm takes a CPU's core 10 to 20 s.
         mcc = Later(mean_correlation_coefficient, (decoder.cpu(), features.cpu()))
-        cosines = torch.nn.functional.normalize(decoder, dim=-1) @ torch.nn.functional.normalize(
-            features, dim=-1
-        ).T.to(decoder)
+        cosines = normalize(decoder, dim=-1) @ normalize(features, dim=-1).T
         found = int((cosines.max(0).values >= FOUND).sum())
         uniqueness = feature_uniqueness(decoder, features)
         totals = {budget: Totals(sae) for budget in budgets}
         detectors = {
             budget: ClassificationMetricsCalculator(decoder, features) for budget in budgets
         }
-        with torch.random.fork_rng(enabled=True):
-            torch.manual_seed(2)
-            for start in range(0, self.n_test, 4096):
-                n = min(4096, self.n_test - start)
+        with _seeded(TEST):
+            for start in range(0, self.sizes.test, 4096):
+                n = min(4096, self.sizes.test - start)
                 x, true = self.model.sample_with_features(n)
-                true = true.to_dense() if true.is_sparse else true
                 every = torch.ones(n, dtype=torch.bool, device=x.device)
                 for budget, reconstruction in reconstruct(sae, x, budgets):
                     totals[budget].add(x, reconstruction, every)
@@ -494,7 +561,7 @@ def chosen_source(args: Namespace, cache: Path | None) -> Source:
     sizes = Sizes(args.activations or args.samples, args.validation, args.test)
     if args.synthetic:
         cfg = SYNTHETIC if args.features is None else small_synthetic(args.features)
-        return SyntheticSource(cfg, sizes, args.device)
+        return SyntheticSource(cfg, sizes, args.device, args.workers, cache)
     if args.config is not None:
         cfg = saved_config(args.config)
         cfg.device = cfg.act_store_device = args.device

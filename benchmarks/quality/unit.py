@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
@@ -111,7 +112,8 @@ class Unit:
                 assert search.kind is not None
                 assert search.best is not None
                 search.state = "measuring"
-                return self._job(search, "measure", search.kind, search.best["path"])
+                known = {name: each for name, each in search.best.items() if name != "path"}
+                return self._job(search, "measure", search.kind, known, search.best["path"])
         for search in self.searches:
             if (
                 search.state == "training"
@@ -274,7 +276,9 @@ class Unit:
             for name, value in row.items():
                 if isinstance(value, Later):
                     if self.pool is None:
-                        self.pool = ProcessPoolExecutor(4, mp_context=get_context("spawn"))
+                        self.pool = ProcessPoolExecutor(
+                            max(4, (os.cpu_count() or 1) // 8), mp_context=get_context("spawn")
+                        )
                     if id(value) not in futures:
                         futures[id(value)] = self.pool.submit(value.function, *value.args)
                     row[name] = futures[id(value)]
@@ -335,7 +339,7 @@ def summary(search: Search) -> str:
     values = " ".join(
         f"{row['budget'] or round(row['l0'], 1)}:{row['explained_variance']:.4f}"
         for row in search.rows
-        if not row.get("corrected")
+        if not row.get("tuned")
     )
     name = f"{search.kind.name}@{search.entry.seed}"
     return f"{name} lr {one['lr']:g} {one['seconds']:.0f} s  {values}"

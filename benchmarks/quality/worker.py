@@ -1,7 +1,7 @@
 """What a process does for a unit: it makes activations, and trains and measures SAEs on them."""
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -14,6 +14,7 @@ from sae_lens.saes.sae import SAEMetadata, TrainingSAE
 from sae_lens.saes.topk_sae import TopKSAE
 
 import sae_lens_flex
+from sae_lens_flex import FlexTopKTrainingSAE, FlexTopKTrainingSAEConfig
 
 from .kinds import Kind
 from .sources import Source, budgets_of
@@ -30,6 +31,7 @@ class Training:
         batch (int): Activations in a batch.
         device (str): Where it runs.
         autocast (bool): Whether matrix products are in bfloat16.
+        tuning (int): Activations on which a decoder is trained on for each budget, 0 for none.
     """
 
     d_sae: int
@@ -37,6 +39,7 @@ class Training:
     batch: int
     device: str
     autocast: bool
+    tuning: int
 
     def schedule(self, longer: int = 1) -> dict[str, int]:
         """Return warm-up, decay, and after how many steps without firing a latent is dead."""
@@ -48,13 +51,40 @@ class Training:
         }
 
 
-def batches(x: torch.Tensor, size: int, seed: int) -> Iterator[torch.Tensor]:
-    """Yield batches of x [n, d_in] in a random order, another one in each epoch."""
-    generator = torch.Generator(x.device).manual_seed(seed)
-    while True:
-        for rows in torch.randperm(len(x), generator=generator, device=x.device).split(size):
-            if len(rows) == size:
-                yield x[rows].float()
+def topk_with_free_decoder(sae: SAE[Any], k: int) -> FlexTopKTrainingSAE:
+    """Return a TopK SAE that reconstructs as this one does with k latents; its encoder is frozen.
+
+    Neither the decoder's norms nor b_dec have a part in its encoder. So what it encodes stays the
+    same whatever its decoder becomes. The decoder's rows begin with norm 1 where norms were folded.
+
+    Args:
+        sae: a TopK SAE, or one of `hierarchical_topk`.
+        k: latents to keep.
+    """
+    weights = {name: each.detach().clone() for name, each in sae.state_dict().items()}
+    if sae.cfg.rescale_acts_by_decoder_norm:
+        norms = weights["W_dec"].norm(dim=-1)
+        weights["W_enc"] *= norms
+        weights["b_enc"] *= norms
+        weights["W_dec"] /= norms[:, None]
+    if sae.cfg.apply_b_dec_to_input:
+        weights["b_enc"] -= weights["b_dec"] @ weights["W_enc"]
+    topk = FlexTopKTrainingSAE(
+        FlexTopKTrainingSAEConfig(
+            d_in=sae.cfg.d_in,
+            d_sae=sae.cfg.d_sae,
+            k=k,
+            device=sae.cfg.device,
+            apply_b_dec_to_input=False,
+            rescale_acts_by_decoder_norm=False,
+            aux_loss_coefficient=0,  # it would revive latents through their encoder
+            metadata=sae.cfg.metadata,
+        )
+    )
+    topk.load_state_dict(weights)
+    topk.W_enc.requires_grad_(False)
+    topk.b_enc.requires_grad_(False)
+    return topk
 
 
 class Worker:
@@ -83,7 +113,7 @@ class Worker:
         sae = TrainingSAE.from_dict(
             {
                 "architecture": kind.architecture,
-                "d_in": self.source.train.shape[1],
+                "d_in": self.source.validation.shape[1],
                 "d_sae": training.d_sae,
                 "k": kind.k,
                 "device": training.device,
@@ -93,26 +123,12 @@ class Worker:
             }
         )
         sae.cfg.metadata = SAEMetadata(**self.source.metadata)
-        cfg = SAETrainerConfig(
-            total_training_samples=kind.longer * training.samples,
-            train_batch_size_samples=training.batch,
-            lr=lr,
-            lr_end=lr / 10,
-            device=training.device,
-            autocast=training.autocast,
-            n_batches_for_norm_estimate=20,
-            **training.schedule(kind.longer),
-        )
-        with sae_lens_flex.accelerate():
-            trainer = SAETrainer(cfg, sae, batches(self.source.train, training.batch, seed))
-            started = perf_counter()
-            trainer.fit()
-            if training.device.startswith("cuda"):
-                torch.cuda.synchronize()
-            seconds = perf_counter() - started
+        samples, schedule = kind.longer * training.samples, training.schedule(kind.longer)
+        trainer, seconds = self._fit(sae, samples, lr, seed, schedule)
         # For BatchTopK only saving and loading makes the SAE that a user gets.
         trainer.sae.save_inference_model(path)
-        variances = self._validate(self._load(path), kind)
+        budgets = kind.budgets if kind.architecture == "hierarchical_topk" else None
+        variances = self._validate(self._load(path), budgets)
         return {
             "kind": kind.name,
             "architecture": kind.architecture,
@@ -124,8 +140,71 @@ class Worker:
             "validation_at_budgets": variances,
         }
 
-    def measure(self, kind: Kind, path: Path) -> list[dict[str, Any]]:
-        """Return the metrics on the test at every budget, and at thresholds of the same means."""
+    def _fit(
+        self, sae: TrainingSAE[Any], samples: int, lr: float, seed: int, schedule: dict[str, int]
+    ) -> tuple[SAETrainer[Any, Any], float]:
+        """Train an SAE by SAELens's trainer. Return the trainer and how many seconds it took."""
+        training = self.training
+        cfg = SAETrainerConfig(
+            total_training_samples=samples,
+            train_batch_size_samples=training.batch,
+            lr=lr,
+            lr_end=lr / 10,
+            device=training.device,
+            autocast=training.autocast,
+            n_batches_for_norm_estimate=20,
+            **schedule,
+        )
+        with sae_lens_flex.accelerate():
+            trainer = SAETrainer(cfg, sae, self.source.batches(training.batch, seed))
+            started = perf_counter()
+            trainer.fit()
+            if training.device.startswith("cuda"):
+                torch.cuda.synchronize()
+            return trainer, perf_counter() - started
+
+    def _tuned(
+        self, sae: SAE[Any], budget: int, known: dict[str, Any], path: Path
+    ) -> tuple[SAE[Any], float]:
+        """Return a TopK SAE with the encoder of this one, and its decoder trained on for a budget.
+
+        The learning rate is returned, too: that of the SAE or a quarter of it, whichever explains
+        more of the validation activations.
+
+        Args:
+            sae: of `hierarchical_topk`.
+            budget: latents that the TopK SAE keeps.
+            known: what `train` returned of the SAE.
+            path: a directory for the TopK SAEs.
+        """
+        steps = self.training.tuning // self.training.batch
+        schedule = {
+            "lr_warm_up_steps": steps // 20,
+            "lr_decay_steps": steps - steps // 20,
+            "dead_feature_window": steps + 1,
+        }
+        tried = []
+        for lr in (known["lr"], known["lr"] / 4):
+            gc.collect()
+            topk = topk_with_free_decoder(sae, budget)
+            # Another seed than its own: else the batches that it saw first would come again.
+            self._fit(topk, self.training.tuning, lr, known["seed"] + 1000, schedule)
+            topk.save_inference_model(path / f"{lr:g}")
+            tuned = self._load(path / f"{lr:g}")
+            tried.append((self._validate(tuned, None)[0], tuned, lr))
+        _, tuned, lr = max(tried, key=lambda each: each[0])
+        return tuned, lr
+
+    def measure(self, kind: Kind, known: dict[str, Any], path: Path) -> list[dict[str, Any]]:
+        """Return the metrics on the test at every budget, and at thresholds of the same means.
+
+        Of one SAE for all budgets also those with a decoder that is trained on for each of them.
+
+        Args:
+            kind: of the SAE.
+            known: what `train` returned.
+            path: where it lies.
+        """
         sae = self._load(path)
         if isinstance(sae, TopKSAE) and len(kind.budgets) > 1 and kind.architecture == "flex_topk":
             sae = sae_lens_flex.from_topk(sae)
@@ -144,14 +223,18 @@ class Worker:
         for row in rows:
             if row["threshold"] is not None:
                 row["mean"] = means[row["threshold"]]
+        if kind.architecture == "hierarchical_topk" and self.training.tuning:
+            for k in kind.budgets:
+                tuned, lr = self._tuned(sae, k, known, path / f"tuned_{k}")
+                (row,) = self.source.measure(tuned, [None])
+                rows.append(row | {"budget": k, "tuned": self.training.tuning, "tuning_lr": lr})
         return rows
 
     def _load(self, path: Path) -> Any:
         return SAE.load_from_disk(path, device=self.training.device)
 
-    def _validate(self, sae: Any, kind: Kind) -> list[float]:
-        """Return the explained variance at each budget, whose mean decides a learning rate."""
-        budgets = kind.budgets if kind.architecture == "hierarchical_topk" else None
+    def _validate(self, sae: Any, budgets: list[int] | None) -> list[float]:
+        """Return the explained variance at each budget, by which a learning rate is chosen."""
         rows = sae_lens_flex.sweep_budgets(
             sae, self.source.validation.split(8192), budgets=budgets, show_progress=False
         ).metrics
