@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from sae_lens import SAE, SAETrainer
 from sae_lens.config import SAETrainerConfig
+from sae_lens.saes.jumprelu_sae import JumpReLUSAE
 from sae_lens.saes.sae import SAEMetadata, TrainingSAE
-from sae_lens.saes.topk_sae import TopKSAE
 
 import sae_lens_flex
+from sae_lens_flex import HierarchicalTopKSAE, HierarchicalTopKSAEConfig, MeanBudget
 
+from . import hierarchical_batch
 from .kinds import Kind
 from .sources import Source, budgets_of
 
@@ -127,32 +129,74 @@ class Worker:
     def measure(self, kind: Kind, path: Path) -> list[dict[str, Any]]:
         """Return the metrics on the test at every budget, and at thresholds of the same means."""
         sae = self._load(path)
-        if isinstance(sae, TopKSAE) and len(kind.budgets) > 1 and kind.architecture == "flex_topk":
+        if kind.architecture == "flex_topk":
             sae = sae_lens_flex.from_topk(sae)
+        with_thresholds = as_hierarchical(sae) if isinstance(sae, JumpReLUSAE) else sae
         budgets = budgets_of(sae, kind.budgets)
-        means: dict[float | None, int] = {}
-        if kind.architecture == "hierarchical_topk":
-            for k in kind.budgets:
-                try:
-                    budget = sae_lens_flex.mean_budget(sae, self.source.validation, k)
-                except ValueError as error:  # as where fewer latents are positive
-                    print(f"{kind.name} has no threshold for {k}: {error}", flush=True)
-                    continue
-                means[budget.threshold] = k
-                budgets.append(budget)
-        rows = self.source.measure(sae, budgets)
-        for row in rows:
-            if row["threshold"] is not None:
-                row["mean"] = means[row["threshold"]]
+        if kind.architecture == hierarchical_batch.ARCHITECTURE:
+            budgets = []
+        means, thresholds = [], []
+        for k in thresholded(kind):
+            try:
+                budget = sae_lens_flex.mean_budget(with_thresholds, self.source.validation, k)
+            except ValueError as error:  # as where fewer latents are positive
+                print(f"{kind.name} has no threshold for {k}: {error}", flush=True)
+                continue
+            means.append(k)
+            thresholds.append(budget)
+        if with_thresholds is sae:
+            rows = self.source.measure(sae, [*budgets, *thresholds])
+        else:
+            rows = self.source.measure(sae, budgets)
+            rows += self.source.measure(with_thresholds, thresholds)
+        of_thresholds = [row for row in rows if row["threshold"] is not None]
+        for row, k in zip(of_thresholds, means, strict=True):
+            row["mean"] = k
         return rows
 
     def _load(self, path: Path) -> Any:
         return SAE.load_from_disk(path, device=self.training.device)
 
     def _validate(self, sae: Any, kind: Kind) -> list[float]:
-        """Return the explained variance at each budget, whose mean decides a learning rate."""
-        budgets = kind.budgets if kind.architecture == "hierarchical_topk" else None
-        rows = sae_lens_flex.sweep_budgets(
-            sae, self.source.validation.split(8192), budgets=budgets, show_progress=False
-        ).metrics
+        """Return the explained variance at each budget, whose mean decides a learning rate.
+
+        What is trained for a mean number of latents is compared at equal means.
+        """
+        x = self.source.validation
+        budgets: Any = kind.budgets if kind.architecture == "hierarchical_topk" else None
+        if isinstance(sae, JumpReLUSAE):
+            sae = as_hierarchical(sae)
+        elif kind.architecture != hierarchical_batch.ARCHITECTURE:
+            rows = sae_lens_flex.sweep_budgets(
+                sae, x.split(8192), budgets=budgets, show_progress=False
+            ).metrics
+            return [row.explained_variance for row in rows]
+        rows = []
+        # One after the other: two means may have the same threshold.
+        for k in thresholded(kind):
+            try:
+                budget = sae_lens_flex.mean_budget(sae, x, k)
+            except ValueError:  # Fewer latents are positive, so all of them count.
+                budget = MeanBudget(mean=k, threshold=0)
+            rows += sae_lens_flex.sweep_budgets(
+                sae, x.split(8192), budgets=[budget], show_progress=False
+            ).metrics
         return [row.explained_variance for row in rows]
+
+
+def thresholded(kind: Kind) -> list[int]:
+    """Return the mean budgets that a kind is measured at: of an SAE for one k that alone."""
+    is_of_all = kind.architecture in ("hierarchical_topk", hierarchical_batch.ARCHITECTURE)
+    return kind.budgets if is_of_all else [kind.k]
+
+
+def as_hierarchical(sae: JumpReLUSAE) -> HierarchicalTopKSAE:
+    """Return an SAE that takes any threshold in place of the one that BatchTopK learned."""
+    names = ("d_in", "d_sae", "dtype", "device", "apply_b_dec_to_input", "normalize_activations")
+    own = {name: getattr(sae.cfg, name) for name in names}
+    cfg = HierarchicalTopKSAEConfig(k=sae.cfg.d_sae, rescale_acts_by_decoder_norm=False, **own)
+    weights = sae.state_dict()
+    del weights["threshold"]
+    hierarchical = HierarchicalTopKSAE(cfg)
+    hierarchical.load_state_dict(weights)
+    return hierarchical
