@@ -7,8 +7,10 @@ import pytest
 import torch
 from sae_lens import SAE
 from sae_lens.saes.sae import TrainingSAE, TrainStepInput
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sae_lens_flex
+from benchmarks.quality import hierarchical_batch
 from benchmarks.quality.hierarchical_batch import Ranked
 from benchmarks.quality.kinds import BATCH_SCHEMES, make_kind
 from benchmarks.quality.worker import Training, Worker, as_hierarchical
@@ -117,6 +119,21 @@ def test_weights_of_each_row_sum_to_one(levels):
     for start, end in pairwise(starts.tolist()):
         row = ordered.values[start:end]
         assert torch.equal(row, row.sort(descending=True).values)
+
+
+@pytest.mark.parametrize("levels", ["even", "ranks", "batch"])
+def test_ranking_waits_for_nothing(levels):
+    # Tensors without values: whatever asks for one, or whose shape depends on one, raises.
+    caches = (hierarchical_batch._tables, hierarchical_batch._of_batch)
+    try:
+        with FakeTensorMode():
+            code = Code(torch.zeros(16, dtype=torch.int64), torch.zeros(16), torch.arange(5))
+            ordered, weights = Ranked(levels, (1, 2, 4), (0.2, 0.3, 0.5))(code, torch.ones(F))
+    finally:
+        for cache in caches:
+            cache.cache_clear()
+    assert ordered.latents.shape == ordered.values.shape == (16,)
+    assert weights.shape == (20,)
 
 
 class FakeSource:
