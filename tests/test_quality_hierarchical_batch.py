@@ -140,7 +140,7 @@ class FakeSource:
     """Activations without a model, whose test is the validation."""
 
     def __init__(self):
-        self.metadata = {}
+        self.metadata = {"hook_name": "hook"}
         generator = torch.Generator().manual_seed(0)
         features = torch.randn(16, D, generator=generator)
         self.train, self.validation = (
@@ -148,6 +148,7 @@ class FakeSource:
         )
 
     def measure(self, sae, budgets):
+        assert sae.cfg.metadata.hook_name == "hook"  # by which a language model's source finds it
         budgets = None if budgets == [None] else budgets
         sweep = sae_lens_flex.sweep_budgets(
             sae, [self.validation], budgets=budgets, show_progress=False

@@ -2,6 +2,7 @@
 
 import json
 
+import plotly.graph_objects as go
 import pytest
 
 from benchmarks.quality.report import label, report, rows_of
@@ -31,6 +32,12 @@ def unit(path, *all_measured, machine="H200", train=1000000, left_out=(), d_sae=
     }
     path.write_text(json.dumps(result))
     return path
+
+
+@pytest.fixture(autouse=True)
+def no_image(monkeypatch):
+    # A browser draws it, which takes seconds.
+    monkeypatch.setattr(go.Figure, "write_image", lambda *args, **kwargs: None)
 
 
 def merge(tmp_path, *units):

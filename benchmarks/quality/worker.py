@@ -193,7 +193,7 @@ def thresholded(kind: Kind) -> list[int]:
 def as_hierarchical(sae: JumpReLUSAE) -> HierarchicalTopKSAE:
     """Return an SAE that takes any threshold in place of the one that BatchTopK learned."""
     names = ("d_in", "d_sae", "dtype", "device", "apply_b_dec_to_input", "normalize_activations")
-    own = {name: getattr(sae.cfg, name) for name in names}
+    own = {name: getattr(sae.cfg, name) for name in (*names, "metadata")}
     cfg = HierarchicalTopKSAEConfig(k=sae.cfg.d_sae, rescale_acts_by_decoder_norm=False, **own)
     weights = sae.state_dict()
     del weights["threshold"]
