@@ -17,13 +17,13 @@ def measured(kind, seed, *rows, k=2):
     return one | {"dead_in_training": 0, "seconds": 1.0, "metrics": rows}
 
 
-def unit(path, *all_measured, machine="H200", train=1000000, left_out=(), d_sae=64):
+def unit(path, *all_measured, machine="H200", train=1000000, share=0.002, left_out=(), d_sae=64):
     versions = {"torch": "2", "sae-lens": "6", "sae-lens-flex": "0", "workers": 1}
     result = {
         "date": "2026-01-01",
         "machine": machine,
         **versions,
-        "source": {"text": {"tokens": 5}, "train": train, "left_out": 0.00202},
+        "source": {"text": {"tokens": 5}, "train": train, "left_out": share},
         "training": {"d_sae": d_sae},
         "tried": [],
         "measured": list(all_measured),
@@ -61,6 +61,7 @@ def test_last_unit_of_a_kind_and_seed_counts(tmp_path):
         measured("batchtopk_2", 0, {}, {"threshold": 0.1, "mean": 2}),
         machine="H100",
         train=1000900,
+        share=0.0025,
     )
     first = merge(tmp_path, one)
     result = json.loads(merge(tmp_path, first, two).read_text())
@@ -75,7 +76,7 @@ def test_last_unit_of_a_kind_and_seed_counts(tmp_path):
     assert "Seconds are of several machines: H100, H200." in text
 
 
-@pytest.mark.parametrize("other", [{"train": 1100000}, {"d_sae": 128}])
+@pytest.mark.parametrize("other", [{"train": 1100000}, {"share": 0.004}, {"d_sae": 128}])
 def test_units_of_other_activations_or_training_are_refused(tmp_path, other):
     units = unit(tmp_path / "one.json"), unit(tmp_path / "two.json", **other)
     with pytest.raises(ValueError, match=r"two.json has another .* than .*one.json"):
