@@ -16,6 +16,7 @@ from benchmarks.quality.kinds import BATCH_SCHEMES, make_kind
 from benchmarks.quality.worker import Training, Worker, as_hierarchical
 from sae_lens_flex import MeanBudget
 from sae_lens_flex.ops.codes import Code
+from sae_lens_flex.saes.fused_topk import FusedTopKTrainingSAE
 
 K, N, D, F = 4, 12, 6, 40
 
@@ -90,19 +91,30 @@ def test_loss_and_gradients_match_float64_definition(name, rescales):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
 
-def test_kernels_take_its_step():
-    name = "hierarchical_batch_shared"
+@pytest.mark.parametrize(
+    ("name", "device"),
+    [
+        pytest.param(
+            *("hierarchical_batch_shared", "cpu"),
+            marks=pytest.mark.skipif(
+                torch.cuda.is_available(), reason="kernels are compiled where there is a GPU"
+            ),
+        ),
+        *(pytest.param(name, "cuda", marks=pytest.mark.gpu) for name in BATCH_SCHEMES),
+    ],
+)
+def test_kernels_take_its_step(name, device):
     other, x = make_sae(name), make_samples()
     expected = other.training_forward_pass(step_input(x))
     expected.loss.backward()
-    sae = make_sae(name, "float32", backend="triton")
+    sae = make_sae(name, "float32", backend="triton").to(device)
     sae.load_state_dict({name: each.float() for name, each in other.state_dict().items()})
-    output = sae.training_forward_pass(step_input(x.float()))
+    output = sae.training_forward_pass(step_input(x.float().to(device)))
     output.loss.backward()
-    torch.testing.assert_close(output.loss.double(), expected.loss, rtol=1e-4, atol=0)
+    torch.testing.assert_close(output.loss.cpu().double(), expected.loss, rtol=1e-4, atol=0)
     for one, another in zip(sae.parameters(), other.parameters(), strict=True):
         scale = float(another.grad.abs().max())
-        torch.testing.assert_close(one.grad.double(), another.grad, rtol=0, atol=1e-5 * scale)
+        torch.testing.assert_close(one.grad.cpu().double(), another.grad, rtol=0, atol=1e-5 * scale)
 
 
 @pytest.mark.parametrize("levels", ["even", "ranks", "batch"])
@@ -139,12 +151,13 @@ def test_ranking_waits_for_nothing(levels):
 class FakeSource:
     """Activations without a model, whose test is the validation."""
 
-    def __init__(self):
+    def __init__(self, device="cpu"):
         self.metadata = {"hook_name": "hook"}
         generator = torch.Generator().manual_seed(0)
         features = torch.randn(16, D, generator=generator)
         self.train, self.validation = (
-            (torch.rand(n, 16, generator=generator) < 0.1).float() @ features for n in (2048, 512)
+            ((torch.rand(n, 16, generator=generator) < 0.1).float() @ features).to(device)
+            for n in (2048, 512)
         )
 
     def measure(self, sae, budgets):
@@ -184,6 +197,20 @@ def test_kind_is_measured_at_its_budgets_and_thresholds(worker, tmp_path, name, 
     assert [row["mean"] for row in of_thresholds] == means
     for row in of_thresholds:
         assert row["l0"] == pytest.approx(row["mean"], rel=0.01)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", BATCH_SCHEMES)
+def test_recorded_steps_train_the_same(name, tmp_path, monkeypatch):
+    kind, found = make_kind(name, K, F, [1, 2, 4]), []
+    for is_recorded in (True, False):
+        monkeypatch.setattr(FusedTopKTrainingSAE, "use_cuda_graph", is_recorded)
+        training = Training(F, 32 * 256, 256, "cuda", autocast=False)
+        worker = Worker(lambda: FakeSource("cuda"), training)
+        path = tmp_path / str(is_recorded)
+        found.append(worker.train(kind, 1e-3, 0, path)["validation_at_budgets"])
+    # The order of additions differs from run to run.
+    assert found[0] == pytest.approx(found[1], abs=1e-3)
 
 
 def test_saved_sae_keeps_what_training_kept(tmp_path):
