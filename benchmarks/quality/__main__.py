@@ -13,14 +13,16 @@ same activations. Of a grid of learning rates each kind gets the one that explai
 other activations than those whose results are reported. Further seeds take it: `--kinds even topk
 even@1 topk@1` trains each with the seeds 0 and 1, in this order. `best_1@1` is a further seed of
 the best scheme, and `evenx3` is trained three times as long. Where a unit is split, a part takes
-the learning rates that another one chose (`--rates-of`).
+the learning rates that another one chose (`--rates-of`), and has the grid for the kinds that the
+other one did not train.
 
 `--workers` trains so many SAEs at once, each on the next of the visible GPUs. They share the work
 of making the activations, through files in `--cache`. With `--seconds` a unit ends in time: what
 does not fit in is left out, and the result names it.
 
-`report` merges units. It prints tables and writes them with the results to benchmarks/results, and
-the figure to benchmarks/figures.
+`report` merges units; also a merged result with further units. Of a kind and a seed that several
+have it takes the last one's results. It prints tables and writes them with the results to
+benchmarks/results, and the figure to benchmarks/figures.
 """
 
 import argparse
@@ -84,10 +86,7 @@ def train(args: argparse.Namespace) -> None:
         return make_kind(name, args.k, args.d_sae, args.budgets, longer)
 
     plan = make_plan(args.kinds, args.budgets)
-    rates = (lambda name: args.lr) if args.rates_of is None else chosen_rates(args.rates_of)
-    for entry in plan:
-        if entry.rank is None:
-            rates(entry.name)  # what was not chosen is told before the activations are made
+    rates = chosen_rates(args.rates_of or [], args.lr)
     with TemporaryDirectory() as directory:
         path = Path(directory)
         cache = args.cache or (path / "activations" if args.workers > 1 else None)

@@ -345,14 +345,12 @@ def summary(search: Search) -> str:
     return f"{name} lr {one['lr']:g} {one['seconds']:.0f} s  {values}"
 
 
-def chosen_rates(paths: list[Path]) -> Callable[[str], list[float]]:
-    """Return the learning rate of each kind that earlier units chose."""
+def chosen_rates(paths: list[Path], others: list[float]) -> Callable[[str], list[float]]:
+    """Return the learning rate of each kind that earlier units chose, and `others` of any other."""
     units = [json.loads(path.read_text()) for path in paths]
     chosen = {one["kind"]: one["lr"] for unit in units for one in unit["measured"]}
 
     def rates(name: str) -> list[float]:
-        if name not in chosen:
-            raise ValueError(f"kinds has {name!r}, expected one of {', '.join(chosen)}")
-        return [chosen[name]]
+        return [chosen[name]] if name in chosen else others
 
     return rates

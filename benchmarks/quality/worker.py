@@ -10,12 +10,19 @@ from typing import Any
 import torch
 from sae_lens import SAE, SAETrainer
 from sae_lens.config import SAETrainerConfig
+from sae_lens.saes.jumprelu_sae import JumpReLUSAE
 from sae_lens.saes.sae import SAEMetadata, TrainingSAE
-from sae_lens.saes.topk_sae import TopKSAE
 
 import sae_lens_flex
-from sae_lens_flex import FlexTopKTrainingSAE, FlexTopKTrainingSAEConfig
+from sae_lens_flex import (
+    FlexTopKTrainingSAE,
+    FlexTopKTrainingSAEConfig,
+    HierarchicalTopKSAE,
+    HierarchicalTopKSAEConfig,
+    MeanBudget,
+)
 
+from . import hierarchical_batch
 from .kinds import Kind
 from .sources import Source, budgets_of
 
@@ -127,8 +134,7 @@ class Worker:
         trainer, seconds = self._fit(sae, samples, lr, seed, schedule)
         # For BatchTopK only saving and loading makes the SAE that a user gets.
         trainer.sae.save_inference_model(path)
-        budgets = kind.budgets if kind.architecture == "hierarchical_topk" else None
-        variances = self._validate(self._load(path), budgets)
+        variances = self._validate(self._load(path), kind)
         return {
             "kind": kind.name,
             "architecture": kind.architecture,
@@ -191,7 +197,7 @@ class Worker:
             self._fit(topk, self.training.tuning, lr, known["seed"] + 1000, schedule)
             topk.save_inference_model(path / f"{lr:g}")
             tuned = self._load(path / f"{lr:g}")
-            tried.append((self._validate(tuned, None)[0], tuned, lr))
+            tried.append((self._explained_variances(tuned, None)[0], tuned, lr))
         _, tuned, lr = max(tried, key=lambda each: each[0])
         return tuned, lr
 
@@ -206,23 +212,29 @@ class Worker:
             path: where it lies.
         """
         sae = self._load(path)
-        if isinstance(sae, TopKSAE) and len(kind.budgets) > 1 and kind.architecture == "flex_topk":
+        if kind.architecture == "flex_topk":
             sae = sae_lens_flex.from_topk(sae)
+        with_thresholds = as_hierarchical(sae) if isinstance(sae, JumpReLUSAE) else sae
         budgets = budgets_of(sae, kind.budgets)
-        means: dict[float | None, int] = {}
-        if kind.architecture == "hierarchical_topk":
-            for k in kind.budgets:
-                try:
-                    budget = sae_lens_flex.mean_budget(sae, self.source.validation, k)
-                except ValueError as error:  # as where fewer latents are positive
-                    print(f"{kind.name} has no threshold for {k}: {error}", flush=True)
-                    continue
-                means[budget.threshold] = k
-                budgets.append(budget)
-        rows = self.source.measure(sae, budgets)
-        for row in rows:
-            if row["threshold"] is not None:
-                row["mean"] = means[row["threshold"]]
+        if kind.architecture == hierarchical_batch.ARCHITECTURE:
+            budgets = []
+        means, thresholds = [], []
+        for k in thresholded(kind):
+            try:
+                budget = sae_lens_flex.mean_budget(with_thresholds, self.source.validation, k)
+            except ValueError as error:  # as where fewer latents are positive
+                print(f"{kind.name} has no threshold for {k}: {error}", flush=True)
+                continue
+            means.append(k)
+            thresholds.append(budget)
+        if with_thresholds is sae:
+            rows = self.source.measure(sae, [*budgets, *thresholds])
+        else:
+            rows = self.source.measure(sae, budgets)
+            rows += self.source.measure(with_thresholds, thresholds)
+        of_thresholds = [row for row in rows if row["threshold"] is not None]
+        for row, k in zip(of_thresholds, means, strict=True):
+            row["mean"] = k
         if kind.architecture == "hierarchical_topk" and self.training.tuning:
             for k in kind.budgets:
                 tuned, lr = self._tuned(sae, k, known, path / f"tuned_{k}")
@@ -233,9 +245,47 @@ class Worker:
     def _load(self, path: Path) -> Any:
         return SAE.load_from_disk(path, device=self.training.device)
 
-    def _validate(self, sae: Any, budgets: list[int] | None) -> list[float]:
-        """Return the explained variance at each budget, by which a learning rate is chosen."""
+    def _validate(self, sae: Any, kind: Kind) -> list[float]:
+        """Return the explained variance at each budget, whose mean decides a learning rate.
+
+        What is trained for a mean number of latents is compared at equal means.
+        """
+        if isinstance(sae, JumpReLUSAE):
+            sae = as_hierarchical(sae)
+        elif kind.architecture != hierarchical_batch.ARCHITECTURE:
+            is_of_all = kind.architecture == "hierarchical_topk"
+            return self._explained_variances(sae, kind.budgets if is_of_all else None)
+        variances = []
+        # One after the other: two means may have the same threshold.
+        for k in thresholded(kind):
+            try:
+                budget = sae_lens_flex.mean_budget(sae, self.source.validation, k)
+            except ValueError:  # Fewer latents are positive, so all of them count.
+                budget = MeanBudget(mean=k, threshold=0)
+            variances += self._explained_variances(sae, [budget])
+        return variances
+
+    def _explained_variances(self, sae: Any, budgets: Any) -> list[float]:
+        """Return what an SAE explains of the validation activations at each budget."""
         rows = sae_lens_flex.sweep_budgets(
             sae, self.source.validation.split(8192), budgets=budgets, show_progress=False
         ).metrics
         return [row.explained_variance for row in rows]
+
+
+def thresholded(kind: Kind) -> list[int]:
+    """Return the mean budgets that a kind is measured at: of an SAE for one k that alone."""
+    is_of_all = kind.architecture in ("hierarchical_topk", hierarchical_batch.ARCHITECTURE)
+    return kind.budgets if is_of_all else [kind.k]
+
+
+def as_hierarchical(sae: JumpReLUSAE) -> HierarchicalTopKSAE:
+    """Return an SAE that takes any threshold in place of the one that BatchTopK learned."""
+    names = ("d_in", "d_sae", "dtype", "device", "apply_b_dec_to_input", "normalize_activations")
+    own = {name: getattr(sae.cfg, name) for name in (*names, "metadata")}
+    cfg = HierarchicalTopKSAEConfig(k=sae.cfg.d_sae, rescale_acts_by_decoder_norm=False, **own)
+    weights = sae.state_dict()
+    del weights["threshold"]
+    hierarchical = HierarchicalTopKSAE(cfg)
+    hierarchical.load_state_dict(weights)
+    return hierarchical
