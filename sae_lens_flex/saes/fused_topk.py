@@ -440,10 +440,8 @@ class FusedTopKTrainingSAE(OwnNormalization, TopKTrainingSAE):
             is_whole: whether the step also changes the weights.
         """
         if not (
-            self._asks_nothing(request)
-            and is_worth_recording(
-                request.weights, request.inputs, request.shards, is_whole=is_whole
-            )
+            is_worth_recording(request.weights, request.inputs, request.shards, is_whole=is_whole)
+            and self._asks_nothing(request)
         ):
             return None
         if self._recorder is None:
