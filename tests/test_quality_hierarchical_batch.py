@@ -160,6 +160,12 @@ class FakeSource:
             for n in (2048, 512)
         )
 
+    def batches(self, size, seed):
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            rows = torch.randint(len(self.train), (size,), generator=generator)
+            yield self.train[rows.to(self.train.device)]
+
     def measure(self, sae, budgets):
         assert sae.cfg.metadata.hook_name == "hook"  # by which a language model's source finds it
         budgets = None if budgets == [None] else budgets
@@ -171,7 +177,7 @@ class FakeSource:
 
 @pytest.fixture(scope="module")
 def worker():
-    return Worker(FakeSource, Training(F, 2048, 256, "cpu", autocast=False))
+    return Worker(FakeSource, Training(F, 2048, 256, "cpu", autocast=False, tuning=0))
 
 
 @pytest.mark.parametrize(
@@ -191,7 +197,7 @@ def test_kind_is_measured_at_its_budgets_and_thresholds(worker, tmp_path, name, 
     known = worker.train(kind, 1e-3, 0, tmp_path)
     of_all = kind.architecture.startswith("hierarchical")
     assert len(known["validation_at_budgets"]) == (3 if of_all else 1)
-    rows = worker.measure(kind, tmp_path)
+    rows = worker.measure(kind, known, tmp_path)
     assert [row["budget"] for row in rows if row["threshold"] is None] == budgets
     of_thresholds = [row for row in rows if row["threshold"] is not None]
     assert [row["mean"] for row in of_thresholds] == means
@@ -205,7 +211,7 @@ def test_recorded_steps_train_the_same(name, tmp_path, monkeypatch):
     kind, found = make_kind(name, K, F, [1, 2, 4]), []
     for is_recorded in (True, False):
         monkeypatch.setattr(FusedTopKTrainingSAE, "use_cuda_graph", is_recorded)
-        training = Training(F, 32 * 256, 256, "cuda", autocast=False)
+        training = Training(F, 32 * 256, 256, "cuda", autocast=False, tuning=0)
         worker = Worker(lambda: FakeSource("cuda"), training)
         path = tmp_path / str(is_recorded)
         found.append(worker.train(kind, 1e-3, 0, path)["validation_at_budgets"])
