@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..ops.kernels import kept as places
+from ..ops.kernels.error import scaled_error
 from ..ops.policy import accumulation_dtype, gradient_dtype, in_dtype, no_autocast
 from ..ops.products import add_rows, sum_rows, take_rows
 from ..ops.selection import Encoder, chunk_rows, empty_code, select_from
@@ -269,6 +270,7 @@ def auxiliary_loss(
     if wanted.encoder_input:
         grad_x = rows.new_empty((n_samples, d_in), dtype=sum_dtype)
     loss = target.new_zeros((), dtype=sum_dtype)
+    scale = torch.full_like(loss, 2 / spec.n_samples) * factor
     chooses = k < n_latents
     writes_places = chooses and spec.use_triton and not shards.is_sharded
     writes_places = writes_places and places.fits(n_latents, dtype)
@@ -306,9 +308,13 @@ def auxiliary_loss(
             else:
                 acts = shards.all_columns((products + b_enc).to(dtype), split)  # [b, n]
             del products  # With tensors of [b, n] the peak of memory is here.
-            error = (acts @ decoder).to(sum_dtype) - target[chunk]  # [b, D_r]
-            loss += error.square().sum()
-            s = error.mul_(2 * factor / spec.n_samples).to(dtype)
+            s = acts @ decoder  # [b, D_r], the reconstruction at first
+            if use_triton and sum_dtype == torch.float32:
+                loss += scaled_error(s, target[chunk].contiguous(), scale)
+            else:
+                error = s.to(sum_dtype) - target[chunk]
+                loss += error.square().sum()
+                s = error.mul_(scale).to(dtype)
             if wanted.W_dec:
                 grad_W_dec = _plus_product(grad_W_dec, acts.T, s, sum_dtype)
             del acts

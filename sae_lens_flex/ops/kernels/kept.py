@@ -6,9 +6,10 @@
     gradients[b, f] = gradients[b, f] where kept, else 0,     sums[f] = sum_b gradients[b, f]
 
 A large part of a row is kept, so the products with it are dense, and nothing needs the kept latents
-as a list. A program holds the keys of a row in registers and finds the K-th largest bit by bit,
-from the highest bit down. It ends as soon as the bits found so far are those of exactly K keys,
-which is long before the last bit where no keys are equal.
+as a list. A program holds the keys of a row in registers, and looks for a bound that exactly K of
+them reach. It goes down from the largest key by steps of 1, 2, 4 ... octaves until K keys or more
+reach the bound, and from there halves what is between. Where no such bound exists, because keys are
+equal, it ends at the K-th largest key itself.
 
 A kept h may be 0, or be rounded to it. It is written as -0, and what is not kept as +0. So the
 place of a kept h has a bit that is not 0, and all others have none.
@@ -21,12 +22,6 @@ from .launch import cdiv, launch, tl, triton
 
 
 @triton.jit
-def _pre_activations(products, bias, f, F):
-    product = tl.load(products + f, mask=f < F, other=0.0).to(tl.float32)
-    return product, tl.load(bias + f, mask=f < F, other=0.0).to(tl.float32)
-
-
-@triton.jit
 def _n_at_least(keys, bound, N_BLOCKS: tl.constexpr):
     counts = (keys[0] >= bound).to(tl.int32)
     for i in tl.static_range(1, N_BLOCKS):
@@ -35,17 +30,13 @@ def _n_at_least(keys, bound, N_BLOCKS: tl.constexpr):
 
 
 @triton.jit
-def _last_of_equals(keys, key, n, BLOCK: tl.constexpr, N_BLOCKS: tl.constexpr):
-    # Returns the place of the n-th key that equals `key`.
-    last = 0
-    n_before = 0
-    for i in tl.static_range(N_BLOCKS):
-        is_equal = (keys[i] == key).to(tl.int32)
-        number = n_before + tl.cumsum(is_equal, axis=0)
-        f = i * BLOCK + tl.arange(0, BLOCK)
-        last += tl.sum(tl.where((is_equal == 1) & (number == n), f, 0), axis=0)
-        n_before += tl.sum(is_equal, axis=0)
-    return last
+def _write(products, bias, f, F, is_kept):
+    product = tl.load(products + f, mask=f < F, other=0.0, eviction_policy="evict_first")
+    h = product.to(tl.float32) + tl.load(bias + f, mask=f < F, other=0.0).to(tl.float32)
+    is_zero = h.to(products.dtype.element_ty).to(tl.float32) == 0.0
+    bits = tl.where(is_zero, -(2**31), h.to(tl.int32, bitcast=True))
+    h = tl.where(is_kept, bits, 0).to(tl.float32, bitcast=True)
+    tl.store(products + f, h.to(products.dtype.element_ty), mask=f < F)
 
 
 @triton.jit
@@ -58,46 +49,55 @@ def _keep_largest_kernel(
     K,
     BLOCK: tl.constexpr,
     N_BLOCKS: tl.constexpr,
+    OCTAVE: tl.constexpr,
 ):
     products += tl.program_id(0).to(tl.int64) * F
     keys = ()
     for i in tl.static_range(N_BLOCKS):
         f = i * BLOCK + tl.arange(0, BLOCK)
         exists = f < F
-        product, bias_of_f = _pre_activations(products, bias, f, F)
+        # The eviction policies keep what is read once more, and keep the compiler from holding it
+        # in registers meanwhile, which the keys fill.
+        product = tl.load(products + f, mask=exists, other=0.0, eviction_policy="evict_last")
+        bias_of_f = tl.load(bias + f, mask=exists, other=0.0, eviction_policy="evict_last")
         norm = None
         if norms is not None:
             norm = tl.load(norms + f, mask=exists, other=0.0).to(tl.float32)
         if is_allowed is not None:
             exists = exists & (tl.load(is_allowed + f, mask=exists, other=0) != 0)
-        keys += (tl.where(exists, compared_key(product, bias_of_f, norm), -(2**31)),)
+        key = compared_key(product, bias_of_f.to(tl.float32), norm)
+        keys += (tl.where(exists, key, -(2**31)),)
+    largest = keys[0]
+    for i in tl.static_range(1, N_BLOCKS):
+        largest = tl.maximum(largest, keys[i])
 
-    bound = tl.full([], -(2**31), tl.int32)
-    n = tl.full([], N_BLOCKS * BLOCK, tl.int32)  # keys that are at least `bound`
-    bit = tl.full([], 31, tl.int32)
-    while (bit >= 0) & (n != K):
-        candidate = bound ^ (tl.full([], 1, tl.int32) << bit)  # Bit 31 is that of the sign.
-        n_of_candidate = _n_at_least(keys, candidate, N_BLOCKS)
-        bound = tl.where(n_of_candidate >= K, candidate, bound)
-        n = tl.where(n_of_candidate >= K, n_of_candidate, n)
-        bit -= 1
-    last = tl.full([], 2**31 - 1, tl.int32)  # which of those that equal `bound` is kept
+    low = tl.full([], -(2**31), tl.int64)
+    n = tl.full([], N_BLOCKS * BLOCK, tl.int32)  # keys that are at least `low`, K or more
+    high = tl.max(largest, axis=0).to(tl.int64) + 1  # which fewer than K are
+    step = tl.full([], OCTAVE, tl.int64)
+    while (n != K) & (high - low > 1):
+        middle = tl.maximum(high - step, (low + high) >> 1)
+        n_of_middle = _n_at_least(keys, middle.to(tl.int32), N_BLOCKS)
+        is_low = n_of_middle >= K
+        low = tl.where(is_low, middle, low)
+        n = tl.where(is_low, n_of_middle, n)
+        high = tl.where(is_low, high, middle)
+        step = tl.minimum(2 * step, 2**32)
+    bound = low.to(tl.int32)
     if (n > K) & (bound > -(2**31)):
         n_equal = 0
         for i in tl.static_range(N_BLOCKS):
             n_equal += tl.sum((keys[i] == bound).to(tl.int32), axis=0)
-        last = _last_of_equals(keys, bound, K - n + n_equal, BLOCK, N_BLOCKS)
-
-    for i in tl.static_range(N_BLOCKS):
-        f = i * BLOCK + tl.arange(0, BLOCK)
-        is_kept = (keys[i] > bound) | ((keys[i] == bound) & (f <= last))
-        is_kept = is_kept & (keys[i] > -(2**31))
-        product, bias_of_f = _pre_activations(products, bias, f, F)
-        h = product + bias_of_f
-        is_zero = h.to(products.dtype.element_ty).to(tl.float32) == 0.0
-        bits = tl.where(is_zero, -(2**31), h.to(tl.int32, bitcast=True))
-        h = tl.where(is_kept, bits, 0).to(tl.float32, bitcast=True)
-        tl.store(products + f, h.to(products.dtype.element_ty), mask=f < F)
+        n_left = K - n + n_equal  # of those that equal the K-th largest
+        for i in tl.static_range(N_BLOCKS):
+            is_equal = (keys[i] == bound).to(tl.int32)
+            is_kept = (keys[i] > bound) | ((is_equal == 1) & (tl.cumsum(is_equal) <= n_left))
+            n_left -= tl.sum(is_equal, axis=0)
+            _write(products, bias, i * BLOCK + tl.arange(0, BLOCK), F, is_kept)
+    else:
+        bound = tl.maximum(bound, -(2**31) + 1)
+        for i in tl.static_range(N_BLOCKS):
+            _write(products, bias, i * BLOCK + tl.arange(0, BLOCK), F, keys[i] >= bound)
 
 
 @triton.jit
@@ -123,11 +123,14 @@ def _at_kept_kernel(
         tl.store(sums + row + f, tl.sum(gradient, axis=0), mask=f < F)
 
 
-# A program's threads hold 40 keys each of 20,480, and 64 at most.
 BLOCK = 4096
 MOST_LATENTS = 8 * BLOCK
+# A thread holds 40 keys of 20,480 and 64 at most. Of 16 warps with 64 registers a thread a
+# multiprocessor of an H100 runs two at once. A longer row needs more registers.
 KEYS_OF_A_WARP = 1280
 MOST_WARPS = 16
+MAX_REGISTERS = 64
+OCTAVE = 2**23  # keys from one power of two to the next
 ROWS = 32
 COLUMNS = 256
 
@@ -180,7 +183,9 @@ def keep_largest(
         (n_latents, k),
         BLOCK=block,
         N_BLOCKS=cdiv(n_latents, block),
+        OCTAVE=OCTAVE,
         num_warps=_num_warps(n_latents),
+        max_registers=MAX_REGISTERS if n_latents <= KEYS_OF_A_WARP * MOST_WARPS else None,
     )
 
 
