@@ -190,4 +190,5 @@ def sum_rows(
     """
     if use_triton and torch.float64 not in (matrix.dtype, factors.dtype):
         return rows_kernels.sum_rows(matrix, latents.contiguous(), is_used, factors.contiguous())
-    return in_dtype(matrix.index_select(0, latents), factors.dtype).T @ factors
+    rows = take_rows(matrix, latents, factors.dtype, is_used=is_used, use_triton=False)
+    return rows.T @ factors
