@@ -7,6 +7,9 @@ In dense algebra, with the code as a matrix of shape [B, F], they are code @ wei
 code.T @ rows. A third product, dots[b, t] = weight[latents[b, t]] . rows[b], belongs to the decoder
 losses alone, which compute it beside another one.
 
+The loss on dead latents takes rows of a matrix, adds to them and adds them up, for latents of which
+those that are used differ from each other.
+
 Whether Triton or PyTorch computes a product is decided here.
 """
 
@@ -15,9 +18,10 @@ import torch
 from .chunks import for_each
 from .codes import Code, InvertedIndex, Rows
 from .kernels import residual as residual_kernel
+from .kernels import rows as rows_kernels
 from .kernels.sums import sum_by_latent
 from .kernels.tiles import Batch
-from .policy import accumulation_dtype, no_autocast
+from .policy import accumulation_dtype, in_dtype, no_autocast
 
 # A chunk's [b, K, D] tensors have about this many elements. On a CPU 2^18 (1 MiB in float32) keeps
 # the handful of them in the second-level cache; a GPU wants enough work to fill it.
@@ -118,3 +122,73 @@ def scatter(
             include_last_offset=True,
         )
     out.copy_(sums[: len(out)])
+
+
+def take_rows(
+    matrix: torch.Tensor,
+    latents: torch.Tensor,
+    dtype: torch.dtype,
+    *,
+    is_used: torch.Tensor | None,
+    use_triton: bool,
+) -> torch.Tensor:
+    """Return rows of a matrix in `dtype`, [n, D]; zeros for those that are not used.
+
+    Args:
+        matrix: [F, D].
+        latents: [n].
+        dtype: floating.
+        is_used: which of the latents are, [n], bool; None for all.
+        use_triton: whether the kernels take them.
+    """
+    if use_triton and torch.float64 not in (matrix.dtype, dtype):
+        return rows_kernels.take_rows(matrix, latents.contiguous(), is_used, dtype)
+    rows = in_dtype(matrix.index_select(0, latents), dtype)
+    return rows if is_used is None else rows.masked_fill(~is_used.unsqueeze(-1), 0)
+
+
+def add_rows(
+    matrix: torch.Tensor,
+    latents: torch.Tensor,
+    rows: torch.Tensor,
+    *,
+    is_used: torch.Tensor | None,
+    use_triton: bool,
+) -> None:
+    """Add rows to those of a matrix, in place.
+
+    Args:
+        matrix: [F, D] or [F].
+        latents: [n]; those that are used differ from each other.
+        rows: [n, D] or [n]; zeros where they are not used.
+        is_used: which of the latents are, [n], bool; None for all.
+        use_triton: whether the kernels add them.
+    """
+    is_double = torch.float64 in (matrix.dtype, rows.dtype)
+    if use_triton and not is_double and matrix.dim() == 2 and matrix.is_contiguous():
+        rows_kernels.add_rows(matrix, latents.contiguous(), is_used, rows.contiguous())
+    else:
+        matrix.index_add_(0, latents, in_dtype(rows, matrix.dtype))
+
+
+def sum_rows(
+    matrix: torch.Tensor,
+    latents: torch.Tensor,
+    factors: torch.Tensor,
+    *,
+    is_used: torch.Tensor | None,
+    use_triton: bool,
+) -> torch.Tensor:
+    """Return the sum of rows of a matrix, each times its factor, [D], in the factors' dtype.
+
+    Args:
+        matrix: [F, D].
+        latents: [n].
+        factors: [n], float32 or float64; 0 where they are not used.
+        is_used: which of the latents are, [n], bool; None for all.
+        use_triton: whether the kernels add them up.
+    """
+    if use_triton and torch.float64 not in (matrix.dtype, factors.dtype):
+        return rows_kernels.sum_rows(matrix, latents.contiguous(), is_used, factors.contiguous())
+    rows = take_rows(matrix, latents, factors.dtype, is_used=is_used, use_triton=False)
+    return rows.T @ factors

@@ -14,6 +14,9 @@ g = s @ W_dec.T at the kept latents, 0 elsewhere, the gradients are
 
 The target, what the living latents left over, has none.
 
+The kernels write the kept h into their places (`ops.kernels.kept`). By PyTorch, and where several
+processes choose together, the K largest are listed first.
+
 Where the host is not to wait for n, the loss takes a fixed number of latents of which only n, known
 to the device, are dead. The others have zeros for weights, and -inf for h where K are chosen, so
 nothing comes from them.
@@ -27,9 +30,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..ops.kernels import kept as places
+from ..ops.kernels.error import scaled_error
 from ..ops.policy import accumulation_dtype, gradient_dtype, in_dtype, no_autocast
+from ..ops.products import add_rows, sum_rows, take_rows
 from ..ops.selection import Encoder, chunk_rows, empty_code, select_from
-from .encoder import minus_product
 from .requests import Gradients, Spec, WantedGradients, Weights
 from .shards import WHOLE, Split, Whole
 
@@ -71,6 +76,10 @@ class DeadGradients(NamedTuple):
     Attributes:
         latents: the n dead latents, [n].
         own_latents: the n_r of them in this rank's encoder, numbered from its first latent, [n_r].
+        is_dead: which of `latents` are dead, [n]; None where all are. The gradients of the others
+            are zeros.
+        own_is_dead: which of `own_latents` are, [n_r], or None.
+        use_triton: whether the kernels add them to other gradients.
         W_enc: of the transpose of the encoder's columns, [n_r, D].
         b_enc: [n_r].
         W_dec: of the decoder's rows, [n, D_r].
@@ -80,11 +89,18 @@ class DeadGradients(NamedTuple):
 
     latents: torch.Tensor
     own_latents: torch.Tensor
+    is_dead: torch.Tensor | None
+    own_is_dead: torch.Tensor | None
+    use_triton: bool
     W_enc: torch.Tensor | None
     b_enc: torch.Tensor | None
     W_dec: torch.Tensor | None
     b_dec: torch.Tensor | None
     encoder_input: torch.Tensor | None
+
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        """Return the gradients alone."""
+        return self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.encoder_input
 
     def added_to(self, gradients: Gradients, weights: Weights, x: torch.Tensor) -> Gradients:
         """Return the sum of these and of other gradients, which is added in place.
@@ -96,9 +112,9 @@ class DeadGradients(NamedTuple):
         """
         W_enc, b_enc, W_dec, b_dec = weights
 
-        def add_rows(
+        def add_to_rows(
             gradient: torch.Tensor | None,
-            latents: torch.Tensor,
+            is_of_encoder: bool,
             rows: torch.Tensor | None,
             like: torch.Tensor,
         ) -> torch.Tensor | None:
@@ -106,7 +122,10 @@ class DeadGradients(NamedTuple):
                 return gradient
             if gradient is None:
                 gradient = like.new_zeros(like.shape, dtype=gradient_dtype(like.dtype))
-            return gradient.index_add_(0, latents, in_dtype(rows, gradient.dtype))
+            latents = self.own_latents if is_of_encoder else self.latents
+            is_dead = self.own_is_dead if is_of_encoder else self.is_dead
+            add_rows(gradient, latents, rows, is_used=is_dead, use_triton=self.use_triton)
+            return gradient
 
         def add(
             gradient: torch.Tensor | None, other: torch.Tensor | None, like: torch.Tensor
@@ -118,11 +137,11 @@ class DeadGradients(NamedTuple):
             return gradient.add_(other)
 
         by_latent = None if gradients.W_enc is None else gradients.W_enc.T
-        by_latent = add_rows(by_latent, self.own_latents, self.W_enc, W_enc.T)
+        by_latent = add_to_rows(by_latent, True, self.W_enc, W_enc.T)
         return gradients._replace(
             W_enc=None if by_latent is None else by_latent.T,
-            b_enc=add_rows(gradients.b_enc, self.own_latents, self.b_enc, b_enc),
-            W_dec=add_rows(gradients.W_dec, self.latents, self.W_dec, W_dec),
+            b_enc=add_to_rows(gradients.b_enc, True, self.b_enc, b_enc),
+            W_dec=add_to_rows(gradients.W_dec, False, self.W_dec, W_dec),
             b_dec=add(gradients.b_dec, self.b_dec, b_dec),
             encoder_input=add(gradients.encoder_input, self.encoder_input, x),
         )
@@ -229,12 +248,12 @@ def auxiliary_loss(
     n_latents, half_width = len(latents), d_in // 2
     sum_dtype = accumulation_dtype(weights.W_dec, target)
     n_dead = n_latents if is_dead is None else is_dead.sum(dtype=sum_dtype)
-    is_padding = None if is_dead is None else ~is_dead
     own = shards.own(split, n_latents)
     own_latents = latents[own]  # [n_r]
     if shards.is_sharded:
         own_latents = own_latents - shards.own_latents(len(weights.W_dec)).start
     n_own = len(own_latents)
+    own_is_dead = None if is_dead is None else is_dead[own]  # [n_r]
     b_enc = weights.b_enc.index_select(0, own_latents)  # [n_r]
     bias = shards.bias_to_compare(b_enc, use_triton=spec.use_triton)
     kept_dtype = torch.promote_types(rows.dtype, b_enc.dtype)
@@ -244,78 +263,92 @@ def auxiliary_loss(
     share = share.clamp(max=1) if isinstance(share, torch.Tensor) else min(share, 1.0)
     factor = coefficient * share
 
-    def zeros(is_wanted: bool, *shape: int) -> torch.Tensor | None:
-        return torch.zeros(shape, dtype=sum_dtype, device=device) if is_wanted else None
-
     wants_encoder = wanted.any_of_encoder(spec)
     through_b_dec = wanted.b_dec and spec.apply_b_dec_to_input
-    grad_W_enc = zeros(wanted.W_enc, n_own, d_in)
-    grad_W_dec = zeros(wanted.W_dec, n_latents, target.shape[1])
-    grad_b_enc = zeros(wanted.b_enc or through_b_dec, n_own)
-    grad_x = zeros(wanted.encoder_input, n_samples, d_in)
+    wants_b_enc = wanted.b_enc or through_b_dec
+    grad_W_enc = grad_W_dec = grad_b_enc = grad_x = grad_b_dec = None
+    if wanted.encoder_input:
+        grad_x = rows.new_empty((n_samples, d_in), dtype=sum_dtype)
     loss = target.new_zeros((), dtype=sum_dtype)
+    scale = torch.full_like(loss, 2 / spec.n_samples) * factor
+    chooses = k < n_latents
+    writes_places = chooses and spec.use_triton and not shards.is_sharded
+    writes_places = writes_places and places.fits(n_latents, dtype)
+    use_triton = spec.use_triton
     with no_autocast(device):
-        encoder = in_dtype(weights.W_enc.T.index_select(0, own_latents), dtype)  # [n_r, D]
-        decoder = in_dtype(weights.W_dec.index_select(0, latents), dtype)  # [n, D_r]
-        if is_padding is not None:
-            encoder = encoder.masked_fill(is_padding[own].unsqueeze(-1), 0)
-            decoder = decoder.masked_fill(is_padding.unsqueeze(-1), 0)
-            fill = -torch.inf if k < n_latents else 0
-            bias, b_enc = (b.masked_fill(is_padding[own], fill) for b in (bias, b_enc))
-            norms = None if norms is None else norms.masked_fill(is_padding, 1)
+        encoder = take_rows(
+            weights.W_enc.T, own_latents, dtype, is_used=own_is_dead, use_triton=use_triton
+        )  # [n_r, D]
+        decoder = take_rows(
+            weights.W_dec, latents, dtype, is_used=is_dead, use_triton=use_triton
+        )  # [n, D_r]
+        if is_dead is not None and own_is_dead is not None and not writes_places:
+            fill = -torch.inf if chooses else 0
+            bias, b_enc = (b.masked_fill(~own_is_dead, fill) for b in (bias, b_enc))
+            norms = None if norms is None else norms.masked_fill(~is_dead, 1)
         n_rows = chunk_rows(n_samples, n_latents, dtype, rows.device)
         for start in range(0, n_samples, n_rows):
             chunk = slice(start, start + n_rows)
             products = rows[chunk] @ encoder.T  # [b, n_r]
-            kept = None
-            if k < n_latents:
-                kept = empty_code(len(products), min(k, n_own), rows, bias)
+            listed = written = None
+            if writes_places:
+                places.keep_largest(products, b_enc, norms, is_dead, k)
+                acts = written = products  # [b, n]
+            elif chooses:
+                listed = empty_code(len(products), min(k, n_own), rows, bias)
                 if n_own > 0:
                     parts = Encoder(encoder.T, bias, None if norms is None else norms[own])
                     is_sorted = shards.is_sharded  # as merging expects
-                    select_from(
-                        products, parts, kept, use_triton=spec.use_triton, is_sorted=is_sorted
-                    )
-                kept = shards.merge(kept, norms, k, dtype=kept_dtype, split=split)  # [b, k]
+                    select_from(products, parts, listed, use_triton=use_triton, is_sorted=is_sorted)
+                listed = shards.merge(listed, norms, k, dtype=kept_dtype, split=split)  # [b, k]
                 if is_dead is not None:
-                    kept = kept.with_values(kept.values.where(is_dead[kept.latents], 0))
+                    listed = listed.with_values(listed.values.where(is_dead[listed.latents], 0))
                 acts = products.new_zeros((len(products), n_latents))
-                acts.scatter_(-1, kept.latents, in_dtype(kept.values, dtype))
+                acts.scatter_(-1, listed.latents, in_dtype(listed.values, dtype))
             else:
                 acts = shards.all_columns((products + b_enc).to(dtype), split)  # [b, n]
             del products  # With tensors of [b, n] the peak of memory is here.
-            error = (acts @ decoder).to(sum_dtype) - target[chunk]  # [b, D_r]
-            loss += error.square().sum()
-            s = error.mul_(2 * factor / spec.n_samples).to(dtype)
-            if grad_W_dec is not None:
-                grad_W_dec += acts.T @ s
+            s = acts @ decoder  # [b, D_r], the reconstruction at first
+            if use_triton and sum_dtype == torch.float32:
+                loss += scaled_error(s, target[chunk].contiguous(), scale)
+            else:
+                error = s.to(sum_dtype) - target[chunk]
+                loss += error.square().sum()
+                s = error.mul_(scale).to(dtype)
+            if wanted.W_dec:
+                grad_W_dec = _plus_product(grad_W_dec, acts.T, s, sum_dtype)
             del acts
             if not wants_encoder:
                 continue
-            g = s @ decoder.T  # [b, n]
-            if kept is None:
-                g = shards.sum(g)
+            g, sums = s @ decoder.T, None  # [b, n]
+            if written is not None:
+                sums = places.at_kept(g, written, wants_sums=wants_b_enc)
+            elif listed is not None:
+                of_kept = shards.sum(g.gather(-1, listed.latents))  # [b, k]
+                g = torch.zeros_like(g).scatter_(-1, listed.latents, of_kept)
             else:
-                of_kept = shards.sum(g.gather(-1, kept.latents))  # [b, k]
-                g = torch.zeros_like(g).scatter_(-1, kept.latents, of_kept)
+                g = shards.sum(g)
             g = g[:, own]  # [b, n_r]
-            if grad_W_enc is not None:
-                grad_W_enc += g.T @ rows[chunk]
-            if grad_b_enc is not None:
-                grad_b_enc += g.sum(0, dtype=sum_dtype)
+            if wanted.W_enc:
+                grad_W_enc = _plus_product(grad_W_enc, g.T, rows[chunk], sum_dtype)
+            if wants_b_enc:
+                sums = g.sum(0, dtype=sum_dtype) if sums is None else sums
+                grad_b_enc = sums if grad_b_enc is None else grad_b_enc.add_(sums)
             if grad_x is not None:
                 grad_x[chunk] = (g @ encoder).to(sum_dtype)
-        grad_b_dec = None
         if through_b_dec and grad_b_enc is not None:
             del encoder, decoder
             # Unrounded, since it is a sum over all dead latents.
-            W_enc_rows = weights.W_enc.T.index_select(0, own_latents).to(sum_dtype)
-            zero = weights.b_dec.new_zeros(d_in, dtype=sum_dtype)
-            grad_b_dec = minus_product(zero, W_enc_rows.T, grad_b_enc)
+            grad_b_dec = -sum_rows(
+                weights.W_enc.T, own_latents, grad_b_enc, is_used=own_is_dead, use_triton=use_triton
+            )
     loss, grad_b_dec = shards.sum_both(loss, grad_b_dec)
     gradients = DeadGradients(
         latents=latents,
         own_latents=own_latents,
+        is_dead=is_dead,
+        own_is_dead=own_is_dead,
+        use_triton=use_triton,
         W_enc=grad_W_enc,
         b_enc=grad_b_enc if wanted.b_enc else None,
         W_dec=grad_W_dec,
@@ -326,3 +359,14 @@ def auxiliary_loss(
     if is_dead is not None:  # A sum that overflows, times 0, is not 0.
         loss = loss.where(is_dead.any(), 0)
     return loss, gradients
+
+
+def _plus_product(
+    total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """Return total + a @ b in `dtype`. The total is changed in place, and None is 0."""
+    if a.is_cuda and a.itemsize == 2 and dtype == torch.float32:
+        product = torch.mm(a, b, out_dtype=dtype)  # not rounded to 16 bits
+    else:
+        product = in_dtype(a @ b, dtype)
+    return product if total is None else total.add_(product)

@@ -132,8 +132,19 @@ def _joined(parts: Sequence[DeadGradients]) -> DeadGradients:
         tensors = [getattr(part, name) for part in parts]
         return None if tensors[0] is None else torch.stack(tensors).sum(0)
 
-    latents = torch.cat([part.latents for part in parts])
+    latents, is_dead = torch.cat([part.latents for part in parts]), None
+    if any(part.is_dead is not None for part in parts):
+        masks = (
+            torch.ones_like(part.latents, dtype=torch.bool)
+            if part.is_dead is None
+            else part.is_dead
+            for part in parts
+        )
+        is_dead = torch.cat(list(masks))
     of_latents = {name: cat(name) for name in ("W_enc", "b_enc", "W_dec")}
     return DeadGradients(
-        latents, latents, **of_latents, b_dec=add("b_dec"), encoder_input=add("encoder_input")
+        *(latents, latents, is_dead, is_dead, parts[0].use_triton),
+        **of_latents,
+        b_dec=add("b_dec"),
+        encoder_input=add("encoder_input"),
     )

@@ -136,7 +136,7 @@ class _Gradients:
             gradients, self.main = self.main, None
             scale_in_place(gradients, of_mse)
         if of_auxiliary is not None and self.auxiliary is not None:
-            scale_in_place(self.auxiliary[2:], of_auxiliary)
+            scale_in_place(self.auxiliary.tensors(), of_auxiliary)
             x = self.inputs.encoder_input
             gradients = self.auxiliary.added_to(gradients, self.weights, x)
             self.auxiliary = None

@@ -109,11 +109,12 @@ def test_without_dead_latents_loss_and_gradients_are_zero(on, capacity) -> None:
         assert gradient is None or not gradient.any()
 
 
-@pytest.mark.parametrize("on", [("torch", "cpu")], ids=str)
-def test_weights_of_living_latents_are_not_read(on) -> None:
-    some = case(on, n_dead=3)
+@every_backend
+@pytest.mark.parametrize("n_dead", [3, 8])
+def test_weights_of_living_latents_are_not_read(on, n_dead) -> None:
+    some = case(on, n_dead=n_dead)
     expected_loss, expected = loss_and_gradients(some, some.dead)
-    latents, is_dead, _ = padded(mask_of(some), 8)
+    latents, is_dead, _ = padded(mask_of(some), 2 * n_dead)
     main = begin_step(some.weights, some.inputs, some.spec, wanted=ALL)
     weights = Weights(*(weight.clone() for weight in some.weights))
     living = ~mask_of(some)
@@ -128,14 +129,14 @@ def test_weights_of_living_latents_are_not_read(on) -> None:
         norms=main.norms,
         coefficient=COEFFICIENT,
         spec=some.spec,
-        wanted=ALL._replace(b_dec=False),  # which takes W_enc as a whole
+        wanted=ALL,
     )
     assert_close(loss, expected_loss, name="loss")
     found = gradients.added_to(Gradients(), weights, some.inputs.encoder_input)
-    assert_same(found, expected._replace(b_dec=None), 1e-5)
+    assert_same(found, expected, 1e-5)
 
 
-@pytest.mark.parametrize("on", [("torch", "cpu")], ids=str)
+@every_backend
 @pytest.mark.parametrize("wanted", ["W_enc", "b_enc", "W_dec", "b_dec", "encoder_input"])
 def test_gradients_of_some(on, wanted) -> None:
     some = case(on, n_dead=8)

@@ -79,6 +79,7 @@ class Launch:
         grid: number of programs along each axis.
         ints: sizes and strides.
         num_warps: warps a program.
+        max_registers: of a thread; None leaves them to the compiler.
         constants: values that are compiled in.
     """
 
@@ -89,12 +90,16 @@ class Launch:
         ints: Sequence[int] = (),
         *,
         num_warps: int = 4,
+        max_registers: int | None = None,
         **constants: Any,
     ) -> None:
         self._kernel = kernel
         self._grid = grid
         self._ints = ints
         self._constants = {**constants, "num_warps": num_warps}
+        # There is no such option for AMD's GPUs, and none to interpret.
+        if max_registers is not None and torch.version.hip is None and not INTERPRETED:
+            self._constants["maxnreg"] = max_registers
         self._after_floats = (*ints, *constants.values())
         self._run: Any = None
 
