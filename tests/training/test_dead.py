@@ -15,6 +15,8 @@ from saes.comparison import (
     trained_sae,
 )
 
+from sae_lens_flex.ops import selection
+from sae_lens_flex.ops.kernels import kept
 from sae_lens_flex.training.dead import auxiliary_loss, padded
 from sae_lens_flex.training.requests import Gradients, Inputs, WantedGradients, Weights
 from sae_lens_flex.training.step import begin_step
@@ -94,6 +96,26 @@ def test_latents_that_are_not_dead_change_nothing(on, n_dead, capacity, dtype, r
     assert loss.dtype == expected_loss.dtype
     assert_close(loss, expected_loss, TOLERANCE[dtype], "loss")
     assert_same(found, expected, TOLERANCE[dtype])
+
+
+@every_backend
+@pytest.mark.parametrize("is_padded", [True, False])
+def test_chunks_of_the_batch_and_lists_of_the_kept_give_the_same(
+    on, is_padded, monkeypatch
+) -> None:
+    some = case(on, n_dead=8)
+    arguments = padded(mask_of(some), 16)[:2] if is_padded else (some.dead,)
+    expected_loss, expected = loss_and_gradients(some, *arguments)
+    for module, name, value in (
+        (selection, "CPU_CHUNK_BYTES", 1),  # a sample a chunk
+        (selection, "GPU_CHUNK_BYTES", 1),
+        (selection, "GPU_CHUNK_ROWS", 2),
+        (kept, "MOST_LATENTS", 0),
+    ):
+        monkeypatch.setattr(module, name, value)
+        loss, found = loss_and_gradients(some, *arguments)
+        assert_close(loss, expected_loss, 5e-6, "loss")
+        assert_same(found, expected, 5e-6)
 
 
 @every_backend

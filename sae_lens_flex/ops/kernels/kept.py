@@ -142,9 +142,9 @@ def fits(n_latents: int, dtype: torch.dtype) -> bool:
     return n_latents <= MOST_LATENTS and dtype.itemsize in _INTEGERS
 
 
-def _num_warps(n_latents: int) -> int:
+def _num_warps(n_keys: int) -> int:
     warps = 1
-    while warps < MOST_WARPS and warps * KEYS_OF_A_WARP < n_latents:
+    while warps < MOST_WARPS and warps * KEYS_OF_A_WARP < n_keys:
         warps *= 2
     return warps
 
@@ -170,6 +170,8 @@ def keep_largest(
     """
     n_samples, n_latents = products.shape
     block = min(BLOCK, triton.next_power_of_2(n_latents))
+    n_blocks = cdiv(n_latents, block)
+    n_keys = n_blocks * block
     launch(
         _keep_largest_kernel,
         (n_samples,),
@@ -182,10 +184,10 @@ def keep_largest(
         (),
         (n_latents, k),
         BLOCK=block,
-        N_BLOCKS=cdiv(n_latents, block),
+        N_BLOCKS=n_blocks,
         OCTAVE=OCTAVE,
-        num_warps=_num_warps(n_latents),
-        max_registers=MAX_REGISTERS if n_latents <= KEYS_OF_A_WARP * MOST_WARPS else None,
+        num_warps=_num_warps(n_keys),
+        max_registers=MAX_REGISTERS if n_keys <= KEYS_OF_A_WARP * MOST_WARPS else None,
     )
 
 
