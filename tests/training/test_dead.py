@@ -106,14 +106,12 @@ def test_chunks_of_the_batch_and_lists_of_the_kept_give_the_same(
     some = case(on, n_dead=8)
     arguments = padded(mask_of(some), 16)[:2] if is_padded else (some.dead,)
     expected_loss, expected = loss_and_gradients(some, *arguments)
-    for module, name, value in (
-        (selection, "CPU_CHUNK_BYTES", 1),  # a sample a chunk
-        (selection, "GPU_CHUNK_BYTES", 1),
-        (selection, "GPU_CHUNK_ROWS", 2),
-        (kept, "MOST_LATENTS", 0),
-    ):
-        monkeypatch.setattr(module, name, value)
-        loss, found = loss_and_gradients(some, *arguments)
+    monkeypatch.setattr(kept, "MOST_LATENTS", 0)
+    of_lists = loss_and_gradients(some, *arguments)
+    monkeypatch.undo()
+    for name in ("CPU_CHUNK_BYTES", "GPU_CHUNK_BYTES", "GPU_CHUNK_ROWS"):
+        monkeypatch.setattr(selection, name, 1)  # a sample a chunk
+    for loss, found in (of_lists, loss_and_gradients(some, *arguments)):
         assert_close(loss, expected_loss, 5e-6, "loss")
         assert_same(found, expected, 5e-6)
 
