@@ -104,14 +104,15 @@ def test_chunks_of_the_batch_and_lists_of_the_kept_give_the_same(
     on, is_padded, monkeypatch
 ) -> None:
     some = case(on, n_dead=8)
-    arguments = padded(mask_of(some), 16)[:2] if is_padded else (some.dead,)
-    expected_loss, expected = loss_and_gradients(some, *arguments)
+    dead = padded(mask_of(some), 16)
+    latents, is_dead = (dead.latents, dead.is_dead) if is_padded else (some.dead, None)
+    expected_loss, expected = loss_and_gradients(some, latents, is_dead)
     monkeypatch.setattr(kept, "MOST_LATENTS", 0)
-    of_lists = loss_and_gradients(some, *arguments)
+    of_lists = loss_and_gradients(some, latents, is_dead)
     monkeypatch.undo()
     for name in ("CPU_CHUNK_BYTES", "GPU_CHUNK_BYTES", "GPU_CHUNK_ROWS"):
         monkeypatch.setattr(selection, name, 1)  # a sample a chunk
-    for loss, found in (of_lists, loss_and_gradients(some, *arguments)):
+    for loss, found in (of_lists, loss_and_gradients(some, latents, is_dead)):
         assert_close(loss, expected_loss, 5e-6, "loss")
         assert_same(found, expected, 5e-6)
 
