@@ -53,6 +53,7 @@ def _keep_largest_kernel(
 ):
     products += tl.program_id(0).to(tl.int64) * F
     keys = ()
+    largest = tl.full([BLOCK], -(2**31), tl.int32)
     for i in tl.static_range(N_BLOCKS):
         f = i * BLOCK + tl.arange(0, BLOCK)
         exists = f < F
@@ -66,10 +67,9 @@ def _keep_largest_kernel(
         if is_allowed is not None:
             exists = exists & (tl.load(is_allowed + f, mask=exists, other=0) != 0)
         key = compared_key(product, bias_of_f.to(tl.float32), norm)
-        keys += (tl.where(exists, key, -(2**31)),)
-    largest = keys[0]
-    for i in tl.static_range(1, N_BLOCKS):
-        largest = tl.maximum(largest, keys[i])
+        key = tl.where(exists, key, -(2**31))
+        keys += (key,)
+        largest = tl.maximum(largest, key)
 
     low = tl.full([], -(2**31), tl.int64)
     n = tl.full([], N_BLOCKS * BLOCK, tl.int32)  # keys that are at least `low`, K or more
