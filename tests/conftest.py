@@ -7,6 +7,9 @@ import torch
 # imported. With a GPU the kernels are compiled.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    import quick_interpreter
+
+    quick_interpreter.install()
 
 # The tests' tensors are too small for two threads. Where the second one finds no free core, the
 # first one spins until it has run, and a step takes fifty times as long.
