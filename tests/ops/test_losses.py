@@ -149,7 +149,8 @@ def test_many_latents_span_runs(implementation, monkeypatch) -> None:
     monkeypatch.setattr(sums, "MOST_DOTS", 100)  # two slices a launch
     monkeypatch.setattr(sums, "MOST_SCATTERED", 20)
     for n_latents in (1, 2, 7, 300):
-        indices, inputs = random_inputs((9, 5, n_latents, 33), device=implementation.device)
+        # 40 pairs: the last run has one.
+        indices, inputs = random_inputs((8, 5, n_latents, 33), device=implementation.device)
         assert_matches_definition(implementation, indices, inputs)
 
 
@@ -161,6 +162,7 @@ def test_copies_of_frequent_latents(implementation, monkeypatch, n_latents) -> N
     for module in (by_triton, copies, finish, hierarchical, tiles):
         monkeypatch.setattr(module, "SLOTS", 8)
     indices, inputs = random_inputs((19, 5, n_latents, 70), device=implementation.device)
+    inputs["vals"].data[:, ::3] = 1.5  # None is 0, or a latent might get no gradient.
     indices[3, 2], indices[4, 1] = -1, n_latents
     if implementation.loss in (triton_hierarchical_sae_loss, triton_topk_sae_loss):
         inputs["vals"].data[3, 2] = inputs["vals"].data[4, 1] = 0
