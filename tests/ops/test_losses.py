@@ -149,8 +149,9 @@ def test_many_latents_span_runs(implementation, monkeypatch) -> None:
     monkeypatch.setattr(sums, "MOST_DOTS", 100)  # two slices a launch
     monkeypatch.setattr(sums, "MOST_SCATTERED", 20)
     for n_latents in (1, 2, 7, 300):
-        # 40 pairs: the last run has one.
+        # Of 40 pairs the last run has one. Of 300 latents the last one begins in the run before.
         indices, inputs = random_inputs((8, 5, n_latents, 33), device=implementation.device)
+        indices[0, :2] = n_latents - 1
         assert_matches_definition(implementation, indices, inputs)
 
 
