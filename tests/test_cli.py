@@ -2,10 +2,10 @@
 
 import json
 import os
+import runpy
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from importlib.metadata import entry_points
@@ -13,12 +13,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import huggingface_hub.constants
 import plotly.graph_objects as go
 import pytest
 import torch
 from datasets import Dataset
 from integration import conftest as toy
-from integration.flows import BATCH_SIZE, run_python
+from integration.flows import BATCH_SIZE
 from sae_lens import SAE, LanguageModelSAETrainingRunner, SAETrainer
 from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
 from sae_lens.training._interruption import InterruptedException
@@ -343,30 +344,27 @@ def test_all_flags_of_saelens_are_listed(run) -> None:
         assert flag in result.out
 
 
-def test_module_and_installed_script_run_the_command_line(tmp_path: Path) -> None:
-    def run(*command: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            command,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            cwd=Path(__file__).parents[1],
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-
-    def check_error(result: subprocess.CompletedProcess[str]) -> None:
-        assert_refused(SimpleNamespace(code=result.returncode, err=result.stderr), "no directory")
+def test_module_and_installed_script_run_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # In this process: others import SAELens again, which takes long.
+    def check_error(execute: Callable[..., Any], name: str, *arguments: str) -> None:
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        with pytest.raises(SystemExit) as end:
+            execute(name, run_name="__main__")
+        result = SimpleNamespace(code=end.value.code, err=capsys.readouterr().err)
+        assert_refused(result, "no directory")
 
     missing = str(tmp_path / "missing")
-    check_error(run(sys.executable, "-m", "sae_lens_flex", "sweep", missing))
+    check_error(runpy.run_module, "sae_lens_flex", "sweep", missing)
     (script,) = entry_points(group="console_scripts", name="sae-lens-flex") or (None,)
     if script is None:
         pytest.skip("this installation is older than the script")
     assert script.load() is main
     path = shutil.which("sae-lens-flex", path=str(Path(sys.executable).parent))
     assert path is not None
-    check_error(run(path, "export", missing, "--budget", "1", "--output", str(tmp_path / "out")))
+    export = ("export", missing, "--budget", "1", "--output", str(tmp_path / "out"))
+    check_error(runpy.run_path, path, *export)
 
 
 # -- what it refuses
@@ -713,17 +711,7 @@ def test_signal_while_a_model_loads_ends_the_command(
     assert (result.code, result.err) == (143, "sae-lens-flex sweep: interrupted\n")
 
 
-def test_repository_that_cannot_be_reached_is_refused(tmp_path: Path) -> None:
-    script = """
-        import sys
-        from sae_lens_flex.cli import main
-        import contextlib, io
-        err = io.StringIO()
-        with contextlib.redirect_stderr(err):
-            code = main(["sweep", "someone/saes", "--sae-id", "layer_0"])
-        print(code, len(err.getvalue().splitlines()), err.getvalue(), end="")
-    """
-    printed = run_python(
-        script, HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1"
-    )
-    assert printed.startswith("2 1 sae-lens-flex sweep: error: someone/saes layer_0: "), printed
+def test_repository_that_cannot_be_reached_is_refused(run, monkeypatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    result = run("sweep", "someone/saes", "--sae-id", "layer_0")
+    assert_refused(result, "someone/saes layer_0: ")

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from fresh_process import run_new_python, run_python
 from integration import conftest as toy
-from integration.flows import activation_batches, make_trainer, run_python, runner_config
+from integration.flows import activation_batches, make_trainer, runner_config
 from integration.hub import TOKEN, Hub, running_hub
 from sae_lens import (
     SAE,
@@ -621,7 +622,7 @@ def test_uploaded_saes_have_a_card_and_load_from_the_hub(hub: Hub, tmp_path: Pat
         "HF_TOKEN": TOKEN,
         "HF_HUB_OFFLINE": "0",
     }
-    run_python(UPLOAD, tmp_path, **environment)
+    run_new_python(UPLOAD + DOWNLOAD, tmp_path, **environment)
 
     files = hub.files["someone/saes"]
     assert set(files) == {
@@ -641,7 +642,6 @@ def test_uploaded_saes_have_a_card_and_load_from_the_hub(hub: Hub, tmp_path: Pat
     assert files["README.md"] == files["layer_0/README.md"]
     assert "layer_1" in files["layer_1/README.md"].decode()
 
-    run_python(DOWNLOAD, tmp_path, **environment)
     loaded = load_file(tmp_path / "out.safetensors")
     for sae_id, sae in (("layer_0", training), ("layer_1", inference)):
         with torch.no_grad(), sae.at_budget(3):
@@ -711,7 +711,7 @@ def test_upload_that_fails_names_the_hub_and_the_repository(hub: Hub, tmp_path: 
     nowhere = "http://127.0.0.1:9"
     for url, error in ((nowhere, "ConnectionError"), (hub.url, "HfHubHTTPError")):
         environment = {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
-        printed = run_python(FAILING_UPLOAD, HF_TOKEN="hf_wrong", **environment)
+        printed = run_new_python(FAILING_UPLOAD, HF_TOKEN="hf_wrong", **environment)
         assert printed.startswith(error), printed
         assert "repo_id is 'someone/saes'" in printed
         assert url in printed

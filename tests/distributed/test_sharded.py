@@ -317,8 +317,8 @@ def test_sae_out_of_a_step_that_is_not_logged_is_nan(ranks: Ranks) -> None:
         assert not each["requires_grad"]
 
 
-def test_steps_can_be_compiled(ranks: Ranks) -> None:
-    assert all(ranks.call(compiled))
+def test_steps_can_be_compiled(two_ranks: Ranks) -> None:
+    assert all(two_ranks.call(compiled))
 
 
 def test_losses_are_differentiated_apart_and_again(ranks: Ranks) -> None:

@@ -1,10 +1,5 @@
 """SAELens's flows at toy size, for the tests of this directory."""
 
-import os
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +12,6 @@ from sae_lens import (
 )
 from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.sae import TrainingSAEConfig
-
-import sae_lens_flex
 
 ARCHITECTURES = ("hierarchical_topk", "flex_topk")
 D_IN, D_SAE, K = 16, 64, 8
@@ -113,26 +106,3 @@ def assert_losses_fall(losses: list[float]) -> None:
     assert all(torch.tensor(losses).isfinite())
     assert len(losses) >= 20
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
-
-
-def run_python(script: str, *args: str | Path, **environment: str) -> str:
-    """Run a script in a fresh interpreter, and return what it printed.
-
-    The environment is a user's: Triton's interpreter is off, although the tests have it on.
-    """
-    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    package_parent = str(Path(sae_lens_flex.__file__).parents[1])
-    inherited["PYTHONPATH"] = os.pathsep.join(
-        path for path in (package_parent, inherited.get("PYTHONPATH")) if path
-    )
-    inherited["OMP_NUM_THREADS"] = "1"
-    result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script), *map(str, args)],
-        env=inherited | environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from fresh_process import run_python
 from sae_lens import (
     SAE,
     HookedSAETransformer,
@@ -38,7 +39,6 @@ from .flows import (
     activation_batches,
     make_trainer,
     reconstruct,
-    run_python,
     runner_config,
     runner_fields,
     training_sae_config,

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from fresh_process import run_new_python
 from sae_lens import SAE, TrainingSAE
 from safetensors.torch import load_file, save_file
 
 from sae_lens_flex import HierarchicalTopKSAE
 
-from .flows import ARCHITECTURES, D_SAE, K, run_python, training_sae_config
+from .flows import ARCHITECTURES, D_SAE, K, training_sae_config
 from .hub import Hub, running_hub
 
 REPO = "someone/saes"
@@ -66,7 +67,7 @@ def test_loads_from_the_hub_and_then_offline_from_the_cache(
     }
 
     def load(**more: str) -> dict[str, torch.Tensor]:
-        printed = run_python(CLIENT, tmp_path, **environment, **more)
+        printed = run_new_python(CLIENT, tmp_path, **environment, **more)
         assert [line for line in printed.splitlines() if "layer_0" in line] == PRINTED
         return load_file(tmp_path / "out.safetensors")
 

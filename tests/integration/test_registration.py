@@ -2,7 +2,7 @@
 
 from types import SimpleNamespace
 
-from .flows import run_python
+from fresh_process import run_python
 
 TRAIN = """
 def train():

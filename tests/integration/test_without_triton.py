@@ -5,8 +5,7 @@ import re
 from typing import Any
 
 import pytest
-
-from .flows import run_python
+from fresh_process import run_new_python, run_python
 
 SCRIPT = """
     import json, sys
@@ -66,8 +65,10 @@ REASONS = {
 @pytest.fixture(scope="module", params=REASONS)
 def report(request: pytest.FixtureRequest) -> dict[str, Any]:
     """Return what a process without Triton found, or one without a device for it."""
-    hide = "import sys; sys.modules['triton'] = None" if request.param == "not installed" else ""
-    printed = run_python(f"    {hide}\n{SCRIPT}", CUDA_VISIBLE_DEVICES="")
+    if request.param == "not installed":
+        printed = run_new_python(f"    import sys; sys.modules['triton'] = None\n{SCRIPT}")
+    else:
+        printed = run_python(SCRIPT, CUDA_VISIBLE_DEVICES="")
     (line,) = (line for line in printed.splitlines() if line.startswith("REPORT"))
     return json.loads(line.removeprefix("REPORT")) | {"reason": REASONS[request.param]}
 

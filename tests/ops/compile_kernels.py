@@ -121,13 +121,18 @@ for n_weights in (1, 4):
     ):
         compile_adam(n_weights, **settings)
 
-for dtype in (torch.float32, torch.bfloat16):
+# With copies and without, as for small batches and for others: of these four, two with each dtype.
+VARIANTS = {
+    torch.float32: ((0, 0), (2**16, 1024)),
+    torch.bfloat16: ((0, 1024), (2**16, 0)),
+}
+
+for dtype, variants in VARIANTS.items():
     for is_deterministic in (False, True):
         torch.use_deterministic_algorithms(is_deterministic)
         for loss in (ops.triton_hierarchical_sae_loss, ops.triton_topk_sae_loss):
-            for copies.FEWEST_PAIRS in (0, 2**16):  # with copies, and without
-                for by_triton.SMALL_BATCH in (0, 1024):
-                    compile_loss(loss, dtype)
+            for copies.FEWEST_PAIRS, by_triton.SMALL_BATCH in variants:
+                compile_loss(loss, dtype)
         copies.FEWEST_PAIRS = 0
         for rescales in (False, True):
             compile_step(dtype, is_deterministic, rescales)

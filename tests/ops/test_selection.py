@@ -88,6 +88,7 @@ def assert_selects(
     return code
 
 
+@pytest.mark.pairs
 @every_backend
 @pytest.mark.parametrize("has_norms", [True, False])
 @pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
@@ -174,6 +175,7 @@ def assert_takes_the_first_of_equals(
     )
 
 
+@pytest.mark.pairs
 @every_backend
 @pytest.mark.parametrize("has_norms", [True, False])
 @pytest.mark.parametrize("is_sorted", [True, False])
