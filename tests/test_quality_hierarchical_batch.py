@@ -175,6 +175,14 @@ class FakeSource:
         return [asdict(row) for row in sweep.metrics]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def matmul_precision():
+    """A worker sets it, for all tests that come after."""
+    precision = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(precision)
+
+
 @pytest.fixture(scope="module")
 def worker():
     return Worker(FakeSource, Training(F, 2048, 256, "cpu", autocast=False, tuning=0))

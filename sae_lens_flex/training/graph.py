@@ -233,6 +233,11 @@ def _record(function: Callable[[Inputs], Any], inputs: Inputs, pool: Any) -> _Re
             result = function(static)
         return _Recording(graph, static, result)
     except RuntimeError as error:  # The step itself has worked without being recorded.
+        if device.type == "cuda":
+            # Where CUDA breaks a recording off, PyTorch's generator is left as while recording: it
+            # would refuse to draw. A copy of its state is not.
+            generator = torch.cuda.default_generators[device.index]
+            generator.graphsafe_set_state(generator.clone_state())
         is_full = isinstance(error, torch.OutOfMemoryError)
         reason = "too little memory" if is_full else str(error).splitlines()[0]
         warnings.warn(

@@ -29,7 +29,12 @@ def definition(
     is_allowed: torch.Tensor | None,
     k: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The pre-activations in float64, and which are kept: of equal ones the first."""
+    """The pre-activations in float64, and which are kept: of equal ones the first.
+
+    They are sorted on the CPU: on a GPU PyTorch sorts a NaN whose sign is set as the smallest.
+    """
+    products, bias = products.cpu(), bias.cpu()
+    norms, is_allowed = (None if each is None else each.cpu() for each in (norms, is_allowed))
     hidden = products.double() + bias.double()
     compared = (hidden if norms is None else hidden * norms.double()) + 0.0
     allowed = torch.arange(products.shape[1], device=products.device)
@@ -51,6 +56,7 @@ def assert_keeps(
     hidden, is_kept = definition(products, bias, norms, is_allowed, k)
     written = products.clone()
     keep_largest(written, bias, norms, is_allowed, k)
+    written = written.cpu()
     # The bits alone say what is kept.
     assert torch.equal(written.view(BITS[written.itemsize]) != 0, is_kept)
     expected = torch.where(is_kept, hidden, 0.0)
