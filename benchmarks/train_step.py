@@ -3,7 +3,6 @@
     python -m benchmarks.train_step                        # every case of this machine's device
     python -m benchmarks.train_step --cases gemma gpt2     # some; the other results are kept
     python -m benchmarks.train_step --quick                # small, on a CPU; writes no file
-    python -m benchmarks.train_step --plot                 # draw the figure from the results
 
 But for the quick ones, the results go to benchmarks/results/train_step_<device>.json, a case at a
 time, and the figure to benchmarks/figures beside it.
@@ -23,7 +22,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -481,29 +479,6 @@ def run(cases: list[Case], path: Path | None) -> None:
             path.write_text(json.dumps(record, indent=2) + "\n")
 
 
-def plot(path: Path, figure_path: Path) -> None:
-    """Draw how many times as fast as SAELens's the steps of every case in `path` are."""
-    import plotly.graph_objects as go
-
-    record = json.loads(path.read_text())
-    bars: dict[str, tuple[list[str], list[float]]] = {}
-    for case in record["cases"].values():
-        for result in case["results"]:
-            if "speedup" in result:
-                name = name_of(result)
-                names, speedups = bars.setdefault(name, ([], []))
-                names.append(case["name"])
-                speedups.append(result["speedup"])
-    figure = go.Figure([go.Bar(name=name, x=x, y=y) for name, (x, y) in bars.items()])
-    figure.update_layout(
-        title=f"Training steps, {record['machine']}",
-        yaxis_title="times as fast as SAELens's",
-        template="plotly_white",
-    )
-    figure_path.parent.mkdir(parents=True, exist_ok=True)
-    figure.write_image(figure_path, width=1100, height=450, scale=2)
-
-
 def main() -> None:
     is_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -515,10 +490,7 @@ def main() -> None:
         help="by default all of this device's: "
         + ", ".join(case.name for case in (GPU_CASES if is_gpu else CPU_CASES)),
     )
-    parser.add_argument("--results", type=Path, help="JSON file to write, or to draw")
-    parser.add_argument(
-        "--plot", action="store_true", help="draw the figure, by kaleido; measures nothing"
-    )
+    parser.add_argument("--results", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
     cases = QUICK_CASES if arguments.quick else GPU_CASES if is_gpu else CPU_CASES
     if arguments.cases:
@@ -529,14 +501,7 @@ def main() -> None:
         cases = [case for case in cases if case.name in arguments.cases]
     name = f"train_step_{kind('cuda' if is_gpu else 'cpu')}.json"
     path = arguments.results or HERE / "results" / name
-    if arguments.quick:
-        run(cases, arguments.results)
-    elif arguments.plot:
-        if find_spec("kaleido") is None:
-            parser.error("the figure needs the package kaleido: pip install kaleido")
-        plot(path, HERE / "figures" / path.with_suffix(".png").name)
-    else:
-        run(cases, path)
+    run(cases, arguments.results if arguments.quick else path)
 
 
 if __name__ == "__main__":
