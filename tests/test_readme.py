@@ -1,4 +1,4 @@
-"""README's Python blocks and command lines run as printed, on stand-ins for the hub."""
+"""Python blocks and command lines of README and docs run as printed, on stand-ins for the hub."""
 
 import json
 import os
@@ -16,7 +16,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+}
+TEXT = "\n".join(DOCUMENTS.values())
 
 LOSSES = "The losses alone"
 
@@ -53,12 +57,14 @@ class Block:
     """A block of code.
 
     Args:
+        document (str): Where it stands.
         section (str): Heading above it.
         language (str): What stands behind the three backticks.
         text (str): The code.
         line (int): Its first line, from 1.
     """
 
+    document: str
     section: str
     language: str
     text: str
@@ -66,10 +72,10 @@ class Block:
 
     @property
     def name(self) -> str:
-        return f"README.md, line {self.line}"
+        return f"{self.document}, line {self.line}"
 
 
-def code_blocks(markdown: str) -> list[Block]:
+def code_blocks(markdown: str, document: str = "README.md") -> list[Block]:
     blocks, section, start, language = [], "", None, ""
     lines = markdown.splitlines()
     for number, line in enumerate(lines):
@@ -77,14 +83,14 @@ def code_blocks(markdown: str) -> list[Block]:
             start, language = number + 1, line[3:].strip()
         elif line.startswith("```"):
             text = "\n".join(lines[start:number]) + "\n"
-            blocks.append(Block(section, language, text, start + 1))
+            blocks.append(Block(document, section, language, text, start + 1))
             start = None
         elif start is None and line.startswith("#"):
             section = line.lstrip("#").strip()
     return blocks
 
 
-BLOCKS = code_blocks(README)
+BLOCKS = [block for name, text in DOCUMENTS.items() for block in code_blocks(text, name)]
 PYTHON = [block for block in BLOCKS if block.language == "python"]
 SHELL = [block for block in BLOCKS if block.language in ("sh", "bash")]
 
@@ -122,9 +128,9 @@ def assert_ran(result: subprocess.CompletedProcess[str], blocks: Sequence[tuple[
 
 
 def test_every_block_is_found() -> None:
-    fences = [line for line in README.splitlines() if line.lstrip().startswith("```")]
+    fences = [line for line in TEXT.splitlines() if line.lstrip().startswith("```")]
     assert len(fences) == 2 * len(BLOCKS)
-    assert len(PYTHON) == README.count("```python") >= 8
+    assert len(PYTHON) == TEXT.count("```python") >= 8
     assert {block.language for block in BLOCKS} <= {"python", "sh", "bibtex"}
 
 
@@ -166,7 +172,7 @@ def test_losses_run_in_the_interpreter(tmp_path: Path) -> None:
     if find_spec("kernels") is None:  # it cannot be installed beside transformers 4
         blocks = [(name, text) for name, text in blocks if "kernels" not in text]
         assert len(blocks) == 1
-    (command,) = re.findall(r"`python (scripts/\S+) (\S+)`", README)
+    (command,) = re.findall(r"`python (scripts/\S+) (\S+)`", TEXT)
     subprocess.run([sys.executable, ROOT / command[0], command[1]], cwd=tmp_path, check=True)
     assert_ran(run(blocks, tmp_path, TRITON_INTERPRET="1"), blocks)
 
