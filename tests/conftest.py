@@ -29,6 +29,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
+    # Its one long test would keep the other processes waiting at the end.
+    items.sort(key=lambda item: item.path.name != "test_readme.py")
 
 
 def combinations_left_out(items: list[pytest.Item]) -> set[Any]:
