@@ -25,7 +25,9 @@ def make_sae(name, dtype="float64", **fields):
     torch.manual_seed(0)
     kind = make_kind(name, K, F, [1, 2, 4])
     config = {"architecture": kind.architecture, "d_in": D, "d_sae": F, "k": K, "dtype": dtype}
-    sae = TrainingSAE.from_dict({**config, "device": "cpu", **kind.fields, **fields})
+    is_experiment = kind.architecture == hierarchical_batch.ARCHITECTURE
+    new_sae = hierarchical_batch.new_training_sae if is_experiment else TrainingSAE.from_dict
+    sae = new_sae({**config, "device": "cpu", **kind.fields, **fields})
     for parameter in sae.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter)
     return sae

@@ -16,7 +16,6 @@ from functools import lru_cache
 from typing import Any, Literal, NoReturn, get_args
 
 import torch
-from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from typing_extensions import override
 
 from sae_lens_flex import HierarchicalTopKSAEConfig
@@ -177,7 +176,7 @@ class HierarchicalBatchTrainingSAE(FlexBatchTopKTrainingSAE):
         del state_dict["threshold"]  # BatchTopK's, for k alone
 
 
-SAE_TRAINING_CLASS_REGISTRY[ARCHITECTURE] = (
-    HierarchicalBatchTrainingSAE,
-    HierarchicalBatchTrainingSAEConfig,
-)
+def new_training_sae(config: dict[str, Any]) -> HierarchicalBatchTrainingSAE:
+    """Return an SAE of a config, as `TrainingSAE.from_dict`, which does not know an experiment."""
+    fields = {name: value for name, value in config.items() if name != "architecture"}
+    return HierarchicalBatchTrainingSAE(HierarchicalBatchTrainingSAEConfig(**fields))

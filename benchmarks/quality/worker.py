@@ -117,7 +117,9 @@ class Worker:
         gc.collect()
         training = self.training
         torch.manual_seed(seed)
-        sae = TrainingSAE.from_dict(
+        is_experiment = kind.architecture == hierarchical_batch.ARCHITECTURE
+        new_sae = hierarchical_batch.new_training_sae if is_experiment else TrainingSAE.from_dict
+        sae: Any = new_sae(
             {
                 "architecture": kind.architecture,
                 "d_in": self.source.validation.shape[1],
