@@ -17,19 +17,27 @@ from .saes.registration import TRAINING_CLASSES
 
 DEFAULT_ARCHITECTURE = "standard"  # SAELens's
 RUN_CONFIGS = (LanguageModelSAERunnerConfig, LoggingConfig)
+# Left out, SAELens would train something else than the user means: on another language model and
+# text, or an SAE of another size. It has a default for each.
+NEEDED = ("--model_name", "--hook_name", "--dataset_path", "--d_in", "--d_sae", "--k")
 
 
 def parse(argv: Sequence[str]) -> Any:
     """Return the LanguageModelSAERunnerConfig that the flags describe.
 
     Raises:
-        ValueError: if SAELens's parser refuses them. The message names the flag.
+        ValueError: if SAELens's parser refuses them, or one is missing. The message names the flag.
     """
     argv = ["--help" if argument == "--all-flags" else argument for argument in argv]
     messages = io.StringIO()
     try:
         with contextlib.redirect_stderr(messages):
-            return _parse_cfg_args(argv)
+            cfg = _parse_cfg_args(argv)
+        _check_needed(argv)
+        return cfg
+    except ValueError:  # of the config, perhaps of a default that does not fit
+        _check_needed(argv)
+        raise
     except argparse.ArgumentError as error:
         message = str(error)
     except SystemExit as stop:
@@ -38,6 +46,19 @@ def parse(argv: Sequence[str]) -> Any:
         # argparse has printed the usage of some hundred flags, and then the error as the last line.
         message = messages.getvalue().strip().splitlines()[-1].partition("error: ")[2]
     raise ValueError(_explained(message, argv))
+
+
+def _check_needed(argv: Sequence[str]) -> None:
+    """Raise a ValueError that names the flags without which a run is not the one that is meant."""
+    flags = _flags(_given(argv, "--architecture", "--sae", nargs="?"))
+    names = {flag: [flag, "-k"] if flag == "--k" else [flag] for flag in NEEDED if flag in flags}
+    missing = [flag for flag, each in names.items() if _given(argv, *each, nargs="*") is None]
+    if missing:
+        are = "is" if len(missing) == 1 else "are"
+        raise ValueError(
+            f"{', '.join(missing)} {are} missing, expected with every run: which language model, "
+            "point and text, and the size of the SAE"
+        )
 
 
 def _explained(message: str, argv: Sequence[str]) -> str:

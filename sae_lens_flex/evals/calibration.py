@@ -31,10 +31,11 @@ def mean_budget(
 
         sae.budget = sae_lens_flex.mean_budget(sae, store, 16)
 
-    Of N activation vectors the int(mean * N) largest activations of latents are above the
-    threshold. It is the largest that is not, hence BatchTopK's rule (Bussmann et al. 2024, arXiv
-    2412.06410) on all N as one batch. Fewer are above it where several are equal to it. On other
-    activations the mean is another one: take some like those that the SAE is to be used on.
+    Of N activation vectors the int(mean * N) largest activations of latents are kept: BatchTopK's
+    rule (Bussmann et al. 2024, arXiv 2412.06410) on all N as one batch. The threshold lies midway
+    between the smallest of them and the largest of the others, so that rounding elsewhere keeps the
+    same ones. Fewer are kept where several are equal. On other activations the mean is another one:
+    take some like those that the SAE is to be used on.
 
     A vector may get any number of latents, so that SAELens's "jumprelu" can hold the budget. At a
     mean near the SAE's k some vectors get more than k, for which the SAE was not trained. This
@@ -104,13 +105,19 @@ def mean_budget(
             f"mean is {mean!r}, expected at most {len(largest) / n_vectors:.4g}, the number of "
             "latents whose activation is positive"
         )
-    threshold = float(largest.amin()) if len(largest) > n_kept else 0.0
-    n_above = int((largest > threshold).sum())
+    highest_dropped = largest.amin() if len(largest) > n_kept else largest.new_zeros(())
+    kept = largest[largest > highest_dropped]
+    n_above = len(kept)
     if n_above == 0:
         raise ValueError(
             f"mean is {mean!r}, and {len(largest)} activations of latents are equally large: no "
             "threshold keeps some of them"
         )
+    threshold = float(highest_dropped)
+    if threshold > 0:  # else every positive activation is kept
+        # In the SAE's dtype, in which it is compared. Between neighbours nothing is midway.
+        midway = float(highest_dropped + (kept.amin() - highest_dropped) / 2)
+        threshold = midway if midway < float(kept.amin()) else threshold
     n_beyond = sum(int((each > threshold).sum()) for each in beyond_k)
     if n_beyond > MOST_BEYOND_K * n_vectors:
         warnings.warn(

@@ -64,11 +64,21 @@ def check_bool(name: str, value: Any) -> None:
 
 
 def warn_of_other_settings(cfg: Any, checkpoint_path: Path | str) -> None:
-    """Warn where a run goes on from a checkpoint with other settings than that was trained with."""
+    """Warn where a run goes on from a checkpoint with other settings than that was trained with.
+
+    Raises:
+        ValueError: where the SAE has another size.
+    """
     path = Path(checkpoint_path, SAE_CFG_FILENAME)
     if not path.exists():
         return
     theirs = json.loads(path.read_text())
+    for name in ("d_in", "d_sae"):
+        size = getattr(cfg, name)
+        if theirs.get(name, size) != size:
+            raise ValueError(
+                f"{name} is {size}, expected that of the checkpoint, {theirs[name]}: {path.parent}"
+            )
     ours = json.loads(json.dumps({name: cfg.to_dict().get(name) for name in SETTINGS}))
     changed = [
         f"{name} is {value!r}, and was {theirs[name]!r}"

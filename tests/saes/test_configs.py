@@ -364,3 +364,6 @@ def test_going_on_with_other_settings_warns(tmp_path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         new(budgets=[1, 4], level_weights=[1, 2]).load_weights_from_checkpoint(tmp_path)
+    larger = HierarchicalTopKTrainingSAE(HierarchicalTopKTrainingSAEConfig(d_in=8, d_sae=17, k=4))
+    with pytest.raises(ValueError, match="d_sae is 17, expected that of the checkpoint, 16"):
+        larger.load_weights_from_checkpoint(tmp_path)
