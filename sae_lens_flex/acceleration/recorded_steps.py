@@ -86,7 +86,8 @@ class RecordedSteps:
             most_dead: what `most_dead` returned at this step.
         """
         sae, optimizer, shards = trainer.sae, trainer.optimizer, request.shards
-        # Each width may have all dead latents, so its loss would be of several times as many.
+        # All dead latents may be of one width, so the loss of every width is of so many. That is
+        # several times the work of one loss.
         is_for_small_ones = most_dead > 0 and sae._auxiliary_by_width()
         # The SAE's recorder, so that it does not keep a recording of its own beside this one.
         recorder = sae._recorder_of(request, is_whole=not is_for_small_ones)
@@ -100,6 +101,7 @@ class RecordedSteps:
                 # In a window of a few steps nothing is known of how many latents are dead.
                 if self._n_dead == len(since_fired):
                     return None
+                # Without a recording another number costs nothing, so it is closer to the bound.
                 most_dead = LEAST_CAPACITY * cdiv(self._n_dead, LEAST_CAPACITY)
                 most_dead = min(most_dead, len(since_fired))
         (group,) = optimizer.param_groups
@@ -128,7 +130,7 @@ class RecordedSteps:
             tensors += each or ()
         arguments = spec, wanted, settings, most_dead
         if request.is_logging_step or recorder is None:
-            # Metrics are of the weights before the step, so it is launched piece by piece.
+            # Metrics are of the weights before the step, so a step that logs is not replayed.
             reports = []
             result = whole_step(
                 trained,
@@ -193,7 +195,7 @@ class RecordedSteps:
 def _rounded_up(n: int) -> int:
     """Return the least number from n on that is some eighths of a power of two."""
     unit = max(LEAST_CAPACITY, 1 << max(0, n.bit_length() - 4))
-    return -(-n // unit) * unit
+    return unit * cdiv(n, unit)
 
 
 def is_worth_launching(sae: FusedTopKTrainingSAE, request: StepRequest) -> bool:

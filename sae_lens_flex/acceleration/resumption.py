@@ -14,7 +14,8 @@ from sae_lens.training.sae_trainer import SAETrainer
 
 LOAD_TRAINER_STATE = SAETrainer.load_trainer_state
 
-# What else is in the state of a schedule is counted while it runs, or is the learning rate.
+# The settings in a schedule's state. What else is there is counted while it runs, or is the rate
+# itself.
 _OF_SCHEDULE = (
     "_milestones",
     "start_factor",

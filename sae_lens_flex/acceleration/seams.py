@@ -145,17 +145,18 @@ def accelerate() -> Iterator[None]:
       hooks before its step, where they are not float32, and where
       `torch.nn.utils.clip_grad_norm_` was replaced. A subclass's own `_train_step` is called.
     - On a GPU a step of one of our SAEs is one function, from the normalized activations to Adam
-      and the statistics of firing. Adam's kernel there leaves the gradients as they are. The step
-      of a small SAE (`sae.use_cuda_graph` says how small) is recorded as one CUDA graph, and
-      replayed in one launch. The losses of such a step carry no graph, because the backward pass
-      has been done. The number of dead latents is not waited for: the
-      auxiliary loss takes all that may be dead by now, and those that are not add nothing to it. A
-      step is an ordinary one where anyone would see the difference: with hooks on parameters or
-      around the optimizer's step, with a gradient left on a parameter, with methods replaced on
-      the SAE, the trainer or the optimizer, and with activations that need a gradient. The first
-      step is one too, because it makes Adam's state. A step that logs is launched piece by piece.
-      Several processes record larger steps, too, with what they exchange. These recordings end
-      with the block: end the group of processes after it.
+      and the statistics of firing. Adam's kernel there leaves the gradients as they are. The losses
+      of such a step carry no graph, because the backward pass has been done. The number of dead
+      latents is not waited for: the auxiliary loss takes all that may be dead by now, and those
+      that are not add nothing to it. A step is an ordinary one where anyone would see the
+      difference: with hooks on parameters or around the optimizer's step, with a gradient left on a
+      parameter, with methods replaced on the SAE, the trainer or the optimizer, and with
+      activations that need a gradient. The first step is one too, because it makes Adam's state,
+      and every step where `sae.use_cuda_graph` is False. Up to d_in * d_sae = 2^28, and up to 2^41
+      with the batch, the function is recorded as one CUDA graph and replayed in one launch. Larger
+      steps, and those that log, are launched piece by piece. Several processes record steps that
+      are larger by their number, with what they exchange. These recordings end with the block: end
+      the group of processes after it.
     - Activations are mixed in memory that is allocated once, on the device where they lie. It
       holds SAELens's buffer and one chunk from the language model. SAELens copies the buffer for
       every chunk. On a CPU the batches are the same, bit for bit. On a GPU the permutations are
@@ -170,7 +171,6 @@ def accelerate() -> Iterator[None]:
       a piece a layer. The model does not store keys and values for a next token, and under
       `compile_llm` uses attention's causal flag where transformers would make a mask. Activations
       are the same. With hooks of other people on the model it runs in SAELens's way.
-
     - A run that goes on from a checkpoint is warned where SAELens loads other settings of the
       optimizer and of the learning rate's schedule than the config's, and where no token is left to
       train on. A `resume_from_checkpoint` that is no checkpoint names those in the folders below.

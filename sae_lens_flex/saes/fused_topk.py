@@ -80,10 +80,10 @@ class FusedTopKTrainingSAE(OwnNormalization, TopKTrainingSAE):
     2^38) are recorded as a CUDA graph and replayed in one launch, because launching them one by one
     takes longer than computing them. Nothing else changes: a step that does not fit the recording,
     of another batch size or dtype for instance, is an ordinary one. A recording keeps the memory of
-    a step's intermediates until `eval()`; `use_cuda_graph = False` does without. Within
-    `accelerate()` a trainer's recording is of its whole step, Adam included, and large steps are
-    taken as a whole without a recording. The losses of such a step carry no gradients, because they
-    have been applied. `use_cuda_graph = False` does without these steps, too.
+    a step's intermediates until `eval()`. Within `accelerate()` a trainer's recording is of its
+    whole step, Adam included, and of SAEs up to eight times as large; larger steps are taken as a
+    whole without a recording. The losses of such a step carry no gradients, because they have been
+    applied. `use_cuda_graph = False` does without recordings and without whole steps.
 
     `W_enc` is [d_in, d_sae], as everywhere in SAELens, but stored latent by latent, which is how
     its gradient comes. So it is not contiguous; its transpose is. In a `state_dict` it is an

@@ -1,9 +1,10 @@
 """What a function of tensors launches, as one CUDA graph.
 
-A step of a small SAE waits for the host, which launches it piece by piece. A recording is launched
-at once. It is replayed only under the conditions in which it was made: equal sizes, dtypes and
-settings, and the same weights at the same addresses. It copies the inputs into its own memory
-first, so these may change from step to step.
+A step of a small SAE waits for the host, which launches it piece by piece. A recording takes one
+launch. Two kinds of steps are recorded: a reconstruction with its gradients, here, and the
+trainer's whole step, in `acceleration`. A recording is replayed only under the conditions in which
+it was made: equal sizes, dtypes and settings, and all that it reads or changes at the same
+addresses. The inputs are copied into its own memory first, so they may change from step to step.
 """
 
 import gc
@@ -25,12 +26,12 @@ ORDINARY_CALLS = (
 )
 MOST_FORMS = 2  # that a recorder holds; each keeps memory
 
-# Up to these sizes of the dictionary, F * D, and of its product with a batch, launching a step
-# takes the host longer than computing it takes an H200; benchmarks/README.md has the times.
+# Up to these sizes of the dictionary, F * D, and of its product with a batch, the host takes longer
+# to launch a step than an H200 to compute it; benchmarks/README.md has the times.
 MOST_RECORDED_WEIGHTS = 2**25
 MOST_RECORDED_PRODUCTS = 2**38
-# A whole step is worth it for larger ones, because no gradient has to be copied out of a recording.
-# At 2^27 weights a recording saves a slow host 0.7 ms of 8.1.
+# Whole steps are recorded up to so many times these sizes, because no gradient has to be copied out
+# of such a recording. benchmarks/README.md has what it saves at 2^27 weights.
 WHOLE_FACTOR = 8
 
 Result = TypeVar("Result")
