@@ -14,12 +14,13 @@ g = s @ W_dec.T at the kept latents, 0 elsewhere, the gradients are
 
 The target, what the living latents left over, has none.
 
-The kernels write the kept h into their places (`ops.kernels.kept`). By PyTorch, and where several
-processes choose together, the K largest are listed first.
+The kernels write the kept h into their places (`ops.kernels.kept`). The K largest are listed first
+by PyTorch, in float64, where n is more than a kernel's registers hold, and where several processes
+choose together.
 
 Where the host is not to wait for n, the loss takes a fixed number of latents of which only n, known
-to the device, are dead. The others have zeros for weights, and -inf for h where K are chosen, so
-nothing comes from them.
+to the device, are dead. The others have zeros for weights. Where K are chosen, the kernels keep
+none of the others, and a list has 0 for their h. So nothing comes from them.
 
 Of several processes each has the n_r dead latents of its encoder, and the part D_r of the width.
 """
@@ -62,7 +63,7 @@ class DeadLatents(NamedTuple):
     Attributes:
         latents: [n]; those that are not dead may come twice.
         is_dead: which of them are dead, [n]; None where all are.
-        split: by which the ranks hold them; None in one process.
+        split: by which the ranks hold them; not read in one process.
     """
 
     latents: torch.Tensor
@@ -242,7 +243,7 @@ def auxiliary_loss(
         spec: settings of the step.
         wanted: which gradients to compute.
         shards: of which process the weights are.
-        split: by which the ranks hold the dead latents; None in one process.
+        split: by which the ranks hold the dead latents; not read in one process.
     """
     d_in, device = len(weights.b_dec), weights.W_dec.device
     n_latents, half_width = len(latents), d_in // 2

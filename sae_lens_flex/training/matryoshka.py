@@ -1,9 +1,11 @@
-"""Matryoshka: nested dictionaries, and the auxiliary loss of each.
+"""Matryoshka: the auxiliary loss of each of nested dictionaries.
+
+Their reconstruction loss is a decoder loss with widths (`ops.requests`):
 
     loss = sum over the widths m of weight_m * 1 / B sum_b |x_hat_m[b] - target[b]|^2,
     x_hat_m[b] = sum of v_i W_dec[latents_i] over the latents below m, + b_dec
 
-This loss is a decoder loss with widths (`ops.requests`).
+What x_hat_m leaves over is the target of the dead latents that the width m adds.
 """
 
 from collections.abc import Sequence
@@ -122,7 +124,10 @@ def auxiliary_loss_by_width(
 
 
 def _joined(parts: Sequence[DeadGradients]) -> DeadGradients:
-    """Return the gradients of a sum of losses on latents of their own."""
+    """Return the gradients of a sum of losses, each on latents of its own.
+
+    Of all parts the latents are dead, or all parts say which of them are.
+    """
 
     def cat(name: str) -> torch.Tensor | None:
         tensors = [getattr(part, name) for part in parts]
@@ -132,15 +137,7 @@ def _joined(parts: Sequence[DeadGradients]) -> DeadGradients:
         tensors = [getattr(part, name) for part in parts]
         return None if tensors[0] is None else torch.stack(tensors).sum(0)
 
-    latents, is_dead = torch.cat([part.latents for part in parts]), None
-    if any(part.is_dead is not None for part in parts):
-        masks = (
-            torch.ones_like(part.latents, dtype=torch.bool)
-            if part.is_dead is None
-            else part.is_dead
-            for part in parts
-        )
-        is_dead = torch.cat(list(masks))
+    latents, is_dead = torch.cat([part.latents for part in parts]), cat("is_dead")
     of_latents = {name: cat(name) for name in ("W_enc", "b_enc", "W_dec")}
     return DeadGradients(
         *(latents, latents, is_dead, is_dead, parts[0].use_triton),
