@@ -16,14 +16,13 @@ from torch.nn.functional import pad
 from .chunks import for_each_chunk
 from .codes import Code
 from .kernels import candidates as kernels
-from .kernels.candidates import candidates
 from .kernels.selection import group_maxima
 from .selection import Encoder, chunk_rows
 
 GROUP = 8  # neighbouring latents
 
-# The kernels take as many samples at once as `select` takes in this many chunks: what is done to
-# the candidates of a chunk is done to as many places whatever its size.
+# The kernels take this many of `select`'s chunks at once. The work on the candidates of a chunk is
+# the same whatever the chunk's size, so fewer chunks are less work.
 CHUNKS_AT_ONCE = 2
 
 
@@ -89,8 +88,9 @@ def select_over_batch(
 def _select_by_triton(rows: torch.Tensor, encoder: Encoder, n_kept: int) -> Code:
     """Select without waiting for the device.
 
-    The n largest maxima of groups of neighbouring latents give a bound that n pre-activations reach
-    at least. n groups hold all that may be among the n largest, so there is a place for each.
+    The n largest maxima of groups of neighbouring latents give a bound that at least n
+    pre-activations reach. n groups hold all that may be among the n largest, so there is a place
+    for each.
     """
     n_samples, n_latents = rows.shape[0], encoder.weight.shape[1]
     n_rows = CHUNKS_AT_ONCE * chunk_rows(n_samples, n_latents, rows.dtype, rows.device)
@@ -104,7 +104,7 @@ def _select_by_triton(rows: torch.Tensor, encoder: Encoder, n_kept: int) -> Code
         maxima = group_maxima(products, bias, norms, GROUP)
         if maxima.numel() > n_kept:
             bound = bound.maximum(maxima.flatten().topk(n_kept, sorted=False).values.min())
-        found = candidates(
+        found = kernels.candidates(
             *(products, bias, norms, maxima, bound),
             n_largest=n_kept,
             first_sample=start,

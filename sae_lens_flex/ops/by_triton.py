@@ -88,7 +88,7 @@ def _is_last_level(request: DecoderLoss) -> bool:
 
 
 def _scale(request: DecoderLoss) -> float:
-    """Return what the kernels multiply the loss by, whose levels weigh 1 without level weights."""
+    """Return what multiplies the kernels' loss, in which levels without level weights weigh 1."""
     is_mean = isinstance(request.levels, str) and request.levels == "every"
     return request.scale / request.code.latents.shape[1] if is_mean else request.scale
 

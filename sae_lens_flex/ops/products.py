@@ -7,8 +7,8 @@ In dense algebra, with the code as a matrix of shape [B, F], they are code @ wei
 code.T @ rows. A third product, dots[b, t] = weight[latents[b, t]] . rows[b], belongs to the decoder
 losses alone, which compute it beside another one.
 
-The loss on dead latents takes rows of a matrix, adds to them and adds them up, for latents of which
-those that are used differ from each other.
+`take_rows`, `add_rows` and `sum_rows` serve the loss on dead latents: they read, change or add up
+the rows of some latents. Of these latents those that are used differ from each other.
 
 Whether Triton or PyTorch computes a product is decided here.
 """

@@ -15,8 +15,8 @@ A level 0 may count, too, with r_0 = bias - target and g_0 = 2 scale c_0 r_0. Th
 
     dL/dtarget[b] = -(g_0 + S_1),      dL/dbias = sum_b (g_0 + S_1)[b].
 
-Of nested dictionaries level m has the latents below width m. With m(f) the first width above f the
-sums above stand, with S_m(f) for every pair that chose f.
+Of nested dictionaries level m has the latents below width m. Let m(f) be the first width above f.
+The formulas then hold with S_m(f) in place of S_t for every pair that chose f.
 
 L is a scalar, so all of them are known in the forward pass, up to the factor that arrives in the
 backward pass.

@@ -241,9 +241,8 @@ def _reconstruct(
     bias = shards.bias_to_compare(b_enc, use_triton=use_triton)
     encoder = Encoder(W_enc, bias, None if norms is None else norms[own_latents])
     if spec.over_batch:
-        code = select_over_batch(
-            rows, encoder, spec.k, use_triton=use_triton
-        )  # rows of different length
+        # in rows of different length
+        code = select_over_batch(rows, encoder, spec.k, use_triton=use_triton)
         if spec.ranked is not None:
             code, level_weights = spec.ranked(code, norms)  # [n], [n + B]
     else:
