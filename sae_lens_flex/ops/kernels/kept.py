@@ -57,8 +57,8 @@ def _keep_largest_kernel(
     for i in tl.static_range(N_BLOCKS):
         f = i * BLOCK + tl.arange(0, BLOCK)
         exists = f < F
-        # The eviction policies keep what is read once more, and keep the compiler from holding it
-        # in registers meanwhile, which the keys fill.
+        # `_write` reads all this once more, so it is to stay in the cache. There the policies are
+        # others, lest the compiler hold it in registers meanwhile, which the keys fill.
         product = tl.load(products + f, mask=exists, other=0.0, eviction_policy="evict_last")
         bias_of_f = tl.load(bias + f, mask=exists, other=0.0, eviction_policy="evict_last")
         norm = None
