@@ -14,6 +14,11 @@ from ..saes.normalization import take_output_map
 from .batches import activations_of, draw_batches
 from .reconstruction import flat_heads
 
+# Share of the vectors that may get more than k latents without a warning.
+MOST_BEYOND_K = 0.01
+# Activations of latents that are computed at once, in the dense form of `encode`.
+MOST_ACTIVATIONS = 2**26
+
 
 @torch.no_grad()
 def mean_budget(
@@ -41,7 +46,7 @@ def mean_budget(
     mean near the SAE's k some vectors get more than k, for which the SAE was not trained. This
     function warns where more than 1 % of them do.
 
-    The N vectors are held in memory, and int(mean * N) numbers beside them.
+    The N vectors are held in memory, and int(mean * N) + N numbers beside them.
 
     Args:
         sae: a hierarchical_topk SAE, for inference or in training. It is not changed.
@@ -107,8 +112,7 @@ def mean_budget(
         )
     highest_dropped = largest.amin() if len(largest) > n_kept else largest.new_zeros(())
     kept = largest[largest > highest_dropped]
-    n_above = len(kept)
-    if n_above == 0:
+    if len(kept) == 0:
         raise ValueError(
             f"mean is {mean!r}, and {len(largest)} activations of latents are equally large: no "
             "threshold keeps some of them"
@@ -126,10 +130,4 @@ def mean_budget(
             "budget may do better, which `sweep_budgets` tells",
             stacklevel=3,
         )
-    return MeanBudget(mean=n_above / n_vectors, threshold=threshold)
-
-
-# Share of the vectors that may get more than k latents without a warning.
-MOST_BEYOND_K = 0.01
-# Activations of latents that are computed at once, in the dense form of `encode`.
-MOST_ACTIVATIONS = 2**26
+    return MeanBudget(mean=len(kept) / n_vectors, threshold=threshold)
