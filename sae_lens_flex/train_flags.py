@@ -17,8 +17,8 @@ from .saes.registration import TRAINING_CLASSES
 
 DEFAULT_ARCHITECTURE = "standard"  # SAELens's
 RUN_CONFIGS = (LanguageModelSAERunnerConfig, LoggingConfig)
-# Left out, SAELens would train something else than the user means: on another language model and
-# text, or an SAE of another size. It has a default for each.
+# SAELens has a default for each, and would train something else than the user means: on another
+# language model or text, or an SAE of another size.
 NEEDED = ("--model_name", "--hook_name", "--dataset_path", "--d_in", "--d_sae", "--k")
 
 
