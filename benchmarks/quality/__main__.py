@@ -10,11 +10,11 @@
 
 `train` is a unit: SAEs (`--kinds`), each trained by SAELens's trainer within `accelerate()` on the
 same activations. Of a grid of learning rates each kind gets the one that explains most variance of
-other activations than those whose results are reported. Further seeds take it: `--kinds even topk
-even@1 topk@1` trains each with the seeds 0 and 1, in this order. `best_1@1` is a further seed of
-the best scheme, and `evenx3` is trained three times as long. Where a unit is split, a part takes
-the learning rates that another one chose (`--rates-of`), and has the grid for the kinds that the
-other one did not train.
+validation activations; the results are those of a test, which has others. Further seeds take it:
+`--kinds even topk even@1 topk@1` trains each with the seeds 0 and 1, in this order. `best_1@1` is a
+further seed of the best scheme, and `evenx3` is trained three times as long. Where a unit is split,
+a part takes the learning rates that another one chose (`--rates-of`), and has the grid for the
+kinds that the other one did not train.
 
 `--workers` trains so many SAEs at once, each on the next of the visible GPUs. They share the work
 of making the activations, through files in `--cache`. With `--seconds` a unit ends in time: what

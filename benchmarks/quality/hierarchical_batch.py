@@ -12,7 +12,7 @@ A row without latents has x_hat_0 = b_dec alone.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any, Literal, NoReturn, get_args
 
 import torch
@@ -85,10 +85,10 @@ class Ranked:
         return ordered, level_weights
 
 
-# What they return is kept, because copying it waits for the device and recordings go on reading it.
+# What they return is kept for good: copying waits for the device, and recordings go on reading it.
 
 
-@lru_cache
+@cache
 def _tables(
     ranked: Ranked, device: torch.device, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -100,7 +100,7 @@ def _tables(
     return weights.to(device, dtype), left.to(device, dtype)
 
 
-@lru_cache
+@cache
 def _of_batch(
     ranked: Ranked, n_samples: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 from sae_lens_flex.saes.budgets import doubling_budgets
 
+from . import hierarchical_batch
+
 # The schemes of the one SAE, by how its loss weighs the budgets.
 SCHEMES = (
     "even",
@@ -153,7 +155,7 @@ def make_kind(name: str, k: int, d_sae: int, budgets: list[int], longer: int = 1
     if name in BATCH_SCHEMES:
         levels, scheme = BATCH_SCHEMES[name]
         fields = {"levels": levels, **scheme_fields(scheme, k)}
-        return Kind(full_name, "hierarchical_batch", k, budgets, fields, longer)
+        return Kind(full_name, hierarchical_batch.ARCHITECTURE, k, budgets, fields, longer)
     family, _, number = name.partition("_")
     if family not in FAMILIES:
         fields = scheme_fields(name, k)

@@ -131,7 +131,7 @@ class Unit:
     def _fits_in(self, search: Search) -> bool:
         """Return whether there is time to train another SAE of the search."""
         assert search.kind is not None
-        # BatchTopK takes thrice as long as TopK.
+        # A guess: another architecture may take longer than those that were trained.
         unknown = 3 * max(self.took.values(), default=0)
         took = self.took.get(search.kind.architecture, unknown) * search.kind.longer
         return monotonic() + took <= self.deadline
