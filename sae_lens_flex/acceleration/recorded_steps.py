@@ -169,7 +169,7 @@ class RecordedSteps:
     def _learning_rate_on(self, device: torch.device, value: float) -> torch.Tensor:
         tensor = self._learning_rate
         if tensor is None or tensor.device != device:
-            tensor = self._learning_rate = torch.empty((), device=device)
+            tensor = self._learning_rate = torch.empty((), dtype=torch.float32, device=device)
             self._filled_with = float("nan")
         if value != self._filled_with:
             tensor.fill_(value)

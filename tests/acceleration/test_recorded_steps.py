@@ -819,6 +819,18 @@ def test_memory_stays_flat(on_gpu) -> None:
     assert used[0] == used[1] == used[2]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_learning_rate_is_not_rounded_to_the_default_dtype(dtype) -> None:
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        rate = RecordedSteps()._learning_rate_on(torch.device("cpu"), 1e-3)
+    finally:
+        torch.set_default_dtype(default)
+    assert rate.dtype == torch.float32
+    assert rate == torch.tensor(1e-3, dtype=torch.float32)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("own_stream", [True, False], ids=["its own stream", "the same stream"])
 def test_steps_are_recorded_while_another_thread_launches_products(on_gpu, own_stream) -> None:
