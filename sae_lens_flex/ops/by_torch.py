@@ -1,7 +1,8 @@
 """The decoder losses by PyTorch alone, for every device without Triton.
 
 The batch is walked in chunks, so the memory does not grow with B * K * D. The gradients come by the
-formulas of `requests` while a chunk's rows are at hand.
+formulas of `requests` while a chunk's rows are at hand. Where pairs of a sample share one S, that
+of weight is summed at the end.
 """
 
 from collections.abc import Callable

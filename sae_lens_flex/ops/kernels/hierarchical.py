@@ -8,9 +8,8 @@ some levels at a time, with two running sums along the levels in registers:
 
     r_{j-1} = r_j - v_j w_j,     S_j = S_{j+1} + 2 scale c_j r_j.
 
-They give the loss and every gradient (see `requests`). No level is ever stored.
-With level weights of each sample its rows may have any length, and level 0, r_0 = bias - target,
-may count.
+They give the loss and every gradient (see `requests`). No level is ever stored. With level weights
+of each sample the rows may have different lengths, and level 0, r_0 = bias - target, may count.
 """
 
 from typing import NamedTuple
