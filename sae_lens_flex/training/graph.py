@@ -120,12 +120,13 @@ class Recorder:
             torch.cuda.current_stream(device).cuda_stream,
         )
         if conditions != self._conditions:
+            if self.recordings:  # which are not worth it where the conditions keep changing
+                self._patience *= 2
             self._conditions, self._forms = conditions, {}
         recording = self._forms.pop(form, self._patience)
         while len(self._forms) >= MOST_FORMS:
             del self._forms[next(iter(self._forms))]
         if recording == 0:
-            self._patience *= 2  # Recordings are not worth it where the conditions keep changing.
             pool = next((each.graph.pool() for each in self.recordings), None)
             recording = _record(function, inputs, pool) or -1
         if isinstance(recording, int):

@@ -367,6 +367,21 @@ def test_the_two_forms_used_last_stay_recorded(monkeypatch) -> None:
     assert recorder.recordings == []
 
 
+def test_another_form_does_not_make_the_next_ones_wait_longer(monkeypatch) -> None:
+    def record(function, inputs, pool) -> SimpleNamespace:
+        replay = SimpleNamespace(replay=lambda: None, pool=lambda: None)
+        return graph._Recording(replay, graph._map_inputs(torch.empty_like, inputs), None)
+
+    monkeypatch.setattr(graph, "_record", record)
+    on_no_stream(monkeypatch)
+    recorder, inputs = Recorder(), case().inputs
+    for form in range(12):
+        is_replay = [
+            recorder(lambda inputs: None, inputs, "conditions", form=form)[1] for _ in range(20)
+        ]
+        assert is_replay == ORDINARY_CALLS * [False] + (20 - ORDINARY_CALLS) * [True]
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_loss_gradients_latents_and_hidden_pre_outlast_the_next_call(device, monkeypatch) -> None:
     if device == "cpu":
