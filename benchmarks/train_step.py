@@ -101,6 +101,8 @@ BATCH: dict[str, Any] = {
 }
 GEMMA = {"d_in": 2304, "d_sae": 65536, "k": 128, "batch": 4096}
 GPT2 = {"d_in": 768, "d_sae": 24576, "k": 64, "batch": 4096}
+SMOLLM2 = {"d_in": 576, "d_sae": 16384, "k": 64, "batch": 4096}
+SENTENCES = {"d_in": 384, "d_sae": 4096, "k": 32, "batch": 4096}
 SMALL = {"d_in": 256, "d_sae": 8192, "k": 32, "batch": 1024}
 GPU_CASES = [
     Case(
@@ -123,8 +125,11 @@ GPU_CASES = [
     Case("gpt2_no_graph", **GPT2, use_cuda_graph=False, competitors=(), n_steps=300),
     Case("gpt2_budgets", **GPT2, doubling_budgets=True, competitors=(), n_steps=300),
     Case("gpt2_fp32", **GPT2, autocast=False, within=ADAM, n_steps=100),
-    Case("smollm2", d_in=576, d_sae=16384, k=64, batch=4096, within=ACCELERATE, n_steps=300),
-    Case("small", d_in=384, d_sae=4096, k=32, batch=4096, within=ACCELERATE, n_steps=300),
+    Case("gpt2_dead", **GPT2, n_dead=2000, within=ACCELERATE, n_steps=300),
+    Case("smollm2", **SMOLLM2, within=ACCELERATE, n_steps=300),
+    Case("smollm2_dead", **SMOLLM2, n_dead=2000, within=ACCELERATE, n_steps=300),
+    Case("small", **SENTENCES, within=ACCELERATE, n_steps=300),
+    Case("small_dead", **SENTENCES, n_dead=2000, within=ACCELERATE, n_steps=300),
     Case("million", d_in=2304, d_sae=2**20, k=64, batch=4096, n_steps=10),
 ]
 CPU_CASES = [

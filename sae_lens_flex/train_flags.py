@@ -33,8 +33,6 @@ def parse(argv: Sequence[str]) -> Any:
     try:
         with contextlib.redirect_stderr(messages):
             cfg = _parse_cfg_args(argv)
-        _check_needed(argv)
-        return cfg
     except ValueError:  # of the config, perhaps of a default that does not fit
         _check_needed(argv)
         raise
@@ -45,6 +43,9 @@ def parse(argv: Sequence[str]) -> Any:
             raise
         # argparse has printed the usage of some hundred flags, and then the error as the last line.
         message = messages.getvalue().strip().splitlines()[-1].partition("error: ")[2]
+    else:
+        _check_needed(argv)
+        return cfg
     raise ValueError(_explained(message, argv))
 
 

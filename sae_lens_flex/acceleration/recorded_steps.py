@@ -1,7 +1,7 @@
 """When a step of SAELens's trainer is taken as a whole, and how.
 
-That of a small SAE is recorded, and replayed. That of a large one is launched piece by piece: the
-host is done with it before the device is.
+The step of a small SAE is recorded and replayed. The step of a large SAE is launched piece by
+piece, because the host is done with it before the device is.
 
 Whatever a user may have changed that the whole step would pass by makes the step an ordinary one.
 """

@@ -156,11 +156,8 @@ class HierarchicalTopKTrainingSAE(RuntimeBudget, FusedTopKTrainingSAE):
         budgets, weights = self.cfg.budgets, self.cfg.level_weights
         if budgets is None and weights is None:
             return "every"
-        levels = range(1, k + 1) if budgets is None else check_trained_budgets(budgets, k)
-        if weights is None:
-            shares = (1 / len(levels),) * len(levels)
-        else:
-            shares = _shares(check_level_weights(weights, len(levels)))
+        levels = range(1, k + 1) if budgets is None else budgets
+        shares = (1 / len(levels),) * len(levels) if weights is None else _shares(weights)
         return _level_weights(tuple(levels), shares, like.device, like.dtype)
 
     @override

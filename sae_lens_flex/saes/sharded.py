@@ -256,12 +256,11 @@ class ShardedTrainingSAE(FusedTopKTrainingSAE):
                 f"dead_neuron_mask has shape {list(mask.shape)}, expected [{self.cfg.d_sae}], one "
                 "element a latent"
             )
+        self._check_config()
         weights = self._weights()
-        k = self._step_k(len(x))
-        self._levels(k, weights.W_dec)  # raises where budgets or weights do not fit
         return {
             "is_logging_step": step_input.is_logging_step,
-            "k": k,
+            "k": self._step_k(len(x)),
             "budgets": getattr(self.cfg, "budgets", None),
             "level_weights": getattr(self.cfg, "level_weights", None),
             "aux_loss_coefficient": self.cfg.aux_loss_coefficient,

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from sae_lens_flex.ops import (
     by_triton,
@@ -179,3 +180,13 @@ def assert_matches_definition(
         if gradient.dtype == torch.bfloat16 and implementation.is_interpreted():
             tolerance += 2**-8
         assert error < tolerance, f"{name}: {error}"
+
+
+def generated(n_examples: int) -> settings:
+    """Settings of a test on generated cases: the same ones in every run, whatever they take."""
+    return settings(
+        max_examples=n_examples,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=[HealthCheck.function_scoped_fixture],
+    )

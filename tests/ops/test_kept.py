@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sae_lens_flex.ops.kernels import kept as kernels
@@ -10,7 +10,7 @@ from sae_lens_flex.ops.kernels.error import scaled_error
 from sae_lens_flex.ops.kernels.kept import at_kept, keep_largest
 from sae_lens_flex.ops.products import add_rows, sum_rows, take_rows
 
-from .comparison import KERNEL_DEVICES, every_backend
+from .comparison import KERNEL_DEVICES, every_backend, generated
 from .comparison import relative_error as relative_error_on_cpu
 from .test_selection import N_EXAMPLES, TOLERANCE
 
@@ -131,12 +131,7 @@ def test_a_kept_value_that_is_rounded_to_zero_has_a_gradient(device) -> None:
     assert sums.tolist() == [1, 1, 1, 0]
 
 
-@settings(
-    max_examples=N_EXAMPLES,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@generated(N_EXAMPLES)
 @given(
     n_latents=st.integers(1, 700),
     share=st.floats(0, 1),

@@ -1,7 +1,7 @@
 """The losses over generated shapes, dtypes, strides, repeats and level weights."""
 
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sae_lens_flex.ops.losses import decoder_loss
@@ -10,6 +10,7 @@ from .comparison import (
     TOLERANCE,
     assert_matches_definition,
     every_backend,
+    generated,
     random_inputs,
     relative_error,
 )
@@ -28,12 +29,7 @@ lengths = st.lists(
 )
 
 
-@settings(
-    max_examples=N_EXAMPLES,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@generated(N_EXAMPLES)
 @given(
     shape=sizes,
     dtype=st.sampled_from(list(TOLERANCE)),
@@ -62,12 +58,7 @@ def test_any_input_matches_the_definition(
     assert_matches_definition(implementation, indices, inputs, **levels)
 
 
-@settings(
-    max_examples=N_EXAMPLES,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@generated(N_EXAMPLES)
 @given(
     lengths=lengths,
     n_latents=st.integers(1, 70),

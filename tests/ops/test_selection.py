@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,7 +20,7 @@ from sae_lens_flex.ops.selection import (
     select_from,
 )
 
-from .comparison import DEVICES, every_backend, relative_error
+from .comparison import DEVICES, every_backend, generated, relative_error
 
 # (B, D, F, K): groups that do not divide F, one latent a group, K = F, one of everything.
 SHAPES = [
@@ -245,12 +245,7 @@ def test_equal_columns_of_the_encoder_give_the_first_of_them(on) -> None:
         assert torch.equal(code.latents, first_of_equals(rows @ weight, 30))
 
 
-@settings(
-    max_examples=N_EXAMPLES,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@generated(N_EXAMPLES)
 @given(
     n_latents=st.integers(1, 700),
     share=st.floats(0, 1),
@@ -356,12 +351,7 @@ def test_more_candidates_than_registers_hold_are_left_to_torch(on, monkeypatch) 
     assert_selects(rows, encoder, 3, on)
 
 
-@settings(
-    max_examples=N_EXAMPLES,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@generated(N_EXAMPLES)
 @given(
     sizes=st.tuples(st.integers(1, 5), st.integers(1, 140), st.integers(1, 200)),
     share=st.floats(0, 1),

@@ -6,11 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sae_lens.saes.sae import SAE, TrainingSAE
-from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
-
-from sae_lens_flex import HierarchicalTopKSAE, HierarchicalTopKSAEConfig, sweep_budgets
-from tests.saes.comparison import (
+from comparison import (
     D_IN,
     D_SAE,
     EVERY_ARCHITECTURE,
@@ -27,6 +23,10 @@ from tests.saes.comparison import (
     step_input,
     trained_sae,
 )
+from sae_lens.saes.sae import SAE, TrainingSAE
+from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
+
+from sae_lens_flex import HierarchicalTopKSAE, HierarchicalTopKSAEConfig, sweep_budgets
 
 NAN = float("nan")
 

@@ -195,12 +195,12 @@ def _adam_kernel(
     )  # fmt: skip
 
 
-# One H200, 302 million weights, ms. Adam, whose bytes take 1.99: blocks of 2048 take 2.25 with
-# evict_first on all but the weight, 2.08 with it on the weight too, and 2.08 without it. Blocks of
-# 1024 take 2.12 and of 512 2.11, both with it on all but the weight. Where a program walks several
-# blocks it is 2.25 to 2.38. The squares, whose bytes take 0.28: 0.27 to 0.29 with blocks of 2048 to
-# 8192 and 1024 to 2048 programs. As they stand, blocks of 1024 without a hint, Adam and the squares
-# take 2.29. torch takes 0.44 for the norm and 3.06 for Adam.
+# One H200, 302 million weights, ms, by a script that is not kept. Adam, whose bytes take 1.99:
+# blocks of 2048 take 2.25 with evict_first on all but the weight, 2.08 with it on the weight too,
+# and 2.08 without it. Blocks of 1024 take 2.12 and of 512 2.11, both with it on all but the weight.
+# Where a program walks several blocks it is 2.25 to 2.38. The squares, whose bytes take 0.28: 0.27
+# to 0.29 with blocks of 2048 to 8192 and 1024 to 2048 programs. As they stand, blocks of 1024
+# without a hint, Adam and the squares take 2.29. torch takes 0.44 for the norm and 3.06 for Adam.
 MOST_WEIGHTS = 4  # as many as an SAE has
 BLOCK = 1024
 NUM_WARPS = 4
