@@ -101,6 +101,7 @@ class Setting:
 
 COMPILED = {"autocast": True, "compile_llm": True}
 PREFETCH = {"prefetch_llm_batches": True}
+AHEAD = {"prefetch_llm_batches": 8}  # batches, which is a refill of the buffer in the GPU cases
 LOCAL = {"streaming": False}
 SETTINGS = {
     "default": Setting(TRANSFORMER_LENS),
@@ -110,9 +111,11 @@ SETTINGS = {
     "compiled both": Setting(HUGGING_FACE, COMPILED | {"compile_sae": True}),
     "prefetch": Setting(HUGGING_FACE, COMPILED | PREFETCH),
     "all": Setting(HUGGING_FACE, COMPILED | PREFETCH | {"compile_sae": True}),
+    "all ahead": Setting(HUGGING_FACE, COMPILED | AHEAD | {"compile_sae": True}),
     "hf local": Setting(HUGGING_FACE, {"autocast": True} | LOCAL),
     "local": Setting(HUGGING_FACE, COMPILED | LOCAL),
     "local prefetch": Setting(HUGGING_FACE, COMPILED | PREFETCH | LOCAL),
+    "local ahead": Setting(HUGGING_FACE, COMPILED | AHEAD | LOCAL),
     "all local": Setting(HUGGING_FACE, COMPILED | PREFETCH | LOCAL | {"compile_sae": True}),
     "sparse": Setting(TRANSFORMER_LENS, sae={"use_sparse_activations": True}),
 }
@@ -176,12 +179,16 @@ GPU_CASES = [
         k=64,
         competitors=(
             *of(STOCK, "default", "sparse", "autocast", "hf", "compiled", "compiled both"),
-            *of(STOCK, "prefetch", "all", "all local"),
+            *of(STOCK, "prefetch", "all", "all ahead", "all local"),
             *of(HIERARCHICAL, "default", "autocast", "hf", "compiled"),
             *of(FLEX, "default"),
             *README,
             *(Competitor(HIERARCHICAL, each, accelerate=True) for each in ("hf", "compiled")),
-            *(Competitor(each, "local prefetch", accelerate=True) for each in (HIERARCHICAL, FLEX)),
+            *(
+                Competitor(each, setting, accelerate=True)
+                for setting in ("local prefetch", "local ahead")
+                for each in (HIERARCHICAL, FLEX)
+            ),
         ),
     ),
     Case(

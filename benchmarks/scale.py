@@ -70,10 +70,10 @@ CASES = [
     Case("quarter_million", 2304, 2**18, 64, 4096),
     Case("million", 2304, 2**20, 64, 4096, has_copies=False, n_steps=10),
 ]
-# The search for the largest dictionary begins where a GPU has so many bytes for each weight that it
-# holds. The weight, its gradient and Adam's moments take 16. The search goes down by steps of 3 %.
-BYTES_PER_WEIGHT = 17
-SEARCH_STEPS = [1 - 0.03 * step for step in range(20)]
+# The search for the largest dictionary halves this range: what a GPU has, in bytes, for each weight
+# that it holds. The weight, its gradient and Adam's moments take 16. It begins with the most.
+BYTES_PER_WEIGHT = (16.2, 19.4)
+N_HALVINGS = 4
 QUICK_CASES = [Case("quick", 48, 515, 8, 130, autocast=False, n_steps=3)]
 
 
@@ -282,19 +282,26 @@ def run(cases: list[Case], ranks: list[int], path: Path | None, quick: bool) -> 
 
 
 def find_largest(d_in: int, ranks: list[int], path: Path | None) -> None:
-    """Train ever smaller dictionaries until memory suffices."""
+    """Train dictionaries of other sizes, until the largest is known to 1 or 2 %."""
     record = new_record("cuda")
     memory = torch.cuda.get_device_properties(0).total_memory
     for n_ranks in ranks:
         mode = "sharded" if n_ranks > 1 else "one"
-        for share in SEARCH_STEPS:
-            n_latents = int(share * memory / (BYTES_PER_WEIGHT * 2 * d_in)) // 1024 * 1024 * n_ranks
+        too_few, enough = BYTES_PER_WEIGHT
+        tried = enough
+        for _ in range(1 + N_HALVINGS):
+            n_latents = int(memory / (tried * 2 * d_in)) // 1024 * 1024 * n_ranks
             case = Case("largest", d_in, n_latents, 64, 4096, n_steps=5)
             (found,) = launch([(case, mode)], n_ranks, quick=False)
             result = with_rates(case, mode, n_ranks, found, None)
             keep(result, record, path)
             if result["ms"] is not None:
-                break
+                enough = tried
+            elif tried == enough:
+                break  # Even the smallest one does not fit.
+            else:
+                too_few = tried
+            tried = (too_few + enough) / 2
 
 
 def new_record(device: str) -> dict[str, Any]:

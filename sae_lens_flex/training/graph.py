@@ -32,7 +32,7 @@ MOST_RECORDED_WEIGHTS = 2**25
 MOST_RECORDED_PRODUCTS = 2**38
 # Whole steps are recorded up to so many times these sizes, because no gradient has to be copied out
 # of such a recording. benchmarks/README.md has what it saves at 2^27 weights.
-WHOLE_FACTOR = 8
+WHOLE_FACTOR = 16
 
 Result = TypeVar("Result")
 

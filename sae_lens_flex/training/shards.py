@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 
 from ..ops.codes import Code, InvertedIndex
-from ..ops.policy import accumulation_dtype, in_dtype
+from ..ops.policy import accumulation_dtype
 
 # So many elements of a matrix are squared at once.
 SQUARED_ELEMENTS = 2**22
@@ -237,12 +237,13 @@ class Shards(Whole):
         blocks = [rows[:, part] for part in self.width.parts]
         n_own = self.width.sizes[self.rank]
         shapes = [(n, n_own) for n in self.samples.sizes]
-        return torch.cat(self._exchange(blocks, shapes))
+        return self._exchange(blocks, shapes).view(sum(self.samples.sizes), n_own)
 
     def by_sample(self, columns: torch.Tensor) -> torch.Tensor:
         blocks = [columns[part] for part in self.samples.parts]
         n_own = self.samples.sizes[self.rank]
-        return torch.cat(self._exchange(blocks, [(n_own, n) for n in self.width.sizes]), dim=1)
+        shapes = [(n_own, n) for n in self.width.sizes]
+        return torch.cat(_blocks(self._exchange(blocks, shapes), shapes), dim=1)
 
     def all_columns(self, columns: torch.Tensor, split: Split | None) -> torch.Tensor:
         assert split is not None
@@ -294,18 +295,19 @@ class Shards(Whole):
         # Each rank merges its part of the samples, whosever they are.
         samples = Split.even(len(code.latents), self.size)
         n_own = samples.sizes[self.rank]
-        shapes = [(n_own, min(k, n)) for n in split.sizes]
-        latents = (code.latents + split.part(self.rank).start).to(torch.int32)
-        latents = torch.cat(self._exchange([latents[p] for p in samples.parts], shapes), dim=1)
-        values = [code.values[p] for p in samples.parts]
-        values = torch.cat(self._exchange(values, shapes), dim=1)  # [b, sum of min(k, n_r)]
+        shapes = [(n_own, 2 * min(k, n)) for n in split.sizes]
+        packed = _pack(code.latents + split.part(self.rank).start, code.values)
+        received = _blocks(self._exchange([packed[p] for p in samples.parts], shapes), shapes)
+        candidates = [_unpack(part, code.values.dtype) for part in received]
+        latents = torch.cat([each.latents for each in candidates], dim=1)
+        values = torch.cat([each.values for each in candidates], dim=1)  # [b, sum of min(k, n_r)]
         compared = values if norms is None else values * norms.take(latents.long())
         # The candidates of a smaller rank are smaller latents and come first, so a stable sort
         # keeps the smaller of equal ones. Adding 0 makes -0 equal to 0 in every sort.
         order = (compared + 0.0).sort(dim=-1, descending=True, stable=True).indices[:, :k]
-        latents = self._all_rows(latents.gather(-1, order), samples)
-        values = in_dtype(values.gather(-1, order), dtype)
-        return Code(latents.long(), self._all_rows(values, samples))
+        packed = _pack(latents.gather(-1, order), values.gather(-1, order))
+        merged = _unpack(self._all_rows(packed, samples), dtype)
+        return Code(merged.latents.long(), merged.values.contiguous())
 
     def by_own_latent(
         self, code: Code, n_latents: int, *, use_triton: bool, deterministic: bool
@@ -336,12 +338,33 @@ class Shards(Whole):
 
     def _exchange(
         self, blocks: Sequence[torch.Tensor], shapes: Sequence[tuple[int, int]]
-    ) -> list[torch.Tensor]:
-        """Send a block to each rank; return the block that came from each, of these shapes."""
-        sent = torch.cat([block.flatten() for block in blocks])
+    ) -> torch.Tensor:
+        """Send a block to each rank; return what came, one block of these shapes after another."""
+        n_sent = [block.numel() for block in blocks]
+        sent = blocks[0].new_empty(sum(n_sent))
+        for block, part in zip(blocks, sent.split_with_sizes(n_sent), strict=True):
+            part.view(block.shape).copy_(block)
         sizes = [rows * columns for rows, columns in shapes]
         received = sent.new_empty(sum(sizes))
-        n_sent = [block.numel() for block in blocks]
         dist.all_to_all_single(received, sent, sizes, n_sent, group=self.group)
-        parts = received.split_with_sizes(sizes)
-        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+        return received
+
+
+def _blocks(elements: torch.Tensor, shapes: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
+    """Return views of the blocks of these shapes that lie one after another."""
+    parts = elements.split_with_sizes([rows * columns for rows, columns in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def _pack(latents: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Return integers that hold both, to travel together: [b, k] each -> [b, 2 k]."""
+    is_long = values.dtype == torch.float64
+    floats, integers = (torch.float64, torch.int64) if is_long else (torch.float32, torch.int32)
+    return torch.cat((latents.to(integers), values.to(floats).view(integers)), dim=1)
+
+
+def _unpack(packed: torch.Tensor, dtype: torch.dtype) -> Code:
+    """Return what `_pack` got, with values of that dtype: [b, 2 k] -> [b, k] each."""
+    latents, values = packed.chunk(2, dim=1)
+    floats = torch.float64 if packed.dtype == torch.int64 else torch.float32
+    return Code(latents, values.view(floats).to(dtype))

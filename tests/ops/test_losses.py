@@ -436,7 +436,7 @@ def test_the_scale_is_the_one_given_whatever_the_batch(levels, on) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", [(1, 1), (5, 33), (3, 1024), (4, 2500)])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 33), (17, 288), (3, 1024), (4, 2500)])
 @pytest.mark.parametrize("device", KERNEL_DEVICES)
 def test_norms_and_copy(device, shape, dtype) -> None:
     weight = torch.randn(shape, device=device)

@@ -8,22 +8,26 @@ read rows of W_dec, so reading the copy saves several times what making it costs
 
 import torch
 
-from .launch import launch, tl, triton
+from .launch import cdiv, launch, tl, triton
 
 
 @triton.jit
-def _norms_and_copy_kernel(weight, norms, copy, D, BLOCK: tl.constexpr):
-    f = tl.program_id(0).to(tl.int64)
-    total = tl.zeros([BLOCK], tl.float32)
+def _norms_and_copy_kernel(weight, norms, copy, F, D, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    f = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
     for start in range(0, D, BLOCK):
         d = start + tl.arange(0, BLOCK)
-        w = tl.load(weight + f * D + d, mask=d < D, other=0.0).to(tl.float32)
-        tl.store(copy + f * D + d, w.to(copy.dtype.element_ty), mask=d < D)
+        place = (f * D)[:, None] + d[None, :]
+        exists = (f < F)[:, None] & (d < D)[None, :]
+        w = tl.load(weight + place, mask=exists, other=0.0).to(tl.float32)
+        tl.store(copy + place, w.to(copy.dtype.element_ty), mask=exists)
         total += w * w
-    tl.store(norms + f, tl.sqrt(tl.sum(total)))
+    tl.store(norms + f, tl.sqrt(tl.sum(total, axis=1)), mask=f < F)
 
 
-BLOCK = 1024
+# Several rows a program: a rank of many has narrow ones, which alone would not fill a program.
+ROWS = 8
+BLOCK = 128
 
 
 def norms_and_copy(weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -33,10 +37,11 @@ def norms_and_copy(weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tens
     copy = weight.new_empty(weight.shape, dtype=dtype)
     launch(
         _norms_and_copy_kernel,
-        (n_latents,),
+        (cdiv(n_latents, ROWS),),
         (weight.contiguous(), norms, copy),
         (),
-        (d_in,),
+        (n_latents, d_in),
+        ROWS=ROWS,
         BLOCK=BLOCK,
     )
     return norms, copy
