@@ -5,7 +5,7 @@ import json
 import plotly.graph_objects as go
 import pytest
 
-from benchmarks.quality.report import label, report, rows_of
+from benchmarks.quality.report import draw, label, report, rows_of
 from benchmarks.quality.unit import chosen_rates
 
 METRICS = {"explained_variance": 0.5, "l0": 2.0, "threshold": None, "budget": None}
@@ -52,7 +52,7 @@ def test_last_unit_of_a_kind_and_seed_counts(tmp_path):
         measured("topk_2", 0, {}),
         measured("topk_2", 1, {}),
         measured("even", 0, even),
-        left_out=["batchtopk_2@0", "matryoshka_2@0"],
+        left_out=["batchtopk_2@0", "matryoshka_2@0", "best_1@1"],
     )
     better = {"explained_variance": 0.7}
     two = unit(
@@ -73,7 +73,9 @@ def test_last_unit_of_a_kind_and_seed_counts(tmp_path):
     ]
     assert result["left_out"] == ["matryoshka_2@0"]
     text = (tmp_path / "results" / "quality_tiny.md").read_text()
-    assert "Seconds are of several machines: H100, H200." in text
+    assert "The results are of 2 calls (H100, H200)" in text
+    assert "| even | 0.4000 |\n" in text
+    assert "| TopK for each k | 0.6000 ± 0.1414 |\n" in text
 
 
 @pytest.mark.parametrize("other", [{"train": 1100000}, {"share": 0.004}, {"d_sae": 128}])
@@ -89,7 +91,7 @@ def test_sae_for_one_k_has_a_series_with_one_threshold():
         [
             measured("batchtopk_2", 0, {}, of_threshold),
             measured("topk_2", 0, {"budget": 2}, of_threshold),
-            measured("hierarchical_batch", 0, of_threshold, k=8),
+            measured("even_x3", 0, {"budget": 2}, of_threshold, k=8) | {"longer": 3},
         ]
     )
     assert [(label(series), budget) for series, budget, _ in rows] == [
@@ -97,7 +99,23 @@ def test_sae_for_one_k_has_a_series_with_one_threshold():
         ("BatchTopK for each k, one threshold", 2),
         ("TopK for each k", 2),
         ("TopK for each k, one threshold", 2),
-        ("over a batch, even, one threshold", 2),
+        ("even, 3 times as long", 2),
+        ("even, 3 times as long, one threshold", 2),
+    ]
+
+
+def test_figure_has_the_loss_in_multiples_of_topks():
+    rows = [
+        {"budget": 2, "explained_variance": v, "ce_increase": c}
+        for v, c in ((0.9, 0.2), (0.8, 0.3))
+    ]
+    figure = draw([measured("topk_2", 0, rows[0]), measured("even", 0, rows[1])])
+    drawn = [(trace.name, trace.xaxis, trace.y[0]) for trace in figure.data]
+    assert drawn == [
+        ("TopK for each k", "x", pytest.approx(0.1)),  # what is left over; the axis says 0.9
+        ("even", "x", pytest.approx(0.2)),
+        ("TopK for each k", "x2", 1.0),
+        ("even", "x2", pytest.approx(1.5)),
     ]
 
 

@@ -7,8 +7,6 @@ from typing import Any, NamedTuple
 
 from sae_lens_flex.saes.budgets import doubling_budgets
 
-from . import hierarchical_batch
-
 # The schemes of the one SAE, by how its loss weighs the budgets.
 SCHEMES = (
     "even",
@@ -21,13 +19,6 @@ SCHEMES = (
     "doubling_half_on_k",
     "every_eighth",
 )
-# Those of one SAE for every mean budget, by their levels (`hierarchical_batch` has what these are)
-# and how the loss weighs them.
-BATCH_SCHEMES = {
-    "hierarchical_batch": ("even", "even"),
-    "hierarchical_batch_rising": ("ranks", "doubling_rising"),
-    "hierarchical_batch_shared": ("batch", "doubling_rising"),
-}
 # SAEs that are trained for one k each. "topk" is SAELens's, "batchtopk" and "matryoshka" are its
 # BatchTopK and Matryoshka BatchTopK. This package's kernels train them all.
 FAMILIES = ("topk", "batchtopk", "matryoshka")
@@ -130,9 +121,9 @@ def make_plan(words: list[str], budgets: list[int]) -> list[Entry]:
         match = re.fullmatch(r"([a-z_]+?)(_\d+)?(?:x(\d+))?(?:@(\d+))?", word)
         name, number, longer, seed = match.groups() if match else ("", None, None, None)
         is_family = name in FAMILIES
-        is_scheme = name in (*SCHEMES, *BATCH_SCHEMES) and not number
+        is_scheme = name in SCHEMES and not number
         if not (is_family or is_scheme or (name == "best" and number)):
-            names = ", ".join((*SCHEMES, *BATCH_SCHEMES, *FAMILIES, "best_1"))
+            names = ", ".join((*SCHEMES, *FAMILIES, "best_1"))
             raise ValueError(f"kinds has {word!r}, expected one of {names} (also topk_8, even@1)")
         names = [name + (number or "")]
         if is_family and not number:
@@ -152,10 +143,6 @@ def make_kind(name: str, k: int, d_sae: int, budgets: list[int], longer: int = 1
         longer: as in Kind.
     """
     full_name = name if longer == 1 else f"{name}_x{longer}"
-    if name in BATCH_SCHEMES:
-        levels, scheme = BATCH_SCHEMES[name]
-        fields = {"levels": levels, **scheme_fields(scheme, k)}
-        return Kind(full_name, hierarchical_batch.ARCHITECTURE, k, budgets, fields, longer)
     family, _, number = name.partition("_")
     if family not in FAMILIES:
         fields = scheme_fields(name, k)

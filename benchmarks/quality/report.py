@@ -9,7 +9,7 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from .kinds import BATCH_SCHEMES, FAMILIES, SCHEMES
+from .kinds import FAMILIES, SCHEMES
 
 NAMES = {
     "topk": "TopK for each k",
@@ -22,9 +22,6 @@ NAMES = {
     "doubling_rising": "doubling, as k",
     "doubling_half_on_k": "doubling, half on K",
     "every_eighth": "every eighth",
-    "hierarchical_batch": "over a batch, even",
-    "hierarchical_batch_rising": "over a batch, doubling, as k",
-    "hierarchical_batch_shared": "over a batch, doubling, as k, levels of the batch",
     "topk_cut": "TopK(K) cut to k",
     "batchtopk": "BatchTopK for each k",
     "matryoshka": "Matryoshka for each k",
@@ -121,7 +118,7 @@ def cell(values: list[float] | None, digits: int) -> str:
 
 
 def table(measured: list[dict[str, Any]], metric: str, digits: int) -> str:
-    """Return a metric's table in Markdown, a row for each k."""
+    """Return a metric's table in Markdown, a column for each k."""
     values = values_of(measured, metric)
     if metric in OF_AN_SAE:
         values = {
@@ -131,12 +128,12 @@ def table(measured: list[dict[str, Any]], metric: str, digits: int) -> str:
         }
     budgets = sorted({budget for series in values.values() for budget in series})
     lines = [
-        "| k | " + " | ".join(label(name) for name in values) + " |",
-        "|---" * (len(values) + 1) + "|",
+        "| | " + " | ".join(str(budget) for budget in budgets) + " |",
+        "|---" * (len(budgets) + 1) + "|",
     ]
-    for budget in budgets:
-        cells = [cell(series.get(budget), digits) for series in values.values()]
-        lines.append(f"| {budget} | " + " | ".join(cells) + " |")
+    for name, series in values.items():
+        cells = [cell(series.get(budget), digits) for budget in budgets]
+        lines.append(f"| {label(name)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -152,7 +149,7 @@ def beside(measured: list[dict[str, Any]], rival: str) -> str:
     name = NAMES[split(rival)[0]].split()[0]
     of_all = [(values_of(measured, metric), title, digits) for metric, title, digits in BESIDE]
     for scheme in of_all[0][0]:
-        is_compared = split(scheme)[0] in (*SCHEMES, *BATCH_SCHEMES)
+        is_compared = split(scheme)[0] in SCHEMES
         if not is_compared or (rival != "topk" and not scheme.endswith(THRESHOLD)):
             continue
         parts = []
@@ -173,34 +170,48 @@ def beside(measured: list[dict[str, Any]], rival: str) -> str:
 def draw(measured: list[dict[str, Any]], drawn: list[str] | None = None) -> go.Figure:
     """Draw explained variance and what the language model loses, or the F1, against k.
 
+    The language model's loss is drawn in multiples of TopK's, if that was measured.
+
     Args:
         measured: the results.
         drawn: the series, such as "even_tuned" or "even_threshold". None draws those without
             such an end.
     """
     panels = [("explained_variance", "explained variance")]
-    if values_of(measured, "ce_increase"):
+    losses = values_of(measured, "ce_increase")
+    of_topk = {k: mean(values) for k, values in losses.get("topk", {}).items()}
+    if of_topk:
+        panels.append(("ce_increase", "increase of the cross-entropy, in multiples of TopK's"))
+    elif losses:
         panels.append(("ce_increase", "increase of the cross-entropy (nats)"))
     else:
         panels.append(("f1_score", "F1 of latents as detectors of true features"))
     figure = make_subplots(cols=2, rows=1, horizontal_spacing=0.1)
     colors = dict(zip(NAMES, _COLORS, strict=True))
+    longest = sorted({split(series)[1] for series, _, _ in rows_of(measured)})
     for column, (metric, title) in enumerate(panels, start=1):
         for name, series in values_of(measured, metric).items():
             is_variant = name.endswith((TUNED, THRESHOLD))
             if is_variant if drawn is None else name not in drawn:
                 continue
-            budgets = sorted(series)
-            spread = [stdev(series[k]) if len(series[k]) > 1 else 0 for k in budgets]
+            units = of_topk if metric == "ce_increase" and of_topk else dict.fromkeys(series, 1.0)
+            budgets = sorted(series.keys() & units.keys())
+            values = [mean(series[k]) / units[k] for k in budgets]
+            if metric == "explained_variance":
+                values = [1 - value for value in values]
+            spread = [stdev(series[k]) / units[k] if len(series[k]) > 1 else 0 for k in budgets]
             figure.add_scatter(
                 x=budgets,
-                y=[mean(series[k]) for k in budgets],
+                y=values,
                 error_y={"array": spread, "visible": any(spread)},
                 name=label(name),
                 legendgroup=name,
                 showlegend=column == 1,
                 mode="lines+markers",
-                line={"color": colors[split(name)[0]], "dash": _dash(name)},
+                line={
+                    "color": colors[split(name)[0]],
+                    "dash": _dash(name, longest.index(split(name)[1])),
+                },
                 marker={"symbol": _symbol(name), "size": 7},
                 col=column,
                 row=1,
@@ -210,37 +221,47 @@ def draw(measured: list[dict[str, Any]], drawn: list[str] | None = None) -> go.F
             title="latents kept per activation (k)", type="log", tickvals=ticks, col=column, row=1
         )
         axis = {}
-        if metric == "ce_increase":
+        if metric == "explained_variance":
+            # By what is left over, on which small differences near 1 can be seen.
+            left = [0.05, 0.06, 0.08, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 1]
+            labels = [f"{1 - v:.2g}" for v in left]
+            axis = {"type": "log", "autorange": "reversed", "tickvals": left, "ticktext": labels}
+        elif metric == "ce_increase":
             decades = [digit * 10**exponent for exponent in (-3, -2, -1, 0) for digit in (1, 2, 5)]
-            axis = {"type": "log", "tickvals": decades, "ticktext": [f"{v:g}" for v in decades]}
+            shown = (
+                [0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.5, 2, 3, 4, 6] if of_topk else decades
+            )
+            axis = {"type": "log", "tickvals": shown, "ticktext": [f"{v:g}" for v in shown]}
         figure.update_yaxes(title=title, col=column, row=1, **axis)
+    n_drawn = len({trace.name for trace in figure.data})
     figure.update_layout(
-        template="plotly_white", width=1150, height=480, margin={"t": 20, "r": 20, "b": 60}
+        template="plotly_white",
+        width=1200,
+        height=max(480, 110 + 20 * n_drawn),
+        margin={"t": 20, "r": 20, "b": 60},
     )
     return figure
 
 
 _COLORS = (
     *("black", "#1f77b4", "#d62728", "#f4a6a6", "#2ca02c", "#ff7f0e", "#bcbd22", "#c49c00"),
-    *("#9467bd", "#aec7e8", "#6b6ecf", "#393b79", "#17becf", "gray", "#8c564b", "#e377c2"),
+    *("#9467bd", "#17becf", "gray", "#8c564b", "#e377c2"),
 )
 
 
 def _symbol(series: str) -> str:
     if series.endswith(THRESHOLD):
         return "diamond-open"
+    if series.endswith(TUNED):
+        return "x"
     return "circle" if split(series)[0] in SCHEMES else "square"
 
 
-def _dash(series: str) -> str:
-    name, longer = split(series)
-    if longer > 1:
-        return "dash"
-    if series.endswith(TUNED):
-        return "dashdot"
-    if series.endswith(THRESHOLD):
-        return "longdash"
-    return "solid" if name in SCHEMES else "dot"
+def _dash(series: str, length: int) -> str:
+    """Return a line's dashes, given how many trainings are shorter than that of the series."""
+    if split(series)[0] not in SCHEMES:
+        return "dot"
+    return ("solid", "dash", "dashdot", "longdashdot")[min(length, 3)]
 
 
 def _are_same(one: Any, other: Any) -> bool:
@@ -296,7 +317,9 @@ def report(units: list[Path], name: str, directory: Path, drawn: list[str] | Non
         "left_out": [
             one
             for one in dict.fromkeys(each for result in results for each in result["left_out"])
+            # "best_1@1" names no SAE: there was none, or it was not known when the time ended.
             if one not in {f"{kind}@{seed}" for kind, seed in of_seeds}
+            and not one.startswith("best_")
         ],
     }
     spread = "one seed"
@@ -309,8 +332,12 @@ def report(units: list[Path], name: str, directory: Path, drawn: list[str] | Non
     for rival in ("topk", "topk" + THRESHOLD, "batchtopk" + THRESHOLD):
         if text := beside(measured, rival):
             parts += [f"## Beside {label(rival)}", text]
-    if len(machines := {run["machine"] for run in runs}) > 1:
-        parts.append(f"Seconds are of several machines: {', '.join(sorted(machines))}.")
+    if len(runs) > 1:
+        machines = ", ".join(sorted({run["machine"] for run in runs}))
+        parts.append(
+            f"The results are of {len(runs)} calls ({machines}). Their seconds differ with the "
+            "host and with how many processes were at work."
+        )
     rates = {}
     for one in measured:
         is_cut = " (of a grid that was cut short)" if one.get("grid_is_cut") else ""

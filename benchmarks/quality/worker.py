@@ -22,7 +22,6 @@ from sae_lens_flex import (
     MeanBudget,
 )
 
-from . import hierarchical_batch
 from .kinds import Kind
 from .sources import Source, budgets_of
 
@@ -117,9 +116,7 @@ class Worker:
         gc.collect()
         training = self.training
         torch.manual_seed(seed)
-        is_experiment = kind.architecture == hierarchical_batch.ARCHITECTURE
-        new_sae = hierarchical_batch.new_training_sae if is_experiment else TrainingSAE.from_dict
-        sae: Any = new_sae(
+        sae: Any = TrainingSAE.from_dict(
             {
                 "architecture": kind.architecture,
                 "d_in": self.source.validation.shape[1],
@@ -218,8 +215,6 @@ class Worker:
             sae = sae_lens_flex.from_topk(sae)
         with_thresholds = as_hierarchical(sae) if isinstance(sae, JumpReLUSAE) else sae
         budgets = budgets_of(sae, kind.budgets)
-        if kind.architecture == hierarchical_batch.ARCHITECTURE:
-            budgets = []
         means, thresholds = [], []
         for k in thresholded(kind):
             try:
@@ -252,20 +247,15 @@ class Worker:
 
         What is trained for a mean number of latents is compared at equal means.
         """
-        if isinstance(sae, JumpReLUSAE):
-            sae = as_hierarchical(sae)
-        elif kind.architecture != hierarchical_batch.ARCHITECTURE:
+        if not isinstance(sae, JumpReLUSAE):
             is_of_all = kind.architecture == "hierarchical_topk"
             return self._explained_variances(sae, kind.budgets if is_of_all else None)
-        variances = []
-        # One after the other: two means may have the same threshold.
-        for k in thresholded(kind):
-            try:
-                budget = sae_lens_flex.mean_budget(sae, self.source.validation, k)
-            except ValueError:  # Fewer latents are positive, so all of them count.
-                budget = MeanBudget(mean=k, threshold=0)
-            variances += self._explained_variances(sae, [budget])
-        return variances
+        sae = as_hierarchical(sae)
+        try:
+            budget = sae_lens_flex.mean_budget(sae, self.source.validation, kind.k)
+        except ValueError:  # Fewer latents are positive, so all of them count.
+            budget = MeanBudget(mean=kind.k, threshold=0)
+        return self._explained_variances(sae, [budget])
 
     def _explained_variances(self, sae: Any, budgets: Any) -> list[float]:
         """Return what an SAE explains of the validation activations at each budget."""
@@ -277,8 +267,7 @@ class Worker:
 
 def thresholded(kind: Kind) -> list[int]:
     """Return the mean budgets that a kind is measured at: of an SAE for one k that alone."""
-    is_of_all = kind.architecture in ("hierarchical_topk", hierarchical_batch.ARCHITECTURE)
-    return kind.budgets if is_of_all else [kind.k]
+    return kind.budgets if kind.architecture == "hierarchical_topk" else [kind.k]
 
 
 def as_hierarchical(sae: JumpReLUSAE) -> HierarchicalTopKSAE:

@@ -221,7 +221,6 @@ class FusedTopKTrainingSAE(OwnNormalization, TopKTrainingSAE):
             k=k,
             over_batch=self._over_batch,
             widths=self._widths(),
-            ranked=self._ranked(),
             levels=levels,
             n_samples=shards.n_samples(len(x)),
             rescale_acts_by_decoder_norm=self.cfg.rescale_acts_by_decoder_norm,
@@ -319,10 +318,6 @@ class FusedTopKTrainingSAE(OwnNormalization, TopKTrainingSAE):
     def _widths(self) -> tuple[int, ...]:
         """Return the widths over which the loss is a sum, the last d_sae, or none."""
         return ()
-
-    def _ranked(self) -> Any:
-        """Return what ranks the rows of a batch's code and weighs their levels, or None."""
-        return None
 
     def _auxiliary_by_width(self) -> bool:
         """Return whether each width has an auxiliary loss of its own."""

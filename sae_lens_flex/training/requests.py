@@ -3,13 +3,10 @@
 B samples of width D, a dictionary of F latents, k of them kept for each sample.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
-
-from ..ops.codes import Code
 
 
 class Weights(NamedTuple):
@@ -65,9 +62,6 @@ class Spec:
             rows of the code then have different lengths.
         widths: with `over_batch`, the widths over which the loss is a sum, ascending, the last F;
             empty for no such sum. See `matryoshka`.
-        ranked: with `over_batch`, a function of the code and the norms by which latents are
-            compared, or None for 1. It returns the code with each row in the order of its levels,
-            and the level weights of each sample. None for rows in ascending order.
     """
 
     k: int
@@ -81,7 +75,6 @@ class Spec:
     matmul_precision: str
     over_batch: bool = False
     widths: tuple[int, ...] = ()
-    ranked: Callable[[Code, torch.Tensor | None], tuple[Code, torch.Tensor]] | None = None
 
 
 class WantedGradients(NamedTuple):

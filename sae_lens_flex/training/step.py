@@ -243,8 +243,6 @@ def _reconstruct(
     if spec.over_batch:
         # in rows of different length
         code = select_over_batch(rows, encoder, spec.k, use_triton=use_triton)
-        if spec.ranked is not None:
-            code, level_weights = spec.ranked(code, norms)  # [n], [n + B]
     else:
         code = select(rows, encoder, min(spec.k, n_own), use_triton=use_triton)  # of F_r
         dtype = torch.promote_types(rows.dtype, b_enc.dtype)
