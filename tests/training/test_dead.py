@@ -40,7 +40,7 @@ def loss_and_gradients(
     loss, gradients = auxiliary_loss(
         some.weights,
         main.rows,
-        -main.residual,
+        main.residual,
         latents=latents,
         is_dead=is_dead,
         norms=main.norms,
@@ -144,7 +144,7 @@ def test_weights_of_living_latents_are_not_read(on, n_dead) -> None:
     loss, gradients = auxiliary_loss(
         weights,
         main.rows,
-        -main.residual,
+        main.residual,
         latents=latents,
         is_dead=is_dead,
         norms=main.norms,
@@ -190,7 +190,7 @@ def test_it_is_saelens_s_in_float64(n_dead, rescales) -> None:
         loss, gradients = auxiliary_loss(
             weights,
             main.rows,
-            -main.residual,
+            main.residual,
             latents=latents,
             is_dead=is_dead,
             norms=main.norms,
