@@ -133,8 +133,12 @@ class DeadGradients(NamedTuple):
                 gradient = like.new_zeros(like.shape, dtype=gradient_dtype(like.dtype))
             latents = self.own_latents if is_of_encoder else self.latents
             is_dead = self.own_is_dead if is_of_encoder else self.is_dead
-            by = {"is_used": is_dead, "use_triton": self.use_triton, "is_zero": is_absent}
-            add_rows(gradient, latents, rows, **by)
+            add_rows(
+                *(gradient, latents, rows),
+                is_used=is_dead,
+                use_triton=self.use_triton,
+                is_zero=is_absent,
+            )
             return gradient
 
         def add(
