@@ -140,7 +140,7 @@ def whole_step(
                 coefficient=settings.aux_loss_coefficient,
                 shards=shards,
             )
-            gradients = of_dead.added_to(gradients, weights, inputs.encoder_input)
+            gradients = of_dead.added_to(gradients, weights, inputs.encoder_input, main.is_absent)
             total = main.mse_loss + auxiliary
         _update(trained, gradients, spec, settings.adam, shards)
         counts = fired(main.code.with_values(main.hidden_pre), len(since_fired))

@@ -154,6 +154,7 @@ def add_rows(
     *,
     is_used: torch.Tensor | None,
     use_triton: bool,
+    is_zero: torch.Tensor | None = None,
 ) -> None:
     """Add rows to those of a matrix, in place.
 
@@ -163,10 +164,12 @@ def add_rows(
         rows: [n, D] or [n]; zeros where they are not used.
         is_used: which of the latents are, [n], bool; None for all.
         use_triton: whether the kernels add them.
+        is_zero: which rows of the matrix are known to hold zeros, [F], bool. Kernels do not read
+            them.
     """
     is_double = torch.float64 in (matrix.dtype, rows.dtype)
     if use_triton and not is_double and matrix.dim() == 2 and matrix.is_contiguous():
-        rows_kernels.add_rows(matrix, latents.contiguous(), is_used, rows.contiguous())
+        rows_kernels.add_rows(matrix, latents.contiguous(), is_used, rows.contiguous(), is_zero)
     else:
         matrix.index_add_(0, latents, in_dtype(rows, matrix.dtype))
 

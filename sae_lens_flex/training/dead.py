@@ -2,7 +2,7 @@
 
     h = rows @ W_enc + b_enc,
     a = h at the K largest of h * norms in each row, 0 elsewhere,
-    L = factor / B * sum_b |a[b] @ W_dec - target[b]|^2,     e = a @ W_dec - target
+    L = factor / B * sum_b |e[b]|^2,     e = a @ W_dec + residual
 
 with W_enc, W_dec, b_enc and norms those of the n dead latents, K = min(n, D // 2) and
 factor = coefficient * min(n / (D // 2), 1), as in SAELens's `calculate_topk_aux_loss`. K is a large
@@ -12,7 +12,7 @@ g = s @ W_dec.T at the kept latents, 0 elsewhere, the gradients are
     dL/dW_dec = a.T @ s,      dL/dW_enc = rows.T @ g,      dL/db_enc = sum_b g[b],
     dL/dx = g @ W_enc.T,      dL/db_dec = -W_enc @ dL/db_enc.
 
-The target, what the living latents left over, has none.
+The residual, the output of the living latents minus the input, has none.
 
 The kernels write the kept h into their places (`ops.kernels.kept`). The K largest are listed first
 by PyTorch, in float64, where n is more than a kernel's registers hold, and where several processes
@@ -103,13 +103,21 @@ class DeadGradients(NamedTuple):
         """Return the gradients alone."""
         return self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.encoder_input
 
-    def added_to(self, gradients: Gradients, weights: Weights, x: torch.Tensor) -> Gradients:
+    def added_to(
+        self,
+        gradients: Gradients,
+        weights: Weights,
+        x: torch.Tensor,
+        is_absent: torch.Tensor | None = None,
+    ) -> Gradients:
         """Return the sum of these and of other gradients, which is added in place.
 
         Args:
             gradients: a gradient of them is None where it is not wanted, or zero.
             weights: of the step.
             x: its `encoder_input`.
+            is_absent: the latents whose rows of the other gradients are known to be zeros, as in
+                `Reconstruction`.
         """
         W_enc, b_enc, W_dec, b_dec = weights
 
@@ -125,7 +133,12 @@ class DeadGradients(NamedTuple):
                 gradient = like.new_zeros(like.shape, dtype=gradient_dtype(like.dtype))
             latents = self.own_latents if is_of_encoder else self.latents
             is_dead = self.own_is_dead if is_of_encoder else self.is_dead
-            add_rows(gradient, latents, rows, is_used=is_dead, use_triton=self.use_triton)
+            add_rows(
+                *(gradient, latents, rows),
+                is_used=is_dead,
+                use_triton=self.use_triton,
+                is_zero=is_absent,
+            )
             return gradient
 
         def add(
@@ -216,7 +229,7 @@ def _numbers_later(numbers: torch.Tensor) -> Callable[[], Any]:
 def auxiliary_loss(
     weights: Weights,
     rows: torch.Tensor,
-    target: torch.Tensor,
+    residual: torch.Tensor,
     *,
     latents: torch.Tensor,
     is_dead: torch.Tensor | None = None,
@@ -234,7 +247,7 @@ def auxiliary_loss(
     Args:
         weights: of the whole dictionary, or this rank's shards of them.
         rows: what is multiplied with W_enc, [B, D].
-        target: what the living latents left over, [B, D_r].
+        residual: what the living latents left over, negated: output minus input, [B, D_r].
         latents: the n dead latents, [n], n > 0.
         is_dead: which of the latents are dead, [n], where not all of them are. None of them need
             be.
@@ -247,7 +260,7 @@ def auxiliary_loss(
     """
     d_in, device = len(weights.b_dec), weights.W_dec.device
     n_latents, half_width = len(latents), d_in // 2
-    sum_dtype = accumulation_dtype(weights.W_dec, target)
+    sum_dtype = accumulation_dtype(weights.W_dec, residual)
     n_dead = n_latents if is_dead is None else is_dead.sum(dtype=sum_dtype)
     own = shards.own(split, n_latents)
     own_latents = latents[own]  # [n_r]
@@ -270,7 +283,7 @@ def auxiliary_loss(
     grad_W_enc = grad_W_dec = grad_b_enc = grad_x = grad_b_dec = None
     if wanted.encoder_input:
         grad_x = rows.new_empty((n_samples, d_in), dtype=sum_dtype)
-    loss = target.new_zeros((), dtype=sum_dtype)
+    loss = residual.new_zeros((), dtype=sum_dtype)
     scale = torch.full_like(loss, 2 / spec.n_samples) * factor
     chooses = k < n_latents
     writes_places = chooses and spec.use_triton and not shards.is_sharded
@@ -291,10 +304,10 @@ def auxiliary_loss(
         for start in range(0, n_samples, n_rows):
             chunk = slice(start, start + n_rows)
             products = rows[chunk] @ encoder.T  # [b, n_r]
-            listed = written = None
+            listed = kept = None
             if writes_places:
-                places.keep_largest(products, b_enc, norms, is_dead, k)
-                acts = written = products  # [b, n]
+                kept = places.keep_largest(products, b_enc, norms, is_dead, k)
+                acts = products  # [b, n]
             elif chooses:
                 listed = empty_code(len(products), min(k, n_own), rows, bias)
                 if n_own > 0:
@@ -311,9 +324,9 @@ def auxiliary_loss(
             del products  # With tensors of [b, n] the peak of memory is here.
             s = acts @ decoder  # [b, D_r], the reconstruction at first
             if use_triton and sum_dtype == torch.float32:
-                loss += scaled_error(s, target[chunk].contiguous(), scale)
+                loss += scaled_error(s, residual[chunk].contiguous(), scale)
             else:
-                error = s.to(sum_dtype) - target[chunk]
+                error = s.to(sum_dtype) + residual[chunk]
                 loss += error.square().sum()
                 s = error.mul_(scale).to(dtype)
             if wanted.W_dec:
@@ -322,8 +335,8 @@ def auxiliary_loss(
             if not wants_encoder:
                 continue
             g, sums = s @ decoder.T, None  # [b, n]
-            if written is not None:
-                sums = places.at_kept(g, written, wants_sums=wants_b_enc)
+            if kept is not None:
+                sums = places.at_kept(g, kept, wants_sums=wants_b_enc)
             elif listed is not None:
                 of_kept = shards.sum(g.gather(-1, listed.latents))  # [b, k]
                 g = torch.zeros_like(g).scatter_(-1, listed.latents, of_kept)

@@ -110,7 +110,7 @@ def auxiliary_loss_by_width(
             auxiliary_loss(
                 weights,
                 rows,
-                -residual,
+                residual,
                 latents=latents,
                 is_dead=is_dead,
                 norms=norms,

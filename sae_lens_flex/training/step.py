@@ -63,6 +63,8 @@ class Reconstruction(NamedTuple):
         norms: [F], or None for 1.
         width_losses: with the spec's `widths`, the mean squared error of each, [n], whatever its
             weight. `mse_loss` is their weighted sum.
+        is_absent: the latents that no sample chose, whose rows of the gradients of W_enc and W_dec
+            are zeros, [F], bool. None where nothing tells, as in several processes.
     """
 
     mse_loss: torch.Tensor
@@ -73,6 +75,7 @@ class Reconstruction(NamedTuple):
     hidden_pre: torch.Tensor
     norms: torch.Tensor | None
     width_losses: torch.Tensor | None = None
+    is_absent: torch.Tensor | None = None
 
 
 class StepResult(NamedTuple):
@@ -199,7 +202,7 @@ def loss_on_dead(
     return auxiliary_loss(
         weights,
         main.rows,
-        -main.residual,
+        main.residual,
         latents=found.latents,
         is_dead=found.is_dead,
         norms=main.norms,
@@ -327,6 +330,9 @@ def _reconstruct(
     width_losses = None
     if decoded.width_errors is not None:
         width_losses = decoded.width_errors / spec.n_samples
+    is_absent = None
+    if index is not None and not shards.is_sharded:
+        is_absent = index.starts[1:-1] == index.starts[2:]
     return Reconstruction(
         mse_loss=loss,
         gradients=Gradients(
@@ -344,6 +350,7 @@ def _reconstruct(
         hidden_pre=hidden_pre,
         norms=norms,
         width_losses=width_losses,
+        is_absent=is_absent,
     )
 
 

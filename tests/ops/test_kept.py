@@ -15,7 +15,7 @@ from .comparison import relative_error as relative_error_on_cpu
 from .test_selection import N_EXAMPLES, TOLERANCE
 
 on_each_device = pytest.mark.parametrize("device", KERNEL_DEVICES)
-BITS = {2: torch.int16, 4: torch.int32}
+EIGHT = torch.arange(8)
 
 
 def relative_error(value: torch.Tensor, *expected: torch.Tensor) -> float:
@@ -45,6 +45,12 @@ def definition(
     return hidden, is_kept
 
 
+def as_bits(is_kept: torch.Tensor) -> torch.Tensor:
+    """Latent f of a row is bit f % 8 of byte f // 8."""
+    padded = torch.nn.functional.pad(is_kept, (0, -is_kept.shape[1] % 8))
+    return (padded.unflatten(-1, (-1, 8)).int() << EIGHT.to(is_kept.device)).sum(-1).to(torch.uint8)
+
+
 def assert_keeps(
     products: torch.Tensor,
     bias: torch.Tensor,
@@ -55,10 +61,9 @@ def assert_keeps(
     """Compare with the definition. All sums and products must be exact in float32."""
     hidden, is_kept = definition(products, bias, norms, is_allowed, k)
     written = products.clone()
-    keep_largest(written, bias, norms, is_allowed, k)
+    kept = keep_largest(written, bias, norms, is_allowed, k)
     written = written.cpu()
-    # The bits alone say what is kept.
-    assert torch.equal(written.view(BITS[written.itemsize]) != 0, is_kept)
+    assert torch.equal(kept.cpu(), as_bits(is_kept))
     expected = torch.where(is_kept, hidden, 0.0)
     tolerance = 0.0 if products.dtype == torch.float32 else TOLERANCE[products.dtype]
     torch.testing.assert_close(written.double(), expected, rtol=tolerance, atol=0, equal_nan=True)
@@ -122,10 +127,11 @@ def test_the_bound_may_lie_many_octaves_below_the_largest(device) -> None:
 def test_a_kept_value_that_is_rounded_to_zero_has_a_gradient(device) -> None:
     products = torch.tensor([[2.0**-14, -1.0, 2.0, -9.0]], device=device).half()
     bias = torch.tensor([-(2.0**-14) + 2.0**-30, 1.0, -1.0, 0.0], device=device)
-    keep_largest(products, bias, None, None, 3)  # The first h is 2^-30, too small for float16.
+    # The first h is 2^-30, too small for float16.
+    kept = keep_largest(products, bias, None, None, 3)
     assert products.tolist() == [[0, 0, 1, 0]]
     gradients = torch.ones(1, 4, device=device, dtype=torch.float16)
-    sums = at_kept(gradients, products, wants_sums=True)
+    sums = at_kept(gradients, kept, wants_sums=True)
     assert gradients.tolist() == [[1, 1, 1, 0]]
     assert sums is not None
     assert sums.tolist() == [1, 1, 1, 0]
@@ -160,13 +166,11 @@ def test_gradients_are_zero_where_nothing_is_kept(device, shape, dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     gradients = torch.randn(*shape, generator=generator).to(device, dtype)
     gradients[0, 0] = torch.nan  # where nothing is kept
-    written = torch.randn(*shape, generator=generator).to(device, dtype)
-    written[torch.rand(*shape, generator=generator).to(device) < 0.5] = 0.0
-    written[0, 0] = 0.0
-    written[-1, -1] = -0.0 if shape != (1, 1) else 0.0
-    expected = torch.where(written.view(BITS[written.itemsize]) != 0, gradients, 0)
-    assert at_kept(gradients.clone(), written, wants_sums=False) is None
-    sums = at_kept(gradients, written, wants_sums=True)
+    is_kept = torch.rand(*shape, generator=generator).to(device) < 0.5
+    is_kept[0, 0] = False
+    expected = torch.where(is_kept, gradients, 0)
+    assert at_kept(gradients.clone(), as_bits(is_kept), wants_sums=False) is None
+    sums = at_kept(gradients, as_bits(is_kept), wants_sums=True)
     assert torch.equal(gradients, expected)
     assert sums is not None
     assert relative_error(sums, expected.double().sum(0), expected.double().abs().sum(0)) < 1e-6
@@ -232,6 +236,18 @@ def test_all_rows_are_used_where_nothing_says_otherwise(on) -> None:
 
 
 @every_backend
+def test_rows_are_added_to_zeros_as_to_others(on) -> None:
+    matrix = torch.arange(12.0, device=on[1]).view(4, 3)
+    matrix[1] = 0.0
+    latents = torch.tensor([3, 1, 0], device=on[1])
+    is_used = torch.tensor([True, True, False], device=on[1])
+    is_zero = torch.tensor([False, True, False, False], device=on[1])
+    rows = torch.tensor([[1.0], [2.0], [0.0]], device=on[1]).expand(3, 3)
+    add_rows(matrix, latents, rows, is_used=is_used, is_zero=is_zero, use_triton=on[0] == "triton")
+    assert matrix.tolist() == [[0, 1, 2], [2, 2, 2], [6, 7, 8], [10, 11, 12]]
+
+
+@every_backend
 def test_living_rows_may_hold_anything(on) -> None:
     matrix = torch.full((4, 3), torch.nan, device=on[1])
     matrix[1] = 1.0
@@ -251,11 +267,11 @@ def test_living_rows_may_hold_anything(on) -> None:
 def test_the_error_is_squared_and_scaled(device, dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     decoded = torch.randn(70, 130, generator=generator).to(device, dtype)
-    target = torch.randn(70, 130, generator=generator).to(device)
-    error = decoded.double() - target.double()
+    residual = torch.randn(70, 130, generator=generator).to(device)
+    error = decoded.double() + residual.double()
     scale = torch.tensor(0.37, device=device)
-    loss = scaled_error(decoded, target, scale)
+    loss = scaled_error(decoded, residual, scale)
     assert relative_error(loss, error.square().sum()) < 1e-6
     assert relative_error(decoded, 0.37 * error) < (1e-6 if dtype == torch.float32 else 2**-7)
-    target[3, 5] = torch.inf
-    assert scaled_error(decoded, target, scale) == torch.inf
+    residual[3, 5] = torch.inf
+    assert scaled_error(decoded, residual, scale) == torch.inf

@@ -40,7 +40,7 @@ def loss_and_gradients(
     loss, gradients = auxiliary_loss(
         some.weights,
         main.rows,
-        -main.residual,
+        main.residual,
         latents=latents,
         is_dead=is_dead,
         norms=main.norms,
@@ -131,6 +131,42 @@ def test_without_dead_latents_loss_and_gradients_are_zero(on, capacity) -> None:
 
 
 @every_backend
+def test_rows_that_no_sample_chose_are_known_to_be_zeros(on) -> None:
+    some = case(on, n_dead=8, n_samples=3)
+    main = begin_step(some.weights, some.inputs, some.spec, wanted=ALL)
+    absent = torch.ones(F, dtype=torch.bool).index_fill(0, main.code.latents.cpu().flatten(), False)
+    assert main.is_absent is not None
+    assert torch.equal(main.is_absent.cpu(), absent)
+    # Of the latents that are called dead here, some are chosen.
+    latents = torch.arange(0, F, 3, device=main.is_absent.device)
+    assert 0 < absent[::3].sum() < len(latents)
+    _, of_dead = auxiliary_loss(
+        some.weights,
+        main.rows,
+        main.residual,
+        latents=latents,
+        norms=main.norms,
+        coefficient=COEFFICIENT,
+        spec=some.spec,
+        wanted=ALL,
+    )
+    assert main.gradients.W_enc is not None
+    assert main.gradients.W_dec is not None
+    assert not main.gradients.W_enc.T[main.is_absent].any()
+    assert not main.gradients.W_dec[main.is_absent].any()
+    sums = [
+        of_dead.added_to(
+            Gradients(*(None if each is None else each.clone() for each in main.gradients)),
+            some.weights,
+            some.inputs.encoder_input,
+            is_absent,
+        )
+        for is_absent in (main.is_absent, None)
+    ]
+    assert_same(*sums, 0.0)
+
+
+@every_backend
 @pytest.mark.parametrize("n_dead", [3, 8])
 def test_weights_of_living_latents_are_not_read(on, n_dead) -> None:
     some = case(on, n_dead=n_dead)
@@ -144,7 +180,7 @@ def test_weights_of_living_latents_are_not_read(on, n_dead) -> None:
     loss, gradients = auxiliary_loss(
         weights,
         main.rows,
-        -main.residual,
+        main.residual,
         latents=latents,
         is_dead=is_dead,
         norms=main.norms,
@@ -190,7 +226,7 @@ def test_it_is_saelens_s_in_float64(n_dead, rescales) -> None:
         loss, gradients = auxiliary_loss(
             weights,
             main.rows,
-            -main.residual,
+            main.residual,
             latents=latents,
             is_dead=is_dead,
             norms=main.norms,

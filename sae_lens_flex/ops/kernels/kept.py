@@ -6,13 +6,12 @@
     gradients[b, f] = gradients[b, f] where kept, else 0,     sums[f] = sum_b gradients[b, f]
 
 A large part of a row is kept, so the products with it are dense, and nothing needs the kept latents
-as a list. A program holds the keys of a row in registers, and looks for a bound that exactly K of
-them reach. It goes down from the largest key by steps of 1, 2, 4 ... octaves until K keys or more
-reach the bound, and from there halves what is between. Where no such bound exists, because keys are
-equal, it ends at the K-th largest key itself.
+as a list. What is kept is noted in bits, since a kept h may be 0: bit f % 8 of byte f / 8.
 
-A kept h may be 0, or be rounded to it. It is written as -0, and what is not kept as +0. So the
-place of a kept h has a bit that is not 0, and all others have none.
+A program holds the keys of a row in registers, and looks for a bound that exactly K of them exceed.
+It goes down from the largest key by steps of 1, 2, 4 ... octaves until K keys or more exceed the
+bound, and from there halves what is between. Where no such bound exists, because keys are equal, it
+ends at the K-th largest key itself.
 """
 
 import torch
@@ -22,21 +21,25 @@ from .launch import cdiv, launch, tl, triton
 
 
 @triton.jit
-def _n_at_least(keys, bound, N_BLOCKS: tl.constexpr):
-    counts = (keys[0] >= bound).to(tl.int32)
+def _n_above(keys, bound, N_BLOCKS: tl.constexpr):
+    # Signs of differences are added, since of comparisons the compiler would make twice as many
+    # instructions. No difference may overflow.
+    counts = (bound - keys[0]) >> 31
     for i in tl.static_range(1, N_BLOCKS):
-        counts += (keys[i] >= bound).to(tl.int32)
-    return tl.sum(counts, axis=0)
+        counts += (bound - keys[i]) >> 31
+    return -tl.sum(counts, axis=0)
 
 
 @triton.jit
-def _write(products, bias, f, F, is_kept):
-    product = tl.load(products + f, mask=f < F, other=0.0, eviction_policy="evict_first")
+def _write(products, bias, kept, i, F, is_kept, BLOCK: tl.constexpr):
+    f = i * BLOCK + tl.arange(0, BLOCK)
+    product = tl.load(products + f, mask=f < F, other=0.0, cache_modifier=".cg")
     h = product.to(tl.float32) + tl.load(bias + f, mask=f < F, other=0.0).to(tl.float32)
-    is_zero = h.to(products.dtype.element_ty).to(tl.float32) == 0.0
-    bits = tl.where(is_zero, -(2**31), h.to(tl.int32, bitcast=True))
-    h = tl.where(is_kept, bits, 0).to(tl.float32, bitcast=True)
-    tl.store(products + f, h.to(products.dtype.element_ty), mask=f < F)
+    h = tl.where(is_kept, h, 0.0).to(products.dtype.element_ty)
+    tl.store(products + f, h, mask=f < F, cache_modifier=".cg")
+    bits = tl.reshape(is_kept.to(tl.int32), [BLOCK // 8, 8]) << tl.arange(0, 8)[None, :]
+    byte = i * (BLOCK // 8) + tl.arange(0, BLOCK // 8)
+    tl.store(kept + byte, tl.sum(bits, axis=1).to(tl.uint8), mask=byte * 8 < F)
 
 
 @triton.jit
@@ -45,64 +48,79 @@ def _keep_largest_kernel(
     bias,
     norms,  # or None
     is_allowed,  # [F], int8, or None
+    kept,  # [B, F / 8]
     F,
     K,
     BLOCK: tl.constexpr,
     N_BLOCKS: tl.constexpr,
     OCTAVE: tl.constexpr,
 ):
+    # Products pass by the first cache. So it holds bias and norms, which all rows read.
     products += tl.program_id(0).to(tl.int64) * F
+    kept += tl.program_id(0).to(tl.int64) * tl.cdiv(F, 8)
     keys = ()
-    largest = tl.full([BLOCK], -(2**31), tl.int32)
+    greatest = tl.full([BLOCK], -(2**31 - 1), tl.int32)
     for i in tl.static_range(N_BLOCKS):
         f = i * BLOCK + tl.arange(0, BLOCK)
         exists = f < F
-        # `_write` reads all this once more, so it is to stay in the cache. There the policies are
-        # others, lest the compiler hold it in registers meanwhile, which the keys fill.
-        product = tl.load(products + f, mask=exists, other=0.0, eviction_policy="evict_last")
+        product = tl.load(products + f, mask=exists, other=0.0, cache_modifier=".cg")
         bias_of_f = tl.load(bias + f, mask=exists, other=0.0, eviction_policy="evict_last")
         norm = None
         if norms is not None:
-            norm = tl.load(norms + f, mask=exists, other=0.0).to(tl.float32)
+            norm = tl.load(norms + f, mask=exists, other=0.0, eviction_policy="evict_last")
+            norm = norm.to(tl.float32)
         if is_allowed is not None:
-            exists = exists & (tl.load(is_allowed + f, mask=exists, other=0) != 0)
+            allowed = tl.load(is_allowed + f, mask=exists, other=0, eviction_policy="evict_last")
+            exists = exists & (allowed != 0)
         key = compared_key(product, bias_of_f.to(tl.float32), norm)
-        key = tl.where(exists, key, -(2**31))
+        key = tl.where(exists, key, -(2**31 - 1))
         keys += (key,)
-        largest = tl.maximum(largest, key)
+        greatest = tl.maximum(greatest, key)
+    largest = tl.max(greatest, axis=0)
 
-    low = tl.full([], -(2**31), tl.int64)
-    n = tl.full([], N_BLOCKS * BLOCK, tl.int32)  # keys that are at least `low`, K or more
-    high = tl.max(largest, axis=0).to(tl.int64) + 1  # which fewer than K are
-    step = tl.full([], OCTAVE, tl.int64)
-    while (n != K) & (high - low > 1):
-        middle = tl.maximum(high - step, (low + high) >> 1)
-        n_of_middle = _n_at_least(keys, middle.to(tl.int32), N_BLOCKS)
-        is_low = n_of_middle >= K
-        low = tl.where(is_low, middle, low)
-        n = tl.where(is_low, n_of_middle, n)
-        high = tl.where(is_low, high, middle)
-        step = tl.minimum(2 * step, 2**32)
-    bound = low.to(tl.int32)
-    if (n > K) & (bound > -(2**31)):
-        n_equal = 0
-        for i in tl.static_range(N_BLOCKS):
-            n_equal += tl.sum((keys[i] == bound).to(tl.int32), axis=0)
-        n_left = K - n + n_equal  # of those that equal the K-th largest
-        for i in tl.static_range(N_BLOCKS):
-            is_equal = (keys[i] == bound).to(tl.int32)
-            is_kept = (keys[i] > bound) | ((is_equal == 1) & (tl.cumsum(is_equal) <= n_left))
-            n_left -= tl.sum(is_equal, axis=0)
-            _write(products, bias, i * BLOCK + tl.arange(0, BLOCK), F, is_kept)
+    # Keys and bounds of different signs are too far apart to subtract. So keys that are on the
+    # other side of 0 than the bound become 0 or 1, which changes no count.
+    n_high = _n_above(keys, 0, N_BLOCKS)
+    is_positive = n_high >= K
+    least = tl.where(is_positive, 0, -(2**31 - 1))
+    most = tl.where(is_positive, 2**31 - 1, 1)
+    clamped = ()
+    for i in tl.static_range(N_BLOCKS):
+        clamped += (tl.minimum(tl.maximum(keys[i], least), most),)
+    keys = clamped
+    low = least
+    n_low = n_high  # keys above `low`, K or more unless all that are allowed are fewer
+    high = largest
+    if is_positive:
+        n_high = 0  # keys above `high`, fewer than K
     else:
-        bound = tl.maximum(bound, -(2**31) + 1)
+        high = tl.minimum(high, 0)
+        n_low = _n_above(keys, low, N_BLOCKS)
+    step = tl.full([], OCTAVE, tl.int32)
+    while (n_low > K) & (high - low > 1):
+        middle = high - tl.minimum(step, (high - low) >> 1)
+        n = _n_above(keys, middle, N_BLOCKS)
+        is_low = n >= K
+        low = tl.where(is_low, middle, low)
+        n_low = tl.where(is_low, n, n_low)
+        high = tl.where(is_low, high, middle)
+        n_high = tl.where(is_low, n_high, n)
+        step = 2 * tl.minimum(step, 2**29)
+    if n_low > K:
+        n_left = K - n_high  # of those that equal the K-th largest, which is `high`
         for i in tl.static_range(N_BLOCKS):
-            _write(products, bias, i * BLOCK + tl.arange(0, BLOCK), F, keys[i] >= bound)
+            is_equal = (keys[i] == high).to(tl.int32)
+            is_kept = (keys[i] > high) | ((is_equal == 1) & (tl.cumsum(is_equal) <= n_left))
+            n_left -= tl.sum(is_equal, axis=0)
+            _write(products, bias, kept, i, F, is_kept, BLOCK)
+    else:
+        for i in tl.static_range(N_BLOCKS):
+            _write(products, bias, kept, i, F, keys[i] > low, BLOCK)
 
 
 @triton.jit
 def _at_kept_kernel(
-    kept,  # [B, F]: the bits of what `_keep_largest_kernel` wrote, as integers
+    kept,  # [B, F / 8]
     gradients,  # [B, F]
     sums,  # [blocks of rows, F], or None
     B,
@@ -110,11 +128,15 @@ def _at_kept_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    f = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     b = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    place = b[:, None] * F + f[None, :]
+    byte = tl.program_id(0) * (BLOCK // 8) + tl.arange(0, BLOCK // 8)
+    exists = (b < B)[:, None] & (byte * 8 < F)[None, :]
+    bits = tl.load(kept + b[:, None] * tl.cdiv(F, 8) + byte[None, :], mask=exists, other=0)
+    bits = (bits.to(tl.int32)[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
+    is_kept = tl.reshape(bits, [ROWS, BLOCK]) != 0
+    f = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     exists = (b < B)[:, None] & (f < F)[None, :]
-    is_kept = tl.load(kept + place, mask=exists, other=0) != 0
+    place = b[:, None] * F + f[None, :]
     gradient = tl.load(gradients + place, mask=exists, other=0.0).to(tl.float32)
     gradient = tl.where(is_kept, gradient, 0.0)
     tl.store(gradients + place, gradient.to(gradients.dtype.element_ty), mask=exists)
@@ -134,12 +156,10 @@ OCTAVE = 2**23  # keys from one power of two to the next
 ROWS = 32
 COLUMNS = 256
 
-_INTEGERS = {2: torch.int16, 4: torch.int32}
-
 
 def fits(n_latents: int, dtype: torch.dtype) -> bool:
     """Return whether registers can hold the keys of F latents, whose products have that dtype."""
-    return n_latents <= MOST_LATENTS and dtype.itemsize in _INTEGERS
+    return n_latents <= MOST_LATENTS and dtype.itemsize <= 4
 
 
 def _num_warps(n_keys: int) -> int:
@@ -155,10 +175,8 @@ def keep_largest(
     norms: torch.Tensor | None,
     is_allowed: torch.Tensor | None,
     k: int,
-) -> None:
-    """Write the pre-activations of the K largest latents of each row over its products.
-
-    A kept one that is 0 becomes -0, and what is not kept +0.
+) -> torch.Tensor:
+    """Write the pre-activations of the K largest latents of each row over its products, and zeros.
 
     Args:
         products: x @ W_enc, [B, F], contiguous, F as `fits` allows.
@@ -167,11 +185,15 @@ def keep_largest(
         is_allowed: which latents may be kept, [F], bool; None for all. Of fewer than K all are
             kept.
         k: latents to keep, 1..F.
+
+    Returns:
+        What was kept, in bits: latent f of a row is bit f % 8 of byte f // 8, [B, ceil(F / 8)].
     """
     n_samples, n_latents = products.shape
-    block = min(BLOCK, triton.next_power_of_2(n_latents))
+    block = min(BLOCK, max(8, triton.next_power_of_2(n_latents)))
     n_blocks = cdiv(n_latents, block)
     n_keys = n_blocks * block
+    kept = products.new_empty((n_samples, cdiv(n_latents, 8)), dtype=torch.uint8)
     launch(
         _keep_largest_kernel,
         (n_samples,),
@@ -180,6 +202,7 @@ def keep_largest(
             bias.contiguous(),
             None if norms is None else norms.contiguous(),
             None if is_allowed is None else is_allowed.contiguous().view(torch.int8),
+            kept,
         ),
         (),
         (n_latents, k),
@@ -189,6 +212,7 @@ def keep_largest(
         num_warps=_num_warps(n_keys),
         max_registers=MAX_REGISTERS if n_keys <= KEYS_OF_A_WARP * MOST_WARPS else None,
     )
+    return kept
 
 
 def at_kept(
@@ -198,7 +222,7 @@ def at_kept(
 
     Args:
         gradients: [B, F], contiguous.
-        kept: what `keep_largest` wrote, [B, F].
+        kept: what `keep_largest` returned, [B, ceil(F / 8)].
         wants_sums: whether the sums are wanted.
 
     Returns:
@@ -212,7 +236,7 @@ def at_kept(
     launch(
         _at_kept_kernel,
         (cdiv(n_latents, COLUMNS), n_blocks),
-        (kept.view(_INTEGERS[kept.itemsize]), gradients, sums),
+        (kept, gradients, sums),
         (),
         (n_samples, n_latents),
         ROWS=ROWS,
