@@ -19,9 +19,10 @@ def mixing_buffer(
     it. This one copies every activation once into the buffer and once out of it, into a batch. What
     it yields is never overwritten.
 
-    The numbers of a permutation come from the generator of the activations' device. On a CPU it is
-    SAELens's generator, and the batches are SAELens's bit for bit. On a GPU they are other draws
-    from the same distribution, because nothing else differs.
+    On a CPU the numbers of a permutation come from PyTorch's generator, as SAELens's do, and the
+    batches are SAELens's bit for bit. On a GPU a buffer has a generator of its own, which
+    `torch.manual_seed` decides, too. There the batches are other draws from the same distribution,
+    because nothing else differs.
 
     Args:
         buffer_size: activations from which batches are drawn.
@@ -63,11 +64,13 @@ class _Rows:
         memory: [n_places, ...].
         order: the places of the rows in the queue's order, [len(self)].
         free: the places of no row.
+        generator: of the permutations; None for the default one.
     """
 
     memory: torch.Tensor
     order: torch.Tensor
     free: torch.Tensor
+    generator: torch.Generator | None
 
     def __init__(self, most_left: int) -> None:
         self._most_left = most_left
@@ -97,7 +100,8 @@ class _Rows:
 
     def shuffle(self) -> None:
         n_rows = len(self.order)
-        self.order = self.order[torch.randperm(n_rows, device=self.order.device)]
+        device = self.order.device
+        self.order = self.order[torch.randperm(n_rows, device=device, generator=self.generator)]
 
     def take(self, n: int) -> torch.Tensor:
         """Return the first n rows, in memory of their own, and remove them from the queue."""
@@ -113,6 +117,7 @@ class _Rows:
             )
             self.free = torch.arange(n_places, device=like.device)
             self.order = self.free[:0]
+        self.generator = _new_generator(like.device)
         self._is_allocated = True
 
     def _grow(self, n_places: int, dtype: torch.dtype) -> None:
@@ -122,3 +127,13 @@ class _Rows:
             self.memory = torch.cat((self.memory, added)).to(dtype)
             places = torch.arange(first, first + n_places, device=self.free.device)
         self.free = torch.cat((self.free, places))
+
+
+def _new_generator(device: torch.device) -> torch.Generator | None:
+    """Return a generator for permutations on a GPU, and None, the default one, elsewhere."""
+    if device.type != "cuda":
+        return None
+    # While one thread records a CUDA graph, no other may draw from the GPU's default generator.
+    # Batches that are prefetched are made in another thread.
+    seed = int(torch.randint(2**63 - 1, (), device="cpu"))
+    return torch.Generator(device).manual_seed(seed)

@@ -10,6 +10,7 @@ from sae_lens.training import mixing_buffer as saelens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sae_lens_flex
+from sae_lens_flex.acceleration import mixing_buffer as mixing
 from sae_lens_flex.acceleration.mixing_buffer import mixing_buffer
 
 CHUNKS = {  # how many activations the loader yields at a time
@@ -63,11 +64,21 @@ def test_on_a_gpu_only_the_permutation_is_another(monkeypatch) -> None:
     arguments = (40, 8, chunks([30] * 5, 2), 0.5)
     expected = batches_of(saelens.mixing_buffer, *arguments)
     randperm = torch.randperm
-    monkeypatch.setattr(torch, "randperm", lambda n, device: randperm(n).to(device))
+    monkeypatch.setattr(torch, "randperm", lambda n, device, generator: randperm(n).to(device))
+    monkeypatch.setattr(mixing, "_new_generator", lambda device: None)
     on_gpu = (40, 8, [chunk.cuda() for chunk in arguments[2]], 0.5)
     batches = batches_of(mixing_buffer, *on_gpu)
     assert batches[0].is_cuda
     torch.testing.assert_close([b.cpu() for b in batches], expected, rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+def test_seed_decides_the_batches_on_a_gpu() -> None:
+    arguments = (40, 8, [chunk.cuda() for chunk in chunks([30] * 5, 2)], 0.5)
+    of_seeds = [batches_of(mixing_buffer, *arguments, seed=seed) for seed in (1, 1, 2)]
+    first, again, other = map(torch.stack, of_seeds)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
 
 
 @pytest.mark.parametrize("mix_fraction", [0, 0.5, 1])

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from training.replays import Replays, recording_of
 import sae_lens_flex
 from sae_lens_flex.acceleration import dead_bound, recorded_steps
 from sae_lens_flex.acceleration.dead_bound import HORIZON, PERIOD, DeadBound, _Count
+from sae_lens_flex.acceleration.mixing_buffer import mixing_buffer
 from sae_lens_flex.acceleration.recorded_steps import RecordedSteps
 from sae_lens_flex.acceleration.whole_step import Moments, Settings, Trained, whole_step
 from sae_lens_flex.ops.kernels.adam import Adam
@@ -833,7 +835,7 @@ def test_learning_rate_is_not_rounded_to_the_default_dtype(dtype) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("own_stream", [True, False], ids=["its own stream", "the same stream"])
-def test_steps_are_recorded_while_another_thread_launches_products(on_gpu, own_stream) -> None:
+def test_steps_are_recorded_while_another_thread_makes_batches(on_gpu, own_stream) -> None:
     is_over, n_products, errors = threading.Event(), [0], []
 
     def produce() -> None:
@@ -842,8 +844,10 @@ def test_steps_are_recorded_while_another_thread_launches_products(on_gpu, own_s
             with torch.cuda.stream(stream):
                 factor = torch.randn(256, 256, device="cuda")
                 product, expected = factor, (factor.double() @ factor.double()).float()
+                batches = mixing_buffer(64, 16, (factor[:40].clone() for _ in count()))
                 while not is_over.is_set():
                     product = factor @ factor
+                    next(batches)
                     n_products[0] += 1
                     time.sleep(1e-4)
                 torch.testing.assert_close(product, expected, rtol=1e-2, atol=1e-1)

@@ -153,8 +153,8 @@ KEYS_OF_A_WARP = 1280
 MOST_WARPS = 16
 MAX_REGISTERS = 64
 OCTAVE = 2**23  # keys from one power of two to the next
-ROWS = 32
-COLUMNS = 256
+ROWS = 16
+COLUMNS = 512
 
 
 def fits(n_latents: int, dtype: torch.dtype) -> bool:

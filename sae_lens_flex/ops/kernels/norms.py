@@ -27,7 +27,7 @@ def _norms_and_copy_kernel(weight, norms, copy, F, D, ROWS: tl.constexpr, BLOCK:
 
 # Several rows a program: a rank of many has narrow ones, which alone would not fill a program.
 ROWS = 8
-BLOCK = 128
+BLOCK = 256
 
 
 def norms_and_copy(weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
