@@ -294,20 +294,21 @@ class Shards(Whole):
         split = split or self.latents
         # Each rank merges its part of the samples, whosever they are.
         samples = Split.even(len(code.latents), self.size)
-        n_own = samples.sizes[self.rank]
-        shapes = [(n_own, 2 * min(k, n)) for n in split.sizes]
-        packed = _pack(code.latents + split.part(self.rank).start, code.values)
-        received = _blocks(self._exchange([packed[p] for p in samples.parts], shapes), shapes)
-        candidates = [_unpack(part, code.values.dtype) for part in received]
-        latents = torch.cat([each.latents for each in candidates], dim=1)
-        values = torch.cat([each.values for each in candidates], dim=1)  # [b, sum of min(k, n_r)]
-        compared = values if norms is None else values * norms.take(latents.long())
-        # The candidates of a smaller rank are smaller latents and come first, so a stable sort
-        # keeps the smaller of equal ones. Adding 0 makes -0 equal to 0 in every sort.
-        order = (compared + 0.0).sort(dim=-1, descending=True, stable=True).indices[:, :k]
-        packed = _pack(latents.gather(-1, order), values.gather(-1, order))
-        merged = _unpack(self._all_rows(packed, samples), dtype)
+        largest = _largest(self._candidates(code, k, split, samples), norms, k)
+        merged = _unpack(self._all_rows(largest, samples), dtype)
         return Code(merged.latents.long(), merged.values.contiguous())
+
+    def _candidates(self, code: Code, k: int, split: Split, samples: Split) -> Code:
+        """Return all ranks' candidates for this rank's part of the samples, in order of the ranks.
+
+        Their latents are int32 (int64 with float64 values).
+        """
+        packed = _pack(code.latents + split.part(self.rank).start, code.values)
+        shapes = [(samples.sizes[self.rank], 2 * min(k, n)) for n in split.sizes]
+        received = self._exchange([packed[part] for part in samples.parts], shapes)
+        parts = [_unpack(block, code.values.dtype) for block in _blocks(received, shapes)]
+        latents = torch.cat([part.latents for part in parts], dim=1)
+        return Code(latents, torch.cat([part.values for part in parts], dim=1))
 
     def by_own_latent(
         self, code: Code, n_latents: int, *, use_triton: bool, deterministic: bool
@@ -354,6 +355,17 @@ def _blocks(elements: torch.Tensor, shapes: Sequence[tuple[int, int]]) -> list[t
     """Return views of the blocks of these shapes that lie one after another."""
     parts = elements.split_with_sizes([rows * columns for rows, columns in shapes])
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def _largest(candidates: Code, norms: torch.Tensor | None, k: int) -> torch.Tensor:
+    """Return the k largest candidates of each sample, descending, as `_pack` does: [b, 2 k]."""
+    latents, compared = candidates.latents, candidates.values
+    if norms is not None:
+        compared = compared * norms.take(latents.long())
+    # The candidates of a smaller rank are smaller latents and come first, so a stable sort keeps
+    # the smaller of equal ones. Adding 0 makes -0 equal to 0 in every sort.
+    order = (compared + 0.0).sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    return _pack(latents.gather(-1, order), candidates.values.gather(-1, order))
 
 
 def _pack(latents: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
