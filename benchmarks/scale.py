@@ -151,7 +151,7 @@ def train(case: Case, mode: str, mesh: DeviceMesh, device: str) -> dict[str, Any
 
         ms = median_ms(step, device, ORDINARY_CALLS + 2, case.n_steps)
         peak = peaks()["peak_gib"]
-    result = {"ms": ms, "peak_gib": peak, **device_times(step, device)}
+        result = {"ms": ms, "peak_gib": peak, **device_times(step, device)}
     return {name: of_slowest(value) for name, value in result.items()}
 
 
