@@ -26,7 +26,7 @@ GROUP = 8  # neighbouring latents
 CHUNKS_AT_ONCE = 2
 
 
-class Candidates(NamedTuple):
+class Pairs(NamedTuple):
     """Pairs that may be among the largest, in the order of the batch.
 
     Attributes:
@@ -73,7 +73,7 @@ def select_over_batch(
         is_candidate = ~(compared <= largest.bound)
         samples, latents = is_candidate.nonzero(as_tuple=True)
         values = hidden[is_candidate], compared[is_candidate]
-        part = Candidates(samples + chunk.start, latents, *values)
+        part = Pairs(samples + chunk.start, latents, *values)
         return lambda: largest.add(part)
 
     for_each_chunk(walk, n_samples, n_rows, rows.device)
@@ -156,33 +156,33 @@ class _Largest:
     def __init__(self, n_kept: int) -> None:
         self.n_kept = n_kept
         self.bound: torch.Tensor | float = 0.0
-        self._parts: list[Candidates] = []
+        self._parts: list[Pairs] = []
         self._n = 0
 
-    def add(self, part: Candidates) -> None:
+    def add(self, part: Pairs) -> None:
         """Add candidates that come after all others in the batch."""
         self._parts.append(part)
         self._n += len(part.latents)
         if self._n > 2 * self.n_kept:
             self.kept()
 
-    def kept(self) -> Candidates:
+    def kept(self) -> Pairs:
         """Return the n_kept largest, or all where there are no more."""
-        candidates = Candidates(*map(torch.cat, zip(*self._parts, strict=True)))
+        candidates = Pairs(*map(torch.cat, zip(*self._parts, strict=True)))
         if self._n > self.n_kept:
             candidates, self.bound = first_largest(candidates, self.n_kept)
         self._parts, self._n = [candidates], len(candidates.latents)
         return candidates
 
 
-def first_largest(candidates: Candidates, n: int) -> tuple[Candidates, torch.Tensor | float]:
+def first_largest(candidates: Pairs, n: int) -> tuple[Pairs, torch.Tensor | float]:
     """Return the n largest of more candidates, in their order, and the smallest of them.
 
     Of candidates that equal the smallest, the first are kept.
     """
     compared = candidates.compared
     if n == 0:
-        return Candidates(*(part[:0] for part in candidates)), torch.inf
+        return Pairs(*(part[:0] for part in candidates)), torch.inf
     values = compared.topk(n, sorted=False).values
     smallest = torch.where(values.isnan(), torch.inf, values).min()
     is_above, is_equal = (compared > smallest) | compared.isnan(), compared == smallest
@@ -190,4 +190,4 @@ def first_largest(candidates: Candidates, n: int) -> tuple[Candidates, torch.Ten
         is_above, is_equal = torch.zeros_like(is_above), compared.isnan()
     n_equal = n - is_above.sum()
     is_kept = is_above | (is_equal & (is_equal.cumsum(0) <= n_equal))
-    return Candidates(*(part[is_kept] for part in candidates)), smallest
+    return Pairs(*(part[is_kept] for part in candidates)), smallest
