@@ -39,7 +39,7 @@ from .evals.figures import check_can_write
 from .interruption import InterruptibleRunner, Stop, catching_signals, telling_what_is_saved
 from .ops.policy import uses_triton
 from .saes.budgets import RuntimeBudget, check_budgets, doubling_budgets
-from .saes.checks import check_number
+from .saes.checks import check_number, not_finite_weights
 from .saes.registration import TOPK_TRAINING_CLASSES
 from .sharing import SETTLED, export_topk, start_training, trained_with
 
@@ -239,6 +239,13 @@ def train(argv: list[str]) -> int:
         dist.destroy_process_group()
     if not is_rank_0():
         return 0
+    # The SAE of several processes lies in parts here.
+    if not are_several() and (names := not_finite_weights(trained)):
+        warnings.warn(
+            f"the SAE has NaN or infinite values in {', '.join(names)}: its training has diverged, "
+            "try a lower --lr",
+            stacklevel=1,
+        )
     where = "not saved" if cfg.output_path is None else cfg.output_path
     k = f", k={trained.cfg.k}" if hasattr(trained.cfg, "k") else ""
     print(f"{where}: a {trained.cfg.get_inference_config_class().architecture()} SAE{k}")

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 from .evals import BudgetSweep
 from .saes.budgets import MeanBudget, check_budget, doubling_budgets, largest_budget
-from .saes.checks import check_integer
+from .saes.checks import check_integer, check_weights
 from .saes.hierarchical_topk import (
     HierarchicalTopKSAE,
     HierarchicalTopKTrainingSAE,
@@ -71,7 +71,8 @@ def export_topk(
         The directory.
 
     Raises:
-        ValueError: if `path` holds files of another SAE, or `budget` is not within 1..k.
+        ValueError: if `path` holds files of another SAE, or `budget` is not within 1..k, or
+            weights are not finite.
         NotADirectoryError: if `path` is a file, or lies below one.
     """
     path = _check_export(sae, path)
@@ -112,7 +113,8 @@ def export_jumprelu(
 
     Raises:
         TypeError: if `budget` is no MeanBudget.
-        ValueError: if `path` holds files of another SAE, or the budget's mean is above k.
+        ValueError: if `path` holds files of another SAE, or the budget's mean is above k, or
+            weights are not finite.
         NotADirectoryError: if `path` is a file, or lies below one.
     """
     path = _check_export(sae, path)
@@ -157,8 +159,8 @@ def export_sparsify(
 
     Raises:
         ValueError: if the format cannot hold the SAE, which is so with `normalize_activations` and
-            `reshape_activations` other than "none"; if `path` holds files of another SAE; or if
-            `budget` is not within 1..k.
+            `reshape_activations` other than "none"; if `path` holds files of another SAE; if
+            `budget` is not within 1..k; or if weights are not finite.
         NotADirectoryError: if `path` is a file, or lies below one.
     """
     path = _check_export(sae, path, SPARSIFY_WEIGHTS_FILENAME)
@@ -218,6 +220,7 @@ def _with_norms_folded(sae: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 def _check_export(sae: Any, path: str | Path, weights_name: str = SAE_WEIGHTS_FILENAME) -> Path:
     _check_hierarchical(sae)
     _check_whole(sae)
+    check_weights(sae)
     path = Path(path)
     _check_export_directory(path, weights_name)
     return path
@@ -290,7 +293,8 @@ def from_topk(
 
     Raises:
         TypeError: for an SAE of another architecture, or a field that the config does not have.
-        ValueError: for a field that belongs to the weights, such as `k`, or an impossible value.
+        ValueError: for a field that belongs to the weights, such as `k`, or an impossible value,
+            or weights that are not finite.
     """
     # SAELens's BatchTopK and Matryoshka SAEs in training derive from its TopK ones.
     is_topk = isinstance(sae, (TopKSAE, TopKTrainingSAE))
@@ -357,8 +361,10 @@ def start_training(sae: TopKSAE | TopKTrainingSAE, cfg: Any) -> TrainingSAE[Any]
         cfg: the config of one of this package's training SAEs. It is not changed.
 
     Raises:
-        ValueError: if a field that belongs to the weights is not that of `sae`.
+        ValueError: if a field that belongs to the weights is not that of `sae`, or if the weights
+            are not finite.
     """
+    check_weights(sae)
     for name in SETTLED:
         if getattr(cfg, name) != getattr(sae.cfg, name):
             raise ValueError(
@@ -404,6 +410,7 @@ def upload(
     """
     _check_hierarchical(sae)
     _check_whole(sae)
+    check_weights(sae)
     validate_repo_id(repo_id)
     if not isinstance(sae_id, str) or not sae_id.strip("/"):
         raise ValueError(f"sae_id is {sae_id!r}, expected the name of a folder")

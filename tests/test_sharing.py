@@ -251,6 +251,25 @@ def test_exports_refuse_the_other_kind_of_budget(tmp_path: Path) -> None:
     assert not any(tmp_path.iterdir())
 
 
+def test_a_diverged_sae_is_not_passed_on(tmp_path: Path) -> None:
+    sae = make_sae("hierarchical")
+    with torch.no_grad():
+        sae.b_enc[3] = torch.nan
+    mean: Any = {"budget": MeanBudget(3, 0.5)}
+    for function, arguments in (
+        *(
+            (function, {"path": tmp_path, "budget": 3})
+            for function in (export_topk, export_sparsify)
+        ),
+        (export_jumprelu, {"path": tmp_path} | mean),
+        (upload, {"repo_id": "someone/saes", "sae_id": "layer_0", "folder": tmp_path}),
+        (from_topk, {}),
+    ):
+        with pytest.raises(ValueError, match=r"^sae has NaN or infinite values in b_enc, expected"):
+            function(sae, **arguments)  # type: ignore[operator]
+    assert not any(tmp_path.iterdir())
+
+
 def test_export_keeps_the_metadata_and_leaves_the_sae_alone(tmp_path: Path) -> None:
     sae = make_sae("hierarchical")
     sae.budget = 3

@@ -9,7 +9,7 @@ from sae_lens import ActivationsStore
 from transformer_lens.HookedTransformer import HookedRootModule  # pyright: ignore
 
 from ..saes.budgets import MeanBudget, RuntimeBudget, largest_budget
-from ..saes.checks import check_number
+from ..saes.checks import check_number, check_weights
 from ..saes.normalization import take_output_map
 from .batches import activations_of, draw_batches
 from .reconstruction import flat_heads
@@ -61,7 +61,8 @@ def mean_budget(
 
     Raises:
         TypeError: for an SAE without a run-time budget.
-        ValueError: for other arguments that do not fit, or where fewer latents are positive.
+        ValueError: for other arguments that do not fit, for weights that are not finite, or where
+            fewer latents are positive.
     """
     if not isinstance(sae, RuntimeBudget):
         raise TypeError(
@@ -71,6 +72,7 @@ def mean_budget(
     k = largest_budget(sae)
     if check_number("mean", mean, is_positive=True) > k:
         raise ValueError(f"mean is {mean!r}, expected a number up to k ({k})")
+    check_weights(sae)
     batches, _ = draw_batches(
         {"sae": sae},
         activations,

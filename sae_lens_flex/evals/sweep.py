@@ -1,5 +1,6 @@
 """Measuring SAEs at a list of budgets, every one on the same tokens."""
 
+import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from ..saes.budgets import (
     doubling_budgets,
     largest_budget,
 )
+from ..saes.checks import not_finite_weights
 from .batches import activations_of, draw_batches, no_store
 from .metrics import BudgetMetrics, BudgetSweep, Totals
 from .reconstruction import reconstruct
@@ -43,8 +45,8 @@ def sweep_budgets(
 ) -> BudgetSweep:
     """Measure SAEs at a list of budgets, every one on the same tokens.
 
-    It warns of an SAE that explains less of the variance with more latents, and of activations
-    that have no variance.
+    It warns of an SAE that explains less of the variance with more latents, of one whose weights
+    or reconstructions are not finite, and of activations that have no variance.
 
     An SAE with a run-time budget (`hierarchical_topk`) is encoded once a batch and measured at
     every budget. Any other SAE is measured once, as it is.
@@ -109,15 +111,24 @@ def sweep_budgets(
     if n_tokens == 0:
         raise ValueError("activations gave no token, expected at least one")
     rows = [total.metrics(name, budget) for (name, budget), total in totals.items()]
-    for name in named:
-        if any(total.lacks_variance() for (of, _), total in totals.items() if of == name):
+    for name, sae in named.items():
+        of_sae = [row for row in rows if row.sae == name]
+        weights = not_finite_weights(sae)
+        if weights or not all(math.isfinite(row.mse) for row in of_sae):
+            what = f"weights of {name!r} ({', '.join(weights)})"
+            warnings.warn(
+                f"the {what if weights else f'reconstructions of {name!r}'} hold NaN or infinity, "
+                "so its metrics mean nothing. A run with too high a learning rate ends so",
+                stacklevel=3,
+            )
+        elif any(total.lacks_variance() for (of, _), total in totals.items() if of == name):
             warnings.warn(
                 f"the activations of {name!r} have no variance, so its explained_variance means "
                 f"nothing: all {n_tokens} are equal",
                 stacklevel=3,
             )
         else:
-            _warn_of_fall([row for row in rows if row.sae == name and row.budget is not None])
+            _warn_of_fall([row for row in of_sae if row.budget is not None])
     return BudgetSweep(rows, n_tokens)
 
 

@@ -8,6 +8,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
+import torch
 from sae_lens.constants import SAE_CFG_FILENAME
 
 # What a checkpoint was trained with, and what a run that goes on from it would change.
@@ -61,6 +62,21 @@ def check_bool(name: str, value: Any) -> None:
         raise ValueError(f"{name} is missing, expected true or false")
     if not isinstance(value, bool):
         raise ValueError(f"{name} is {value!r}, expected true or false")
+
+
+def not_finite_weights(sae: torch.nn.Module) -> list[str]:
+    """Return the names of the parameters that hold NaN or infinity."""
+    weights = sae.named_parameters()
+    return [name for name, weight in weights if not bool(weight.detach().isfinite().all())]
+
+
+def check_weights(sae: torch.nn.Module) -> None:
+    """Raise a ValueError that names the parameters which hold NaN or infinity, if there are any."""
+    if names := not_finite_weights(sae):
+        raise ValueError(
+            f"sae has NaN or infinite values in {', '.join(names)}, expected finite weights: its "
+            "training has diverged"
+        )
 
 
 def warn_of_other_settings(cfg: Any, checkpoint_path: Path | str) -> None:

@@ -200,6 +200,14 @@ def test_impossible_arguments_raise_and_are_named(name, error, arguments) -> Non
         )
 
 
+def test_weights_that_are_not_finite_are_refused() -> None:
+    sae = make_sae()
+    with torch.no_grad():
+        sae.W_dec[3] = torch.inf
+    with pytest.raises(ValueError, match=r"^sae has NaN or infinite values in W_dec, expected"):
+        mean_budget(sae, torch.randn(8, D_IN), 2)
+
+
 def test_a_sweep_warns_where_more_latents_explain_less() -> None:
     sae = make_sae(d_sae=D_IN, k=4, rescale_acts_by_decoder_norm=False)
     x = torch.rand(50, D_IN)

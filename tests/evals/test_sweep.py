@@ -345,6 +345,28 @@ def test_model_without_a_tokenizer_raises_unless_tokens_are_given(
     assert sweep.n_tokens < BATCH_SIZE_PROMPTS * CONTEXT_SIZE
 
 
+@pytest.mark.parametrize("names", [["W_dec"], ["W_enc", "W_dec", "b_enc", "b_dec"]], ids=str)
+def test_a_diverged_sae_is_told(names) -> None:
+    sae = make_sae()
+    with torch.no_grad():
+        for name in names:
+            getattr(sae, name)[0] = torch.nan
+    saes = {"good": make_sae(), "bad": sae}
+    message = rf"^the weights of 'bad' \(.*{names[-1]}.*\) hold NaN or infinity"
+    with pytest.warns(UserWarning, match=message) as caught:
+        sweep_budgets(saes, torch.randn(30, D_IN), show_progress=False)
+    told = [warning for warning in caught if "'bad'" in str(warning.message)]
+    assert [warning.filename for warning in told] == [__file__]
+
+
+def test_reconstructions_that_are_not_finite_are_told() -> None:
+    sae = make_sae()
+    own = sae.decode
+    sae.decode = lambda acts: own(acts) / 0  # type: ignore[method-assign]
+    with pytest.warns(UserWarning, match=r"^the reconstructions of 'sae' hold NaN or infinity"):
+        sweep_budgets(sae, torch.randn(30, D_IN), show_progress=False)
+
+
 @pytest.mark.parametrize("value", [0.0, 0.7, -300.0])
 @pytest.mark.parametrize("n", [1, 30])
 def test_activations_without_variance_are_told(value, n) -> None:
