@@ -111,7 +111,7 @@ It prints for every budget
 
 EXPORT_DESCRIPTION = """\
 Save a trained SAE at one budget as an ordinary SAELens TopK SAE, which loads without this package.
-An earlier export in DIR is replaced; any other SAE there is left alone, and that is an error.
+An earlier such export in DIR is replaced; any other SAE there is left alone, and that is an error.
 """
 
 # A longer message is cut. Some of TransformerLens's list every model that it knows.

@@ -35,8 +35,9 @@ from .saes.sharded import ShardedTrainingSAE
 # Metadata that SAELens's trainer measured at the SAE's own k. At another budget it is wrong.
 MEASURED_AT_K = ("l0", "num_dead_features")
 # An export has this key in its metadata; in sparsify's format, in its cfg.json. A later export of
-# the same format replaces an SAE that has it, and no other.
+# the same kind replaces an SAE that has it, and no other.
 EXPORT_KEY = "sae_lens_flex_export"
+SPARSIFY = "sparsify"
 # SAELens and sparsify read these files where they open a directory as an SAE.
 FILES_OF_SAES = (
     *(SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME, RUNNER_CFG_FILENAME),
@@ -63,8 +64,8 @@ def export_topk(
 
     Args:
         sae: the SAE. It is not changed.
-        path: the directory to write. An earlier export in it is replaced. Files that belong to no
-            SAE are left as they are.
+        path: the directory to write. An earlier `export_topk` in it is replaced. Files that belong
+            to no SAE are left as they are.
         budget: latents to keep, 1..k. `export_jumprelu` takes a MeanBudget.
 
     Returns:
@@ -75,7 +76,7 @@ def export_topk(
             weights are not finite.
         NotADirectoryError: if `path` is a file, or lies below one.
     """
-    path = _check_export(sae, path)
+    path = _check_export(sae, path, TopKSAEConfig.architecture())
     if isinstance(budget, MeanBudget):
         raise ValueError(
             f"budget is {budget!r}, expected a number of latents: `export_jumprelu` takes this one"
@@ -105,7 +106,8 @@ def export_jumprelu(
 
     Args:
         sae: the SAE. It is not changed.
-        path: the directory to write, as for `export_topk`.
+        path: the directory to write. An earlier `export_jumprelu` in it is replaced. Files that
+            belong to no SAE are left as they are.
         budget: what `mean_budget` has returned for this SAE.
 
     Returns:
@@ -117,7 +119,7 @@ def export_jumprelu(
             weights are not finite.
         NotADirectoryError: if `path` is a file, or lies below one.
     """
-    path = _check_export(sae, path)
+    path = _check_export(sae, path, JumpReLUSAEConfig.architecture())
     if not isinstance(budget, MeanBudget):
         raise TypeError(
             f"budget is {budget!r}, expected a MeanBudget, as `mean_budget` returns it: "
@@ -150,7 +152,7 @@ def export_sparsify(
 
     Args:
         sae: the SAE. It is not changed.
-        path: the directory to write. An earlier export in this format is replaced, and files that
+        path: the directory to write. An earlier `export_sparsify` in it is replaced. Files that
             belong to no SAE are left as they are.
         budget: latents to keep, 1..k.
 
@@ -163,7 +165,7 @@ def export_sparsify(
             `budget` is not within 1..k; or if weights are not finite.
         NotADirectoryError: if `path` is a file, or lies below one.
     """
-    path = _check_export(sae, path, SPARSIFY_WEIGHTS_FILENAME)
+    path = _check_export(sae, path, SPARSIFY)
     budget = check_integer("budget", budget, largest_budget(sae), "k")
     for name in ("normalize_activations", "reshape_activations"):
         if getattr(sae.cfg, name) != "none":
@@ -217,12 +219,12 @@ def _with_norms_folded(sae: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     return weights
 
 
-def _check_export(sae: Any, path: str | Path, weights_name: str = SAE_WEIGHTS_FILENAME) -> Path:
+def _check_export(sae: Any, path: str | Path, kind: str) -> Path:
     _check_hierarchical(sae)
     _check_whole(sae)
     check_weights(sae)
     path = Path(path)
-    _check_export_directory(path, weights_name)
+    _check_export_directory(path, kind)
     return path
 
 
@@ -240,27 +242,36 @@ def _origin(sae: Any, budget: dict[str, Any]) -> dict[str, Any]:
     return {"architecture": sae.cfg.architecture(), "k": sae.cfg.k, **budget}
 
 
-def _check_export_directory(path: Path, weights_name: str) -> None:
-    """Raise if an export, whose weights would have that name, cannot go there."""
+def _check_export_directory(path: Path, kind: str) -> None:
+    """Raise if an export of that kind, an architecture or SPARSIFY, cannot go there."""
     existing = next(part for part in (path, *path.parents) if part.exists())
     if not existing.is_dir():
         raise NotADirectoryError(
             f"path is {str(path)!r}, expected a directory: {str(existing)!r} is a file"
         )
     there = {name for name in FILES_OF_SAES if (path / name).exists()}
-    try:
-        cfg = json.loads((path / SAE_CFG_FILENAME).read_text())
-        is_sparsify = weights_name == SPARSIFY_WEIGHTS_FILENAME
-        is_export = EXPORT_KEY in (cfg if is_sparsify else cfg["metadata"])
-    except (OSError, ValueError, KeyError, TypeError):
-        is_export = False
-    if is_export:
+    exported = _kind_of_export(path)
+    if exported == kind:
+        weights_name = SPARSIFY_WEIGHTS_FILENAME if kind == SPARSIFY else SAE_WEIGHTS_FILENAME
         there -= {SAE_CFG_FILENAME, weights_name}
     if there:
+        what = f"{', '.join(sorted(there))} of no earlier {kind} export"
+        if exported not in (None, kind):
+            what = f"an export as {exported}, not as {kind}"
         raise ValueError(
-            f"path is {str(path)!r}, which holds another SAE ({', '.join(sorted(there))} of no "
-            "earlier export in this format), expected a new directory"
+            f"path is {str(path)!r}, which holds another SAE ({what}), expected a new directory"
         )
+
+
+def _kind_of_export(path: Path) -> str | None:
+    """Return the architecture, or SPARSIFY, of the export in a directory. None if none is there."""
+    try:
+        cfg = json.loads((path / SAE_CFG_FILENAME).read_text())
+        if EXPORT_KEY in cfg:
+            return SPARSIFY
+        return cfg["architecture"] if EXPORT_KEY in cfg["metadata"] else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _metadata_without(sae: SAE[Any], *names: str) -> Any:

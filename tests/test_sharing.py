@@ -344,12 +344,23 @@ def test_export_refuses_files_that_an_sae_is_read_from(
     assert (tmp_path / name).read_text() == "theirs"
 
 
-def test_an_export_does_not_replace_one_in_another_format(tmp_path: Path) -> None:
-    sae = make_sae("hierarchical")
-    for i, functions in enumerate([(export_topk, export_sparsify), (export_sparsify, export_topk)]):
-        functions[0](sae, tmp_path / str(i), budget=3)
-        with pytest.raises(ValueError, match="another SAE"):
-            functions[1](sae, tmp_path / str(i), budget=3)
+def test_an_export_does_not_replace_one_of_another_kind(tmp_path: Path) -> None:
+    sae, mean = make_sae("hierarchical"), MeanBudget(3, 0.5)
+    kinds: dict[str, tuple[Any, Any]] = {
+        "topk": (export_topk, 3),
+        "jumprelu": (export_jumprelu, mean),
+        "sparsify": (export_sparsify, 3),
+    }
+    for kind, (export, budget) in kinds.items():
+        path = tmp_path / kind
+        export(sae, path, budget=budget)
+        before = {file.name: file.read_bytes() for file in path.iterdir()}
+        for other in kinds.keys() - {kind}:
+            export_other, other_budget = kinds[other]
+            message = rf"^path is '{path}', .*\(an export as {kind}, not as {other}\), expected a"
+            with pytest.raises(ValueError, match=message):
+                export_other(sae, path, budget=other_budget)
+        assert {file.name: file.read_bytes() for file in path.iterdir()} == before
 
 
 def sparsify_forward(path: Path, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
