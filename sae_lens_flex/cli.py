@@ -33,8 +33,9 @@ from .acceleration.resumption import check_checkpoint
 from .distributed import ShardedTrainingRunner
 from .distributed.processes import are_several, is_first_to_fail, is_rank_0, join
 from .distributed.runner import check_settings
-from .evals import mean_budget, sweep_budgets
+from .evals import sweep_budgets
 from .evals.batches import flat_activations
+from .evals.calibration import mean_budgets
 from .evals.figures import check_can_write
 from .interruption import InterruptibleRunner, Stop, catching_signals, telling_what_is_saved
 from .ops.policy import uses_triton
@@ -438,7 +439,7 @@ def sweep(argv: list[str]) -> int:
         nargs="+",
         default=[],
         metavar="MEAN",
-        help="such as 8 12.5: latents kept on average, by one threshold; each is chosen on as many "
+        help="such as 8 12.5: latents kept on average, by one threshold; all are chosen on as many "
         "batches as are measured, which come before those",
     )
     parser.add_argument("--model", help="language model; default: the one that the SAE names")
@@ -531,7 +532,7 @@ def sweep(argv: list[str]) -> int:
             store = ActivationsStore.from_sae(model, sae, dataset=text, device=args.device)
     first_pass = store.iterable_sequences
     batches = {"n_batches": args.n_batches, "batch_size_prompts": args.batch_size_prompts}
-    means = [mean_budget(sae, store, mean, **batches) for mean in args.mean_budgets]
+    means = mean_budgets(sae, store, args.mean_budgets, **batches) if args.mean_budgets else []
     if means:
         args.budgets = [*(args.budgets or doubling_budgets(sae.cfg.k)), *means]
     result = sweep_budgets(
@@ -548,7 +549,7 @@ def sweep(argv: list[str]) -> int:
     else:
         origin = "from its beginning"
     if means:
-        origin += f", after {len(means) * args.n_batches} batches that chose the thresholds"
+        origin += f", after {args.n_batches} batches that chose the thresholds"
     print(f"text: {dataset}, split {args.split}, {origin}")
     if store.iterable_sequences is not first_pass:
         print("The text ended and began again, so some of its tokens count more than once.")

@@ -150,8 +150,10 @@ def test_sweep_measures_mean_budgets_beside_fixed_ones(trained: Path, run, tmp_p
     assert [row.budget for row in sweep.metrics] == [1, 2, 4, 8, None, None]
     for row, mean in zip(sweep.metrics[4:], (3, 1.5), strict=True):
         assert row.threshold is not None
+        assert row.mean == pytest.approx(mean, rel=0.01)
+        assert f"mean {row.mean:.4g} " in result.out
         assert abs(row.l0 - mean) < 0.3 * mean  # It was chosen on other tokens.
-    assert "from its beginning, after 4 batches that chose the thresholds" in result.out
+    assert "from its beginning, after 2 batches that chose the thresholds" in result.out
     result = run(*flags, *json_file, "--budgets", 2, "--mean-budgets", 3)
     assert result.code == 0, result.err
     sweep = BudgetSweep.from_json((tmp_path / "sweep.json").read_text())
