@@ -122,9 +122,18 @@ FIGURE_SUFFIXES = (".html", ".png", ".svg", ".pdf")
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line."""
+    """An ArgumentParser whose errors are one line, and which takes whole flags only."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> NoReturn:
+        kind, _, words = message.partition(": ")
+        if kind == "unrecognized arguments":
+            for flag in re.findall(r"(?:^| )(--[\w-]+)", words):
+                near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+                message = f"{flag} is no flag" + (f", did you mean {near[0]}?" if near else "")
+                break
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 

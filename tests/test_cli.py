@@ -381,8 +381,9 @@ def test_unknown_command_is_refused(command, run) -> None:
     ("arguments", "words"),
     [
         ("sweep", ["PATH_OR_REPO"]),
-        ("sweep SAE --budget", ["--budget"]),
-        ("sweep SAE --nonsense 3", ["--nonsense"]),
+        ("sweep SAE --budget 4", ["--budget is no flag, did you mean --budgets?"]),
+        ("sweep SAE --nonsense 3", ["--nonsense is no flag"]),
+        ("export SAE --budget 1 --outp TMP/new --output TMP/new", ["did you mean --output?"]),
         ("sweep SAE SAE", ["unrecognized"]),
         ("sweep SAE --budgets one", ["--budgets", "one"]),
         ("sweep SAE --budgets", ["--budgets"]),
@@ -553,6 +554,8 @@ def test_sae_that_does_not_say_what_it_reads_is_refused(
         ({"--hook_name": "blocks.0.hook_resid_post"}, ["transformer.h.0, transformer.h.1"]),
         ({"--traning_tokens": 9}, ["--traning_tokens is no flag", "--training_tokens?"]),
         ({"--training-token": 9}, ["--training_tokens?"]),
+        ({"--budget": 8}, ["--budget is no flag, did you mean --budgets?"]),
+        ({"--training_tok": 8}, ["--training_tok is no flag, did you mean --training_tokens?"]),
         ({"--nonsense": 1, "--wandb_projekt": 9}, ["--wandb_project?"]),
         ({"--architecture": None}, ["--architecture is missing", "--k", "hierarchical_topk"]),
         (
