@@ -4,6 +4,7 @@ import math
 from numbers import Real
 from typing import cast
 
+from ..saes.checks import plain
 from .metrics import BudgetSweep
 
 
@@ -29,6 +30,7 @@ def smallest_budget(
         raise ValueError(f"sae is None, expected one of the sweep's SAEs: {', '.join(names)}")
     if sae is not None and sae not in names:
         raise ValueError(f"sae is {sae!r}, expected one of the sweep's SAEs: {', '.join(names)}")
+    explained_variance = plain(explained_variance)
     if not isinstance(explained_variance, Real):
         raise ValueError(f"explained_variance is {explained_variance!r}, expected a number")
     rows = [row for row in sweep.metrics if sae in (None, row.sae) and row.budget is not None]

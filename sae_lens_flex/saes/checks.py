@@ -42,9 +42,13 @@ def check_integer(name: str, value: Any, highest: int | None = None, highest_nam
 
 
 def check_number(name: str, value: Any, *, is_positive: bool = False) -> float:
-    """Return `value` as a finite float >= 0 (> 0), or raise a ValueError that names it."""
+    """Return `value` as a finite float >= 0 (> 0), or raise a ValueError that names it.
+
+    It may be a number of Python or NumPy, or a tensor or array without dimensions.
+    """
     bound = "above 0" if is_positive else "of at least 0"
     message = f"{name} is {value!r}, expected a finite number {bound}"
+    value = plain(value)
     if isinstance(value, bool) or not isinstance(value, Real):
         raise ValueError(message)
     try:
@@ -54,6 +58,11 @@ def check_number(name: str, value: Any, *, is_positive: bool = False) -> float:
     if not math.isfinite(number) or number < 0 or (is_positive and number == 0):
         raise ValueError(message)
     return number
+
+
+def plain(value: Any) -> Any:
+    """Return Python's own number for a tensor or array without dimensions, else `value`."""
+    return value.item() if getattr(value, "ndim", None) == 0 else value
 
 
 def check_bool(name: str, value: Any) -> None:

@@ -4,6 +4,7 @@ import json
 import warnings
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
@@ -212,6 +213,17 @@ def test_impossible_arguments_raise_and_are_named(name, error, arguments) -> Non
         mean_budget(
             arguments.pop("sae"), arguments.pop("activations"), arguments.pop("mean"), **arguments
         )
+
+
+def test_a_scalar_of_torch_or_numpy_is_a_mean() -> None:
+    sae, x = make_sae(), torch.randn(40, D_IN)
+    expected = mean_budget(sae, x, 2)
+    for mean in (torch.tensor(2.0), torch.tensor(2), np.float32(2), np.array(2.0)):
+        assert mean_budget(sae, x, mean) == expected
+        assert MeanBudget(mean, 0.5).mean == 2
+    for mean in (torch.tensor(True), torch.tensor([2.0]), torch.tensor(torch.nan)):
+        with pytest.raises(ValueError, match=r"^mean is tensor"):
+            mean_budget(sae, x, mean)
 
 
 def test_weights_that_are_not_finite_are_refused() -> None:

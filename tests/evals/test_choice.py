@@ -18,6 +18,8 @@ def test_smallest_budget_is_the_first_that_reaches_the_share(
 ) -> None:
     chosen = smallest_budget(sweep, explained_variance=explained_variance, sae="hierarchical")
     assert chosen == budget
+    share = torch.tensor(explained_variance, dtype=torch.float64)
+    assert smallest_budget(sweep, explained_variance=share, sae="hierarchical") == budget
     alone = BudgetSweep(sweep.metrics[:4], 1000)
     assert smallest_budget(alone, explained_variance=explained_variance) == budget
 
