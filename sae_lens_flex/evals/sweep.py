@@ -26,6 +26,9 @@ from .reconstruction import reconstruct
 
 # Explained variance that may be lost from one budget to a larger one without a warning.
 LARGEST_FALL = 0.005
+# By what factor the mean L0 at a threshold may differ from its mean without a warning, and by what
+# factor it may be above it where it is above k. On like text a mean of k is a little above k, too.
+LARGEST_DRIFT, LARGEST_DRIFT_BEYOND_K = 2.0, 1.1
 
 
 @torch.no_grad()
@@ -46,7 +49,8 @@ def sweep_budgets(
     """Measure SAEs at a list of budgets, every one on the same tokens.
 
     It warns of an SAE that explains less of the variance with more latents, of one whose weights
-    or reconstructions are not finite, and of activations that have no variance.
+    or reconstructions are not finite, of activations that have no variance, and of a threshold
+    that keeps many more or fewer latents here than on the activations that it was chosen on.
 
     An SAE with a run-time budget (`hierarchical_topk`) is encoded once a batch and measured at
     every budget. Any other SAE is measured once, as it is.
@@ -128,8 +132,26 @@ def sweep_budgets(
                 stacklevel=3,
             )
         else:
+            _warn_of_drift(of_sae, sae)
             _warn_of_fall([row for row in of_sae if row.budget is not None])
     return BudgetSweep(rows, n_tokens)
+
+
+def _warn_of_drift(rows: list[BudgetMetrics], sae: SAE[Any]) -> None:
+    """Warn where a threshold was chosen on activations unlike these."""
+    for row in rows:
+        if row.mean is None:
+            continue
+        k = largest_budget(sae)
+        is_beyond_k = row.l0 > max(k, LARGEST_DRIFT_BEYOND_K * row.mean)
+        if is_beyond_k or not 1 / LARGEST_DRIFT <= row.l0 / row.mean <= LARGEST_DRIFT:
+            beyond_k = f", and more than its k ({k}), for which it was not trained"
+            warnings.warn(
+                f"the threshold of {row.sae!r} for a mean of {row.mean:.4g} latents keeps "
+                f"{row.l0:.4g} here{beyond_k if is_beyond_k else ''}: it was chosen on other "
+                "activations. Choose it with `mean_budget` on activations like these",
+                stacklevel=4,
+            )
 
 
 def _warn_of_fall(rows: list[BudgetMetrics]) -> None:

@@ -13,7 +13,7 @@ from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
 from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
 from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
 
-from sae_lens_flex import BudgetSweep, sweep_budgets
+from sae_lens_flex import BudgetSweep, mean_budget, sweep_budgets
 
 from .comparison import (
     BATCH_SIZE_PROMPTS,
@@ -357,6 +357,24 @@ def test_a_diverged_sae_is_told(names) -> None:
         sweep_budgets(saes, torch.randn(30, D_IN), show_progress=False)
     told = [warning for warning in caught if "'bad'" in str(warning.message)]
     assert [warning.filename for warning in told] == [__file__]
+
+
+@pytest.mark.parametrize(
+    ("factor", "words"),
+    [(1.3, r"keeps [89].* here, and more than its k \(8\)"), (0.3, "keeps 0.*here:")],
+)
+def test_a_threshold_carried_to_unlike_activations_is_told(factor, words) -> None:
+    sae, x = make_sae(), torch.randn(400, D_IN)
+    budget = mean_budget(sae, x, 6)
+    assert budget.mean == 6
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="the threshold")
+        sweep_budgets(sae, torch.randn(400, D_IN), budgets=[budget], show_progress=False)
+    with pytest.warns(
+        UserWarning, match=f"^the threshold of 'sae' for a mean of 6 .*{words}"
+    ) as got:
+        sweep_budgets(sae, factor * x, budgets=[budget], show_progress=False)
+    assert got[0].filename == __file__
 
 
 def test_reconstructions_that_are_not_finite_are_told() -> None:
