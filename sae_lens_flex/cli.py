@@ -42,7 +42,13 @@ from .ops.policy import uses_triton
 from .saes.budgets import RuntimeBudget, check_budgets, doubling_budgets
 from .saes.checks import check_number, not_finite_weights
 from .saes.registration import TOPK_TRAINING_CLASSES
-from .sharing import SETTLED, export_topk, start_training, trained_with
+from .sharing import (
+    SETTLED,
+    drop_weights_of_other_budgets,
+    export_topk,
+    start_training,
+    trained_with,
+)
 
 SUMMARY = """\
 usage: sae-lens-flex [--version] [--traceback] COMMAND ...
@@ -78,7 +84,8 @@ Train an SAE with SAELens. The flags are SAELens's own. Those that matter first:
   --model_name, --hook_name, --dataset_path, --is_dataset_tokenized
   --from_pretrained_path
                     a saved SAE to train on. Flags of the SAE that are left out are as it was
-                    trained. --d_in, --d_sae, --k and the like must be its own.
+                    trained, but with other --budgets --level_weights are even. --d_in, --d_sae,
+                    --k and the like must be its own.
   --training_tokens, --train_batch_size_tokens, --lr, --device, --autocast
   --n_batches_in_buffer
                     prompts of --context_size tokens that SAELens shuffles together (left out: 20,
@@ -274,12 +281,13 @@ def _pretrained(argv: list[str]) -> tuple[Any, list[str]]:
     parser = OneLineParser("sae-lens-flex train", add_help=False)
     parser.add_argument("--from_pretrained_path", nargs="?")
     parser.add_argument("--architecture", "--sae", nargs="?")
-    parser.add_argument("--budgets", nargs="*")
+    for name in ("budgets", "level_weights"):
+        parser.add_argument(f"--{name}", nargs="*")
     for name in ("d_in", "d_sae", "k", "normalize_activations"):
         parser.add_argument(f"--{name}", *(["-k"] if name == "k" else []), nargs="?")
     given = vars(parser.parse_known_args(argv)[0])
     path, architecture = given.pop("from_pretrained_path"), given.pop("architecture")
-    budgets = given.pop("budgets")
+    budgets, level_weights = given.pop("budgets"), given.pop("level_weights")
     if path is None:
         return None, []
     if not Path(path, "cfg.json").is_file():
@@ -306,8 +314,9 @@ def _pretrained(argv: list[str]) -> tuple[Any, list[str]]:
             raise ValueError(f"it holds a {type(sae).__name__}, expected a TopKSAE")
         known = trained_with(sae, TOPK_TRAINING_CLASSES[architecture][1])
     known |= {name: getattr(sae.cfg, name) for name in SETTLED}
-    if budgets is not None:
-        known.pop("level_weights", None)  # They were those of other budgets.
+    if budgets is not None and level_weights is None:
+        budgets = [int(level) if level.isdecimal() else level for level in budgets]
+        drop_weights_of_other_budgets(known, budgets, stacklevel=1)
     # These flags come first. With a wrong one of them, the error might name another flag.
     for name, text in given.items():
         if text is not None and text != str(known[name]):

@@ -1,6 +1,7 @@
 """SAEs from and to others: start from a TopK SAE, export one at a budget, upload."""
 
 import json
+import warnings
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -297,7 +298,8 @@ def from_topk(
             weights, such as `budgets`, `backend` or `aux_loss_coefficient`. A field that is not
             given is as the SAE was trained, if that is known, and has its default otherwise. Of a
             `hierarchical_topk` SAE all fields are known, but `level_weights` belong to its
-            `budgets`: with other `budgets` they are not taken over. Of a `flex_topk` SAE, and of an
+            `budgets`: with other `budgets` they are not taken over, and a warning says so unless
+            `level_weights` are given, too. Of a `flex_topk` SAE, and of an
             SAE that `export_topk` wrote, all but these two are known. Of SAELens's `topk` in
             training `aux_loss_coefficient` is, but it is 0 with "layer_norm" and
             "constant_norm_rescale", which do not go with an auxiliary loss.
@@ -320,10 +322,29 @@ def from_topk(
         if name in (*own, "metadata"):
             raise ValueError(f"{name} is given, expected the SAE's own: {getattr(sae.cfg, name)!r}")
     known = trained_with(sae, HierarchicalTopKTrainingSAEConfig)
-    if "budgets" in training_fields:
-        known.pop("level_weights", None)  # They were those of other budgets.
+    if "budgets" in training_fields and "level_weights" not in training_fields:
+        drop_weights_of_other_budgets(known, training_fields["budgets"], stacklevel=2)
     cfg = HierarchicalTopKTrainingSAEConfig(**own, **(known | training_fields))
     return cast(HierarchicalTopKTrainingSAE, start_training(sae, cfg))
+
+
+def drop_weights_of_other_budgets(known: dict[str, Any], budgets: Any, stacklevel: int) -> None:
+    """Remove an SAE's `level_weights` where it is to be trained on other budgets. Warn of it.
+
+    Args:
+        known: what `trained_with` returned. It is changed.
+        budgets: those that it is to be trained on.
+        stacklevel: of the warning, 1 for the caller.
+    """
+    levels = budgets.tolist() if hasattr(budgets, "tolist") else budgets  # a tensor or array
+    levels = list(levels) if isinstance(levels, (tuple, range)) else levels
+    if levels != known.get("budgets") and (weights := known.pop("level_weights", None)) is not None:
+        warnings.warn(
+            f"budgets is {budgets!r} and level_weights is left out, so all budgets weigh alike: "
+            f"the SAE was trained with level_weights {weights} on budgets {known.get('budgets')}. "
+            "Give level_weights for the new budgets, too",
+            stacklevel=stacklevel + 1,
+        )
 
 
 def trained_with(sae: TopKSAE | TopKTrainingSAE, config_class: type[Any]) -> dict[str, Any]:
