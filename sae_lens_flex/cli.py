@@ -39,12 +39,13 @@ from .evals.calibration import mean_budgets
 from .evals.figures import check_can_write
 from .interruption import InterruptibleRunner, Stop, catching_signals, telling_what_is_saved
 from .ops.policy import uses_triton
-from .saes.budgets import RuntimeBudget, check_budgets, doubling_budgets
+from .saes.budgets import MeanBudget, RuntimeBudget, check_budgets, doubling_budgets
 from .saes.checks import check_number, not_finite_weights
 from .saes.registration import TOPK_TRAINING_CLASSES
 from .sharing import (
     SETTLED,
     drop_weights_of_other_budgets,
+    export_jumprelu,
     export_topk,
     start_training,
     trained_with,
@@ -58,7 +59,7 @@ Train and use one sparse autoencoder for every sparsity, with SAELens.
 commands:
   train    train an SAE on a language model's activations (SAELens's command line)
   sweep    measure a trained SAE at many budgets
-  export   save a trained SAE at one budget as an ordinary SAELens TopK SAE
+  export   save a trained SAE at one budget as an ordinary SAELens TopK or JumpReLU SAE
 
 "sae-lens-flex COMMAND --help" explains each. What goes wrong is told in one line; --traceback shows
 where in the code it arose.
@@ -118,7 +119,8 @@ It prints for every budget
 """
 
 EXPORT_DESCRIPTION = """\
-Save a trained SAE at one budget as an ordinary SAELens TopK SAE, which loads without this package.
+Save a trained SAE at one budget as an ordinary SAELens SAE, which loads without this package: at a
+number of latents (--budget) as a TopK SAE, at a threshold (--mean, --threshold) as a JumpReLU SAE.
 An earlier such export in DIR is replaced; any other SAE there is left alone, and that is an error.
 """
 
@@ -585,24 +587,59 @@ def export(argv: list[str]) -> int:
     """Save an SAE at one budget as a TopK SAE."""
     parser = _parser(
         "export",
-        "--budget K --output DIR [--sae-id FOLDER]",
+        "(--budget K | --mean M --threshold T) --output DIR",
         EXPORT_DESCRIPTION,
         "my_sae --budget 16 --output my_topk_sae",
     )
     parser.add_argument(
         "--budget",
         type=int,
-        required=True,
         metavar="K",
         help="latents kept per activation: 1..k, the k that the SAE was trained with",
     )
     parser.add_argument(
-        "--output", type=_path, required=True, metavar="DIR", help="directory to write"
+        "--mean",
+        type=_mean,
+        metavar="M",
+        help='latents kept on average, up to k: "mean" in what "sweep --mean-budgets" writes to '
+        "--json",
     )
+    parser.add_argument(
+        "--threshold",
+        type=_threshold,
+        metavar="T",
+        help='latents whose activation is above it are kept: "threshold" beside that "mean"',
+    )
+    parser.add_argument("--output", type=_path, metavar="DIR", help="directory to write")
     args = parser.parse_args(argv)
-    export_topk(_load(args.sae, args.sae_id, "cpu"), args.output, budget=args.budget)
-    print(f"{args.output}: a topk SAE with k={args.budget}")
+    has_mean, has_threshold = args.mean is not None, args.threshold is not None
+    if has_mean != has_threshold or has_mean == (args.budget is not None):
+        parser.error("expected either --budget, or both --mean and --threshold")
+    if args.output is None:
+        parser.error("--output is missing, expected a directory to write")
+    sae = _load(args.sae, args.sae_id, "cpu")
+    if not has_mean:
+        with _by_flags(path="--output", budget="--budget"):
+            export_topk(sae, args.output, budget=args.budget)
+        print(f"{args.output}: a topk SAE with k={args.budget}")
+        return 0
+    with _by_flags(path="--output", budget="--mean"):
+        budget = MeanBudget(mean=args.mean, threshold=args.threshold)
+        export_jumprelu(sae, args.output, budget=budget)
+    print(f"{args.output}: a jumprelu SAE with {args.mean:g} latents on average")
     return 0
+
+
+@contextlib.contextmanager
+def _by_flags(**flags: str) -> Iterator[None]:
+    """Let an error in the block that begins with an argument's name begin with its flag's."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        name, _, rest = str(error).partition(" ")
+        if name not in flags:
+            raise
+        raise type(error)(f"{flags[name]} {rest}") from error
 
 
 def _check_can_be_written(path: Path) -> None:
@@ -679,6 +716,13 @@ def _mean(text: str) -> float:
         return check_number("mean", float(text), is_positive=True)
     except ValueError:
         raise _no_number(text, "number above 0") from None
+
+
+def _threshold(text: str) -> float:
+    try:
+        return check_number("threshold", float(text))
+    except ValueError:
+        raise _no_number(text, "number of at least 0") from None
 
 
 def _no_number(text: str, kind: str) -> argparse.ArgumentTypeError:

@@ -25,7 +25,12 @@ from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
 from sae_lens.training._interruption import InterruptedException
 
 import sae_lens_flex
-from sae_lens_flex import BudgetSweep, HierarchicalTopKSAE, HierarchicalTopKTrainingSAEConfig
+from sae_lens_flex import (
+    BudgetSweep,
+    HierarchicalTopKSAE,
+    HierarchicalTopKTrainingSAEConfig,
+    MeanBudget,
+)
 from sae_lens_flex.cli import main
 from sae_lens_flex.train_flags import parse
 
@@ -221,6 +226,26 @@ def test_export_writes_a_topk_sae(trained: Path, run, tmp_path: Path) -> None:
     assert type(exported) is TopKSAE
     x = torch.randn(8, D_IN)
     with sae.at_budget(5):
+        torch.testing.assert_close(exported(x), sae(x))
+
+
+def test_export_writes_the_threshold_of_a_sweep_as_a_jumprelu_sae(
+    trained: Path, run, tmp_path: Path
+) -> None:
+    result = run(
+        *("sweep", trained, "--no-ce", "--n-batches", 1, "--mean-budgets", 2),
+        *("--json", tmp_path / "sweep.json"),
+    )
+    row = json.loads((tmp_path / "sweep.json").read_text())["metrics"][-1]
+    result = run(
+        *("export", trained, "--mean", row["mean"], "--threshold", row["threshold"]),
+        *("--output", tmp_path / "jumprelu"),
+    )
+    assert result.code == 0, result.err
+    assert result.out == f"{tmp_path / 'jumprelu'}: a jumprelu SAE with 2 latents on average\n"
+    exported, sae = SAE.load_from_disk(tmp_path / "jumprelu"), SAE.load_from_disk(trained)
+    x = torch.randn(8, D_IN)
+    with sae.at_budget(MeanBudget(row["mean"], row["threshold"])):
         torch.testing.assert_close(exported(x), sae(x))
 
 
@@ -423,13 +448,22 @@ def test_unknown_command_is_refused(command, run) -> None:
         ("export", ["PATH_OR_REPO"]),
         ("export SAE", ["--budget"]),
         ("export SAE --budget 1", ["--output"]),
-        ("export SAE --budget 0 --output TMP/new", ["budget is 0", "1..k (8)"]),
-        ("export SAE --budget 9 --output TMP/new", ["budget is 9", "1..k (8)"]),
+        ("export SAE --budget 1 --mean 2 --output TMP/new", ["either --budget", "--threshold"]),
+        ("export SAE --budget 1 --mean 2 --threshold 1 --output TMP/new", ["either --budget"]),
+        ("export SAE --mean 2 --output TMP/new", ["both --mean and --threshold"]),
+        (
+            "export SAE --mean 2 --threshold -1 --output TMP/new",
+            ["'-1' is no number of at least 0"],
+        ),
+        ("export SAE --mean 9 --threshold 1 --output TMP/new", ["--mean is", "k (8)"]),
+        ("export SAE --mean 2 --threshold 1 --output SAE", ["--output is", "another SAE"]),
+        ("export SAE --budget 0 --output TMP/new", ["--budget is 0", "1..k (8)"]),
+        ("export SAE --budget 9 --output TMP/new", ["--budget is 9", "1..k (8)"]),
         ("export SAE --budget 2.5 --output TMP/new", ["--budget", "2.5"]),
         ("export SAE --budget 1 --output FILE", ["file"]),
-        ("export SAE --budget 1 --output SAE", ["path is", "another SAE"]),
-        ("export SAE --budget 1 --output TOPK", ["path is", "another SAE"]),
-        ("export SAE --budget 1 --output FILE/new", ["path is", "is a file"]),
+        ("export SAE --budget 1 --output SAE", ["--output is", "another SAE"]),
+        ("export SAE --budget 1 --output TOPK", ["--output is", "another SAE"]),
+        ("export SAE --budget 1 --output FILE/new", ["--output is", "is a file"]),
         ("export MISSING --budget 1 --output TMP/new", ["missing", "--sae-id"]),
         ("export TOPK --budget 1 --output TMP/new", ["TopKSAE"]),
     ],
