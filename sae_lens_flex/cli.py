@@ -36,7 +36,7 @@ from .distributed.runner import check_settings
 from .evals import sweep_budgets
 from .evals.batches import flat_activations
 from .evals.calibration import mean_budgets
-from .evals.figures import check_can_write
+from .evals.figures import check_can_write, check_suffix
 from .interruption import InterruptibleRunner, Stop, catching_signals, telling_what_is_saved
 from .ops.policy import uses_triton
 from .saes.budgets import MeanBudget, RuntimeBudget, check_budgets, doubling_budgets
@@ -127,8 +127,6 @@ An earlier such export in DIR is replaced; any other SAE there is left alone, an
 # A longer message is cut. Some of TransformerLens's list every model that it knows.
 MESSAGE_WIDTH = 400
 
-FIGURE_SUFFIXES = (".html", ".png", ".svg", ".pdf")
-
 
 class OneLineParser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, and which takes whole flags only."""
@@ -169,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     stop = Stop()
     try:
-        with catching_signals(stop):
+        with catching_signals(stop), _warning_in_one_line(command, shows_traceback):
             return commands[command](rest)
     except (KeyboardInterrupt, InterruptedException) as interruption:
         if is_first_to_fail():
@@ -184,6 +182,25 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"sae-lens-flex {command}: error: {_in_one_line(error)}", file=sys.stderr)
         return 2
+
+
+@contextlib.contextmanager
+def _warning_in_one_line(command: str, shows_place: bool) -> Iterator[None]:
+    """Print warnings in the block in one line, as errors: the place tells a user nothing.
+
+    Args:
+        command: of the command line.
+        shows_place: whether to print the place nevertheless.
+    """
+    previous = warnings.formatwarning
+    if not shows_place:
+        warnings.formatwarning = lambda message, *_, **__: (
+            f"sae-lens-flex {command}: warning: {' '.join(str(message).split())}\n"
+        )
+    try:
+        yield
+    finally:
+        warnings.formatwarning = previous
 
 
 def _in_one_line(error: Exception) -> str:
@@ -499,11 +516,8 @@ def sweep(argv: list[str]) -> int:
     )
     args = parser.parse_args(argv)
 
-    if args.figure is not None and args.figure.suffix not in FIGURE_SUFFIXES:
-        parser.error(
-            f"argument --figure: {str(args.figure)!r} ends in none of {', '.join(FIGURE_SUFFIXES)}"
-        )
-
+    if args.figure is not None:
+        check_suffix("--figure", args.figure)
     _device(args.device)
     sae = _load(args.sae, args.sae_id, args.device)
     for flag, given in (("--budgets", args.budgets), ("--mean-budgets", args.mean_budgets)):

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -645,6 +646,20 @@ def test_wrong_training_flags_are_refused(
 )
 def test_empty_path_is_not_the_current_directory(arguments, name, run) -> None:
     assert_refused(run(*arguments), name, "empty")
+
+
+def test_warnings_are_one_line_without_a_place_in_the_code(run, monkeypatch) -> None:
+    # pytest keeps the warnings themselves.
+    formats = []
+    monkeypatch.setattr(
+        sae_lens_flex.cli,
+        "sweep",
+        lambda _: formats.append(warnings.formatwarning("a\nb", UserWarning, "cli.py", 527)) or 0,
+    )
+    assert run("sweep").code == run("--traceback", "sweep").code == 0
+    assert formats[0] == "sae-lens-flex sweep: warning: a b\n"
+    assert "cli.py:527: UserWarning: a" in formats[1]
+    assert "cli.py:527" in warnings.formatwarning("a", UserWarning, "cli.py", 527)
 
 
 def test_traceback_is_shown_when_asked_for(run, tmp_path: Path) -> None:

@@ -171,7 +171,7 @@ def _above(
         warnings.warn(
             f"at a mean of {mean:g} latents {n_beyond / n_vectors:.1%} of the activation vectors "
             f"get more than k ({k}), for which the SAE was not trained: a smaller mean or a fixed "
-            "budget may do better, which `sweep_budgets` tells",
+            "budget may do better",
             stacklevel=5,
         )
     return MeanBudget(mean=len(kept) / n_vectors, threshold=threshold)

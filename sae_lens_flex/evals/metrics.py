@@ -125,12 +125,14 @@ class BudgetSweep:
 
         Args:
             path: where to write the figure. Directories that are missing are made. With the suffix
-                .html, or none, it becomes HTML that needs no network. With another (.png, .svg,
-                .pdf) it becomes an image, for which plotly needs the package kaleido and a Chrome.
+                .html, or none, it becomes HTML that needs no network. With .png, .svg, .pdf, .jpg
+                or .webp it becomes an image, for which plotly needs the package kaleido and a
+                Chrome.
             metric: a field of BudgetMetrics.
 
         Raises:
-            ValueError: if there is no such metric, or the sweep did not compute it.
+            ValueError: if there is no such metric, or the sweep did not compute it, or for a path
+                with another suffix.
         """
         no_metrics = ("sae", "budget", "threshold", "mean")
         names = [field.name for field in fields(BudgetMetrics) if field.name not in no_metrics]
