@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -512,6 +513,12 @@ def model_card(sae: SAE[Any], repo_id: str, sae_id: str, sweep: BudgetSweep | No
     metadata = sae.cfg.metadata
     k = sae.cfg.k
     budgets = ", ".join(str(budget) for budget in doubling_budgets(k))
+    known = trained_with(cast(Any, sae), HierarchicalTopKTrainingSAEConfig)
+    trained_budgets, weights = "unknown", "unknown"
+    if "budgets" in known:
+        levels, level_weights = known["budgets"], known.get("level_weights")
+        trained_budgets = f"every one of 1 to {k}" if levels is None else _listed(levels)
+        weights = "even" if level_weights is None else _listed(level_weights)
     card = f"""---
 library_name: saelens
 tags:
@@ -531,7 +538,9 @@ and sae_lens_flex. It reconstructs from any number of latents per activation fro
 | training data | {metadata.dataset_path or "unknown"} |
 | d_in | {sae.cfg.d_in} |
 | d_sae | {sae.cfg.d_sae} |
-| budgets | 1 to {k} |
+| budgets to choose from | 1 to {k} |
+| `budgets` in training | {trained_budgets} |
+| `level_weights` in training | {weights} |
 
 ```python
 import sae_lens_flex  # registers the architecture; without it SAELens raises KeyError
@@ -545,7 +554,10 @@ sae.budget = {k}  # or {budgets}: any of 1..{k}
         table = sweep.to_pandas().rename(columns={"dead_latents": "not_seen"})
         rows = [list(table.columns), ["---"] * table.shape[1]]
         rows += [
-            [f"{value:.4g}" if isinstance(value, float) else str(value) for value in row]
+            [
+                f"{value:.4g}" if isinstance(value, float) and name != "threshold" else str(value)
+                for name, value in zip(table.columns, row, strict=True)
+            ]
             for row in table.astype(object).fillna("").itertuples(index=False)
         ]
         lines = "\n".join("| " + " | ".join(row) + " |" for row in rows)
@@ -553,7 +565,23 @@ sae.budget = {k}  # or {budgets}: any of 1..{k}
             f"\nMeasured on the same {sweep.n_tokens} tokens at every budget. `not_seen` is the "
             f"share of the latents that none of them activated.\n\n{lines}\n"
         )
+        means = [
+            MeanBudget(mean=row.l0 if row.mean is None else row.mean, threshold=row.threshold)
+            for row in sweep.metrics
+            if row.threshold is not None
+        ]
+        if means:
+            code = "\n".join(f"sae.budget = sae_lens_flex.{budget!r}" for budget in means)
+            card += (
+                "\nA row with a `threshold` keeps the latents whose activation is above it: `mean` "
+                "of them on average on the activations that it was chosen on.\n\n"
+                f"```python\n{code}\n```\n"
+            )
     return card
+
+
+def _listed(numbers: Sequence[float]) -> str:
+    return ", ".join(f"{number:g}" for number in numbers)
 
 
 def _check_whole(sae: Any) -> None:
