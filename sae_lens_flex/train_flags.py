@@ -26,7 +26,8 @@ class _ExactParser(llm_sae_training_runner.ArgumentParser):
     """SAELens's parser, which takes no beginning of a flag for the flag."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs | {"allow_abbrev": False})
+        kwargs["allow_abbrev"] = False
+        super().__init__(*args, **kwargs)
 
 
 @contextlib.contextmanager
