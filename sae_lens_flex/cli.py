@@ -33,15 +33,23 @@ from .acceleration.resumption import check_checkpoint
 from .distributed import ShardedTrainingRunner
 from .distributed.processes import are_several, is_first_to_fail, is_rank_0, join
 from .distributed.runner import check_settings
-from .evals import mean_budget, sweep_budgets
+from .evals import sweep_budgets
 from .evals.batches import flat_activations
-from .evals.figures import check_can_write
+from .evals.calibration import mean_budgets
+from .evals.figures import check_can_write, check_suffix
 from .interruption import InterruptibleRunner, Stop, catching_signals, telling_what_is_saved
 from .ops.policy import uses_triton
-from .saes.budgets import RuntimeBudget, check_budgets, doubling_budgets
-from .saes.checks import check_number
+from .saes.budgets import MeanBudget, RuntimeBudget, check_budgets, doubling_budgets
+from .saes.checks import check_number, not_finite_weights
 from .saes.registration import TOPK_TRAINING_CLASSES
-from .sharing import SETTLED, export_topk, start_training, trained_with
+from .sharing import (
+    SETTLED,
+    drop_weights_of_other_budgets,
+    export_jumprelu,
+    export_topk,
+    start_training,
+    trained_with,
+)
 
 SUMMARY = """\
 usage: sae-lens-flex [--version] [--traceback] COMMAND ...
@@ -51,7 +59,7 @@ Train and use one sparse autoencoder for every sparsity, with SAELens.
 commands:
   train    train an SAE on a language model's activations (SAELens's command line)
   sweep    measure a trained SAE at many budgets
-  export   save a trained SAE at one budget as an ordinary SAELens TopK SAE
+  export   save a trained SAE at one budget as an ordinary SAELens TopK or JumpReLU SAE
 
 "sae-lens-flex COMMAND --help" explains each. What goes wrong is told in one line; --traceback shows
 where in the code it arose.
@@ -77,7 +85,8 @@ Train an SAE with SAELens. The flags are SAELens's own. Those that matter first:
   --model_name, --hook_name, --dataset_path, --is_dataset_tokenized
   --from_pretrained_path
                     a saved SAE to train on. Flags of the SAE that are left out are as it was
-                    trained. --d_in, --d_sae, --k and the like must be its own.
+                    trained, but with other --budgets --level_weights are even. --d_in, --d_sae,
+                    --k and the like must be its own.
   --training_tokens, --train_batch_size_tokens, --lr, --device, --autocast
   --n_batches_in_buffer
                     prompts of --context_size tokens that SAELens shuffles together (left out: 20,
@@ -110,20 +119,28 @@ It prints for every budget
 """
 
 EXPORT_DESCRIPTION = """\
-Save a trained SAE at one budget as an ordinary SAELens TopK SAE, which loads without this package.
-An earlier export in DIR is replaced; any other SAE there is left alone, and that is an error.
+Save a trained SAE at one budget as an ordinary SAELens SAE, which loads without this package: at a
+number of latents (--budget) as a TopK SAE, at a threshold (--mean, --threshold) as a JumpReLU SAE.
+An earlier such export in DIR is replaced; any other SAE there is left alone, and that is an error.
 """
 
 # A longer message is cut. Some of TransformerLens's list every model that it knows.
 MESSAGE_WIDTH = 400
 
-FIGURE_SUFFIXES = (".html", ".png", ".svg", ".pdf")
-
 
 class OneLineParser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line."""
+    """An ArgumentParser whose errors are one line, and which takes whole flags only."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> NoReturn:
+        kind, _, words = message.partition(": ")
+        if kind == "unrecognized arguments":
+            for flag in re.findall(r"(?:^| )(--[\w-]+)", words):
+                near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+                message = f"{flag} is no flag" + (f", did you mean {near[0]}?" if near else "")
+                break
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
@@ -150,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     stop = Stop()
     try:
-        with catching_signals(stop):
+        with catching_signals(stop), _warning_in_one_line(command, shows_traceback):
             return commands[command](rest)
     except (KeyboardInterrupt, InterruptedException) as interruption:
         if is_first_to_fail():
@@ -165,6 +182,25 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"sae-lens-flex {command}: error: {_in_one_line(error)}", file=sys.stderr)
         return 2
+
+
+@contextlib.contextmanager
+def _warning_in_one_line(command: str, shows_place: bool) -> Iterator[None]:
+    """Print warnings in the block in one line, as errors: the place tells a user nothing.
+
+    Args:
+        command: of the command line.
+        shows_place: whether to print the place nevertheless.
+    """
+    previous = warnings.formatwarning
+    if not shows_place:
+        warnings.formatwarning = lambda message, *_, **__: (
+            f"sae-lens-flex {command}: warning: {' '.join(str(message).split())}\n"
+        )
+    try:
+        yield
+    finally:
+        warnings.formatwarning = previous
 
 
 def _in_one_line(error: Exception) -> str:
@@ -239,6 +275,13 @@ def train(argv: list[str]) -> int:
         dist.destroy_process_group()
     if not is_rank_0():
         return 0
+    # The SAE of several processes lies in parts here.
+    if not are_several() and (names := not_finite_weights(trained)):
+        warnings.warn(
+            f"the SAE has NaN or infinite values in {', '.join(names)}: its training has diverged, "
+            "try a lower --lr",
+            stacklevel=1,
+        )
     where = "not saved" if cfg.output_path is None else cfg.output_path
     k = f", k={trained.cfg.k}" if hasattr(trained.cfg, "k") else ""
     print(f"{where}: a {trained.cfg.get_inference_config_class().architecture()} SAE{k}")
@@ -257,12 +300,13 @@ def _pretrained(argv: list[str]) -> tuple[Any, list[str]]:
     parser = OneLineParser("sae-lens-flex train", add_help=False)
     parser.add_argument("--from_pretrained_path", nargs="?")
     parser.add_argument("--architecture", "--sae", nargs="?")
-    parser.add_argument("--budgets", nargs="*")
+    for name in ("budgets", "level_weights"):
+        parser.add_argument(f"--{name}", nargs="*")
     for name in ("d_in", "d_sae", "k", "normalize_activations"):
         parser.add_argument(f"--{name}", *(["-k"] if name == "k" else []), nargs="?")
     given = vars(parser.parse_known_args(argv)[0])
     path, architecture = given.pop("from_pretrained_path"), given.pop("architecture")
-    budgets = given.pop("budgets")
+    budgets, level_weights = given.pop("budgets"), given.pop("level_weights")
     if path is None:
         return None, []
     if not Path(path, "cfg.json").is_file():
@@ -289,8 +333,9 @@ def _pretrained(argv: list[str]) -> tuple[Any, list[str]]:
             raise ValueError(f"it holds a {type(sae).__name__}, expected a TopKSAE")
         known = trained_with(sae, TOPK_TRAINING_CLASSES[architecture][1])
     known |= {name: getattr(sae.cfg, name) for name in SETTLED}
-    if budgets is not None:
-        known.pop("level_weights", None)  # They were those of other budgets.
+    if budgets is not None and level_weights is None:
+        budgets = [int(level) if level.isdecimal() else level for level in budgets]
+        drop_weights_of_other_budgets(known, budgets, stacklevel=1)
     # These flags come first. With a wrong one of them, the error might name another flag.
     for name, text in given.items():
         if text is not None and text != str(known[name]):
@@ -431,7 +476,7 @@ def sweep(argv: list[str]) -> int:
         nargs="+",
         default=[],
         metavar="MEAN",
-        help="such as 8 12.5: latents kept on average, by one threshold; each is chosen on as many "
+        help="such as 8 12.5: latents kept on average, by one threshold; all are chosen on as many "
         "batches as are measured, which come before those",
     )
     parser.add_argument("--model", help="language model; default: the one that the SAE names")
@@ -471,11 +516,8 @@ def sweep(argv: list[str]) -> int:
     )
     args = parser.parse_args(argv)
 
-    if args.figure is not None and args.figure.suffix not in FIGURE_SUFFIXES:
-        parser.error(
-            f"argument --figure: {str(args.figure)!r} ends in none of {', '.join(FIGURE_SUFFIXES)}"
-        )
-
+    if args.figure is not None:
+        check_suffix("--figure", args.figure)
     _device(args.device)
     sae = _load(args.sae, args.sae_id, args.device)
     for flag, given in (("--budgets", args.budgets), ("--mean-budgets", args.mean_budgets)):
@@ -524,7 +566,7 @@ def sweep(argv: list[str]) -> int:
             store = ActivationsStore.from_sae(model, sae, dataset=text, device=args.device)
     first_pass = store.iterable_sequences
     batches = {"n_batches": args.n_batches, "batch_size_prompts": args.batch_size_prompts}
-    means = [mean_budget(sae, store, mean, **batches) for mean in args.mean_budgets]
+    means = mean_budgets(sae, store, args.mean_budgets, **batches) if args.mean_budgets else []
     if means:
         args.budgets = [*(args.budgets or doubling_budgets(sae.cfg.k)), *means]
     result = sweep_budgets(
@@ -541,7 +583,7 @@ def sweep(argv: list[str]) -> int:
     else:
         origin = "from its beginning"
     if means:
-        origin += f", after {len(means) * args.n_batches} batches that chose the thresholds"
+        origin += f", after {args.n_batches} batches that chose the thresholds"
     print(f"text: {dataset}, split {args.split}, {origin}")
     if store.iterable_sequences is not first_pass:
         print("The text ended and began again, so some of its tokens count more than once.")
@@ -559,24 +601,59 @@ def export(argv: list[str]) -> int:
     """Save an SAE at one budget as a TopK SAE."""
     parser = _parser(
         "export",
-        "--budget K --output DIR [--sae-id FOLDER]",
+        "(--budget K | --mean M --threshold T) --output DIR",
         EXPORT_DESCRIPTION,
         "my_sae --budget 16 --output my_topk_sae",
     )
     parser.add_argument(
         "--budget",
         type=int,
-        required=True,
         metavar="K",
         help="latents kept per activation: 1..k, the k that the SAE was trained with",
     )
     parser.add_argument(
-        "--output", type=_path, required=True, metavar="DIR", help="directory to write"
+        "--mean",
+        type=_mean,
+        metavar="M",
+        help='latents kept on average, up to k: "mean" in what "sweep --mean-budgets" writes to '
+        "--json",
     )
+    parser.add_argument(
+        "--threshold",
+        type=_threshold,
+        metavar="T",
+        help='latents whose activation is above it are kept: "threshold" beside that "mean"',
+    )
+    parser.add_argument("--output", type=_path, metavar="DIR", help="directory to write")
     args = parser.parse_args(argv)
-    export_topk(_load(args.sae, args.sae_id, "cpu"), args.output, budget=args.budget)
-    print(f"{args.output}: a topk SAE with k={args.budget}")
+    has_mean, has_threshold = args.mean is not None, args.threshold is not None
+    if has_mean != has_threshold or has_mean == (args.budget is not None):
+        parser.error("expected either --budget, or both --mean and --threshold")
+    if args.output is None:
+        parser.error("--output is missing, expected a directory to write")
+    sae = _load(args.sae, args.sae_id, "cpu")
+    if not has_mean:
+        with _by_flags(path="--output", budget="--budget"):
+            export_topk(sae, args.output, budget=args.budget)
+        print(f"{args.output}: a topk SAE with k={args.budget}")
+        return 0
+    with _by_flags(path="--output", budget="--mean"):
+        budget = MeanBudget(mean=args.mean, threshold=args.threshold)
+        export_jumprelu(sae, args.output, budget=budget)
+    print(f"{args.output}: a jumprelu SAE with {args.mean:g} latents on average")
     return 0
+
+
+@contextlib.contextmanager
+def _by_flags(**flags: str) -> Iterator[None]:
+    """Let an error in the block that begins with an argument's name begin with its flag's."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        name, _, rest = str(error).partition(" ")
+        if name not in flags:
+            raise
+        raise type(error)(f"{flags[name]} {rest}") from error
 
 
 def _check_can_be_written(path: Path) -> None:
@@ -653,6 +730,13 @@ def _mean(text: str) -> float:
         return check_number("mean", float(text), is_positive=True)
     except ValueError:
         raise _no_number(text, "number above 0") from None
+
+
+def _threshold(text: str) -> float:
+    try:
+        return check_number("threshold", float(text))
+    except ValueError:
+        raise _no_number(text, "number of at least 0") from None
 
 
 def _no_number(text: str, kind: str) -> argparse.ArgumentTypeError:

@@ -1,6 +1,8 @@
 """SAEs from and to others: start from a TopK SAE, export one at a budget, upload."""
 
 import json
+import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,7 +25,7 @@ from safetensors.torch import save_file
 
 from .evals import BudgetSweep
 from .saes.budgets import MeanBudget, check_budget, doubling_budgets, largest_budget
-from .saes.checks import check_integer
+from .saes.checks import check_integer, check_weights
 from .saes.hierarchical_topk import (
     HierarchicalTopKSAE,
     HierarchicalTopKTrainingSAE,
@@ -35,8 +37,9 @@ from .saes.sharded import ShardedTrainingSAE
 # Metadata that SAELens's trainer measured at the SAE's own k. At another budget it is wrong.
 MEASURED_AT_K = ("l0", "num_dead_features")
 # An export has this key in its metadata; in sparsify's format, in its cfg.json. A later export of
-# the same format replaces an SAE that has it, and no other.
+# the same kind replaces an SAE that has it, and no other.
 EXPORT_KEY = "sae_lens_flex_export"
+SPARSIFY = "sparsify"
 # SAELens and sparsify read these files where they open a directory as an SAE.
 FILES_OF_SAES = (
     *(SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME, RUNNER_CFG_FILENAME),
@@ -63,18 +66,19 @@ def export_topk(
 
     Args:
         sae: the SAE. It is not changed.
-        path: the directory to write. An earlier export in it is replaced. Files that belong to no
-            SAE are left as they are.
+        path: the directory to write. An earlier `export_topk` in it is replaced. Files that belong
+            to no SAE are left as they are.
         budget: latents to keep, 1..k. `export_jumprelu` takes a MeanBudget.
 
     Returns:
         The directory.
 
     Raises:
-        ValueError: if `path` holds files of another SAE, or `budget` is not within 1..k.
+        ValueError: if `path` holds files of another SAE, or `budget` is not within 1..k, or
+            weights are not finite.
         NotADirectoryError: if `path` is a file, or lies below one.
     """
-    path = _check_export(sae, path)
+    path = _check_export(sae, path, TopKSAEConfig.architecture())
     if isinstance(budget, MeanBudget):
         raise ValueError(
             f"budget is {budget!r}, expected a number of latents: `export_jumprelu` takes this one"
@@ -104,7 +108,8 @@ def export_jumprelu(
 
     Args:
         sae: the SAE. It is not changed.
-        path: the directory to write, as for `export_topk`.
+        path: the directory to write. An earlier `export_jumprelu` in it is replaced. Files that
+            belong to no SAE are left as they are.
         budget: what `mean_budget` has returned for this SAE.
 
     Returns:
@@ -112,10 +117,11 @@ def export_jumprelu(
 
     Raises:
         TypeError: if `budget` is no MeanBudget.
-        ValueError: if `path` holds files of another SAE, or the budget's mean is above k.
+        ValueError: if `path` holds files of another SAE, or the budget's mean is above k, or
+            weights are not finite.
         NotADirectoryError: if `path` is a file, or lies below one.
     """
-    path = _check_export(sae, path)
+    path = _check_export(sae, path, JumpReLUSAEConfig.architecture())
     if not isinstance(budget, MeanBudget):
         raise TypeError(
             f"budget is {budget!r}, expected a MeanBudget, as `mean_budget` returns it: "
@@ -148,7 +154,7 @@ def export_sparsify(
 
     Args:
         sae: the SAE. It is not changed.
-        path: the directory to write. An earlier export in this format is replaced, and files that
+        path: the directory to write. An earlier `export_sparsify` in it is replaced. Files that
             belong to no SAE are left as they are.
         budget: latents to keep, 1..k.
 
@@ -157,11 +163,11 @@ def export_sparsify(
 
     Raises:
         ValueError: if the format cannot hold the SAE, which is so with `normalize_activations` and
-            `reshape_activations` other than "none"; if `path` holds files of another SAE; or if
-            `budget` is not within 1..k.
+            `reshape_activations` other than "none"; if `path` holds files of another SAE; if
+            `budget` is not within 1..k; or if weights are not finite.
         NotADirectoryError: if `path` is a file, or lies below one.
     """
-    path = _check_export(sae, path, SPARSIFY_WEIGHTS_FILENAME)
+    path = _check_export(sae, path, SPARSIFY)
     budget = check_integer("budget", budget, largest_budget(sae), "k")
     for name in ("normalize_activations", "reshape_activations"):
         if getattr(sae.cfg, name) != "none":
@@ -215,11 +221,12 @@ def _with_norms_folded(sae: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     return weights
 
 
-def _check_export(sae: Any, path: str | Path, weights_name: str = SAE_WEIGHTS_FILENAME) -> Path:
+def _check_export(sae: Any, path: str | Path, kind: str) -> Path:
     _check_hierarchical(sae)
     _check_whole(sae)
+    check_weights(sae)
     path = Path(path)
-    _check_export_directory(path, weights_name)
+    _check_export_directory(path, kind)
     return path
 
 
@@ -237,27 +244,36 @@ def _origin(sae: Any, budget: dict[str, Any]) -> dict[str, Any]:
     return {"architecture": sae.cfg.architecture(), "k": sae.cfg.k, **budget}
 
 
-def _check_export_directory(path: Path, weights_name: str) -> None:
-    """Raise if an export, whose weights would have that name, cannot go there."""
+def _check_export_directory(path: Path, kind: str) -> None:
+    """Raise if an export of that kind, an architecture or SPARSIFY, cannot go there."""
     existing = next(part for part in (path, *path.parents) if part.exists())
     if not existing.is_dir():
         raise NotADirectoryError(
             f"path is {str(path)!r}, expected a directory: {str(existing)!r} is a file"
         )
     there = {name for name in FILES_OF_SAES if (path / name).exists()}
-    try:
-        cfg = json.loads((path / SAE_CFG_FILENAME).read_text())
-        is_sparsify = weights_name == SPARSIFY_WEIGHTS_FILENAME
-        is_export = EXPORT_KEY in (cfg if is_sparsify else cfg["metadata"])
-    except (OSError, ValueError, KeyError, TypeError):
-        is_export = False
-    if is_export:
+    exported = _kind_of_export(path)
+    if exported == kind:
+        weights_name = SPARSIFY_WEIGHTS_FILENAME if kind == SPARSIFY else SAE_WEIGHTS_FILENAME
         there -= {SAE_CFG_FILENAME, weights_name}
     if there:
+        what = f"{', '.join(sorted(there))} of no earlier {kind} export"
+        if exported not in (None, kind):
+            what = f"an export as {exported}, not as {kind}"
         raise ValueError(
-            f"path is {str(path)!r}, which holds another SAE ({', '.join(sorted(there))} of no "
-            "earlier export in this format), expected a new directory"
+            f"path is {str(path)!r}, which holds another SAE ({what}), expected a new directory"
         )
+
+
+def _kind_of_export(path: Path) -> str | None:
+    """Return the architecture, or SPARSIFY, of the export in a directory. None if none is there."""
+    try:
+        cfg = json.loads((path / SAE_CFG_FILENAME).read_text())
+        if EXPORT_KEY in cfg:
+            return SPARSIFY
+        return cfg["architecture"] if EXPORT_KEY in cfg["metadata"] else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _metadata_without(sae: SAE[Any], *names: str) -> Any:
@@ -283,14 +299,16 @@ def from_topk(
             weights, such as `budgets`, `backend` or `aux_loss_coefficient`. A field that is not
             given is as the SAE was trained, if that is known, and has its default otherwise. Of a
             `hierarchical_topk` SAE all fields are known, but `level_weights` belong to its
-            `budgets`: with other `budgets` they are not taken over. Of a `flex_topk` SAE, and of an
+            `budgets`: with other `budgets` they are not taken over, and a warning says so unless
+            `level_weights` are given, too. Of a `flex_topk` SAE, and of an
             SAE that `export_topk` wrote, all but these two are known. Of SAELens's `topk` in
             training `aux_loss_coefficient` is, but it is 0 with "layer_norm" and
             "constant_norm_rescale", which do not go with an auxiliary loss.
 
     Raises:
         TypeError: for an SAE of another architecture, or a field that the config does not have.
-        ValueError: for a field that belongs to the weights, such as `k`, or an impossible value.
+        ValueError: for a field that belongs to the weights, such as `k`, or an impossible value,
+            or weights that are not finite.
     """
     # SAELens's BatchTopK and Matryoshka SAEs in training derive from its TopK ones.
     is_topk = isinstance(sae, (TopKSAE, TopKTrainingSAE))
@@ -305,10 +323,29 @@ def from_topk(
         if name in (*own, "metadata"):
             raise ValueError(f"{name} is given, expected the SAE's own: {getattr(sae.cfg, name)!r}")
     known = trained_with(sae, HierarchicalTopKTrainingSAEConfig)
-    if "budgets" in training_fields:
-        known.pop("level_weights", None)  # They were those of other budgets.
+    if "budgets" in training_fields and "level_weights" not in training_fields:
+        drop_weights_of_other_budgets(known, training_fields["budgets"], stacklevel=2)
     cfg = HierarchicalTopKTrainingSAEConfig(**own, **(known | training_fields))
     return cast(HierarchicalTopKTrainingSAE, start_training(sae, cfg))
+
+
+def drop_weights_of_other_budgets(known: dict[str, Any], budgets: Any, stacklevel: int) -> None:
+    """Remove an SAE's `level_weights` where it is to be trained on other budgets. Warn of it.
+
+    Args:
+        known: what `trained_with` returned. It is changed.
+        budgets: those that it is to be trained on.
+        stacklevel: of the warning, 1 for the caller.
+    """
+    levels = budgets.tolist() if hasattr(budgets, "tolist") else budgets  # a tensor or array
+    levels = list(levels) if isinstance(levels, (tuple, range)) else levels
+    if levels != known.get("budgets") and (weights := known.pop("level_weights", None)) is not None:
+        warnings.warn(
+            f"budgets is {budgets!r} and level_weights is left out, so all budgets weigh alike: "
+            f"the SAE was trained with level_weights {weights} on budgets {known.get('budgets')}. "
+            "Give level_weights for the new budgets, too",
+            stacklevel=stacklevel + 1,
+        )
 
 
 def trained_with(sae: TopKSAE | TopKTrainingSAE, config_class: type[Any]) -> dict[str, Any]:
@@ -357,8 +394,10 @@ def start_training(sae: TopKSAE | TopKTrainingSAE, cfg: Any) -> TrainingSAE[Any]
         cfg: the config of one of this package's training SAEs. It is not changed.
 
     Raises:
-        ValueError: if a field that belongs to the weights is not that of `sae`.
+        ValueError: if a field that belongs to the weights is not that of `sae`, or if the weights
+            are not finite.
     """
+    check_weights(sae)
     for name in SETTLED:
         if getattr(cfg, name) != getattr(sae.cfg, name):
             raise ValueError(
@@ -404,6 +443,7 @@ def upload(
     """
     _check_hierarchical(sae)
     _check_whole(sae)
+    check_weights(sae)
     validate_repo_id(repo_id)
     if not isinstance(sae_id, str) or not sae_id.strip("/"):
         raise ValueError(f"sae_id is {sae_id!r}, expected the name of a folder")
@@ -473,6 +513,12 @@ def model_card(sae: SAE[Any], repo_id: str, sae_id: str, sweep: BudgetSweep | No
     metadata = sae.cfg.metadata
     k = sae.cfg.k
     budgets = ", ".join(str(budget) for budget in doubling_budgets(k))
+    known = trained_with(cast(Any, sae), HierarchicalTopKTrainingSAEConfig)
+    trained_budgets, weights = "unknown", "unknown"
+    if "budgets" in known:
+        levels, level_weights = known["budgets"], known.get("level_weights")
+        trained_budgets = f"every one of 1 to {k}" if levels is None else _listed(levels)
+        weights = "even" if level_weights is None else _listed(level_weights)
     card = f"""---
 library_name: saelens
 tags:
@@ -492,7 +538,9 @@ and sae_lens_flex. It reconstructs from any number of latents per activation fro
 | training data | {metadata.dataset_path or "unknown"} |
 | d_in | {sae.cfg.d_in} |
 | d_sae | {sae.cfg.d_sae} |
-| budgets | 1 to {k} |
+| budgets to choose from | 1 to {k} |
+| `budgets` in training | {trained_budgets} |
+| `level_weights` in training | {weights} |
 
 ```python
 import sae_lens_flex  # registers the architecture; without it SAELens raises KeyError
@@ -506,7 +554,10 @@ sae.budget = {k}  # or {budgets}: any of 1..{k}
         table = sweep.to_pandas().rename(columns={"dead_latents": "not_seen"})
         rows = [list(table.columns), ["---"] * table.shape[1]]
         rows += [
-            [f"{value:.4g}" if isinstance(value, float) else str(value) for value in row]
+            [
+                f"{value:.4g}" if isinstance(value, float) and name != "threshold" else str(value)
+                for name, value in zip(table.columns, row, strict=True)
+            ]
             for row in table.astype(object).fillna("").itertuples(index=False)
         ]
         lines = "\n".join("| " + " | ".join(row) + " |" for row in rows)
@@ -514,7 +565,23 @@ sae.budget = {k}  # or {budgets}: any of 1..{k}
             f"\nMeasured on the same {sweep.n_tokens} tokens at every budget. `not_seen` is the "
             f"share of the latents that none of them activated.\n\n{lines}\n"
         )
+        means = [
+            MeanBudget(mean=row.l0 if row.mean is None else row.mean, threshold=row.threshold)
+            for row in sweep.metrics
+            if row.threshold is not None
+        ]
+        if means:
+            code = "\n".join(f"sae.budget = sae_lens_flex.{budget!r}" for budget in means)
+            card += (
+                "\nA row with a `threshold` keeps the latents whose activation is above it: `mean` "
+                "of them on average on the activations that it was chosen on.\n\n"
+                f"```python\n{code}\n```\n"
+            )
     return card
+
+
+def _listed(numbers: Sequence[float]) -> str:
+    return ", ".join(f"{number:g}" for number in numbers)
 
 
 def _check_whole(sae: Any) -> None:

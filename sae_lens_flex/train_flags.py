@@ -5,11 +5,11 @@ import contextlib
 import difflib
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from typing import Any
 
-from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig
+from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig, llm_sae_training_runner
 from sae_lens.llm_sae_training_runner import _parse_cfg_args
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
@@ -22,6 +22,28 @@ RUN_CONFIGS = (LanguageModelSAERunnerConfig, LoggingConfig)
 NEEDED = ("--model_name", "--hook_name", "--dataset_path", "--d_in", "--d_sae", "--k")
 
 
+class _ExactParser(llm_sae_training_runner.ArgumentParser):
+    """SAELens's parser, which takes no beginning of a flag for the flag."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs["allow_abbrev"] = False
+        super().__init__(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _without_abbreviations() -> Iterator[None]:
+    """Let SAELens make parsers that take no beginning of a flag for the flag.
+
+    Its own take "--budget" for "--budgets", which means another thing where SAEs are exported.
+    """
+    module: Any = llm_sae_training_runner
+    previous, module.ArgumentParser = module.ArgumentParser, _ExactParser
+    try:
+        yield
+    finally:
+        module.ArgumentParser = previous
+
+
 def parse(argv: Sequence[str]) -> Any:
     """Return the LanguageModelSAERunnerConfig that the flags describe.
 
@@ -31,7 +53,7 @@ def parse(argv: Sequence[str]) -> Any:
     argv = ["--help" if argument == "--all-flags" else argument for argument in argv]
     messages = io.StringIO()
     try:
-        with contextlib.redirect_stderr(messages):
+        with contextlib.redirect_stderr(messages), _without_abbreviations():
             cfg = _parse_cfg_args(argv)
     except ValueError:  # of the config, perhaps of a default that does not fit
         _check_needed(argv)
@@ -114,7 +136,7 @@ def _unknown_flags(words: list[str], architecture: str | None) -> str | None:
 
 def _given(argv: Sequence[str], *names: str, nargs: str) -> Any:
     """Return what follows a flag of these names, or None."""
-    parser = argparse.ArgumentParser(add_help=False)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument(*names, nargs=nargs, dest="given")
     return parser.parse_known_args(argv)[0].given
 

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -25,7 +26,12 @@ from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
 from sae_lens.training._interruption import InterruptedException
 
 import sae_lens_flex
-from sae_lens_flex import BudgetSweep, HierarchicalTopKSAE, HierarchicalTopKTrainingSAEConfig
+from sae_lens_flex import (
+    BudgetSweep,
+    HierarchicalTopKSAE,
+    HierarchicalTopKTrainingSAEConfig,
+    MeanBudget,
+)
 from sae_lens_flex.cli import main
 from sae_lens_flex.train_flags import parse
 
@@ -150,8 +156,10 @@ def test_sweep_measures_mean_budgets_beside_fixed_ones(trained: Path, run, tmp_p
     assert [row.budget for row in sweep.metrics] == [1, 2, 4, 8, None, None]
     for row, mean in zip(sweep.metrics[4:], (3, 1.5), strict=True):
         assert row.threshold is not None
+        assert row.mean == pytest.approx(mean, rel=0.01)
+        assert f"mean {row.mean:.4g} " in result.out
         assert abs(row.l0 - mean) < 0.3 * mean  # It was chosen on other tokens.
-    assert "from its beginning, after 4 batches that chose the thresholds" in result.out
+    assert "from its beginning, after 2 batches that chose the thresholds" in result.out
     result = run(*flags, *json_file, "--budgets", 2, "--mean-budgets", 3)
     assert result.code == 0, result.err
     sweep = BudgetSweep.from_json((tmp_path / "sweep.json").read_text())
@@ -219,6 +227,26 @@ def test_export_writes_a_topk_sae(trained: Path, run, tmp_path: Path) -> None:
     assert type(exported) is TopKSAE
     x = torch.randn(8, D_IN)
     with sae.at_budget(5):
+        torch.testing.assert_close(exported(x), sae(x))
+
+
+def test_export_writes_the_threshold_of_a_sweep_as_a_jumprelu_sae(
+    trained: Path, run, tmp_path: Path
+) -> None:
+    result = run(
+        *("sweep", trained, "--no-ce", "--n-batches", 1, "--mean-budgets", 2),
+        *("--json", tmp_path / "sweep.json"),
+    )
+    row = json.loads((tmp_path / "sweep.json").read_text())["metrics"][-1]
+    result = run(
+        *("export", trained, "--mean", row["mean"], "--threshold", row["threshold"]),
+        *("--output", tmp_path / "jumprelu"),
+    )
+    assert result.code == 0, result.err
+    assert result.out == f"{tmp_path / 'jumprelu'}: a jumprelu SAE with 2 latents on average\n"
+    exported, sae = SAE.load_from_disk(tmp_path / "jumprelu"), SAE.load_from_disk(trained)
+    x = torch.randn(8, D_IN)
+    with sae.at_budget(MeanBudget(row["mean"], row["threshold"])):
         torch.testing.assert_close(exported(x), sae(x))
 
 
@@ -379,8 +407,9 @@ def test_unknown_command_is_refused(command, run) -> None:
     ("arguments", "words"),
     [
         ("sweep", ["PATH_OR_REPO"]),
-        ("sweep SAE --budget", ["--budget"]),
-        ("sweep SAE --nonsense 3", ["--nonsense"]),
+        ("sweep SAE --budget 4", ["--budget is no flag, did you mean --budgets?"]),
+        ("sweep SAE --nonsense 3", ["--nonsense is no flag"]),
+        ("export SAE --budget 1 --outp TMP/new --output TMP/new", ["did you mean --output?"]),
         ("sweep SAE SAE", ["unrecognized"]),
         ("sweep SAE --budgets one", ["--budgets", "one"]),
         ("sweep SAE --budgets", ["--budgets"]),
@@ -420,13 +449,22 @@ def test_unknown_command_is_refused(command, run) -> None:
         ("export", ["PATH_OR_REPO"]),
         ("export SAE", ["--budget"]),
         ("export SAE --budget 1", ["--output"]),
-        ("export SAE --budget 0 --output TMP/new", ["budget is 0", "1..k (8)"]),
-        ("export SAE --budget 9 --output TMP/new", ["budget is 9", "1..k (8)"]),
+        ("export SAE --budget 1 --mean 2 --output TMP/new", ["either --budget", "--threshold"]),
+        ("export SAE --budget 1 --mean 2 --threshold 1 --output TMP/new", ["either --budget"]),
+        ("export SAE --mean 2 --output TMP/new", ["both --mean and --threshold"]),
+        (
+            "export SAE --mean 2 --threshold -1 --output TMP/new",
+            ["'-1' is no number of at least 0"],
+        ),
+        ("export SAE --mean 9 --threshold 1 --output TMP/new", ["--mean is", "k (8)"]),
+        ("export SAE --mean 2 --threshold 1 --output SAE", ["--output is", "another SAE"]),
+        ("export SAE --budget 0 --output TMP/new", ["--budget is 0", "1..k (8)"]),
+        ("export SAE --budget 9 --output TMP/new", ["--budget is 9", "1..k (8)"]),
         ("export SAE --budget 2.5 --output TMP/new", ["--budget", "2.5"]),
         ("export SAE --budget 1 --output FILE", ["file"]),
-        ("export SAE --budget 1 --output SAE", ["path is", "another SAE"]),
-        ("export SAE --budget 1 --output TOPK", ["path is", "another SAE"]),
-        ("export SAE --budget 1 --output FILE/new", ["path is", "is a file"]),
+        ("export SAE --budget 1 --output SAE", ["--output is", "another SAE"]),
+        ("export SAE --budget 1 --output TOPK", ["--output is", "another SAE"]),
+        ("export SAE --budget 1 --output FILE/new", ["--output is", "is a file"]),
         ("export MISSING --budget 1 --output TMP/new", ["missing", "--sae-id"]),
         ("export TOPK --budget 1 --output TMP/new", ["TopKSAE"]),
     ],
@@ -551,6 +589,8 @@ def test_sae_that_does_not_say_what_it_reads_is_refused(
         ({"--hook_name": "blocks.0.hook_resid_post"}, ["transformer.h.0, transformer.h.1"]),
         ({"--traning_tokens": 9}, ["--traning_tokens is no flag", "--training_tokens?"]),
         ({"--training-token": 9}, ["--training_tokens?"]),
+        ({"--budget": 8}, ["--budget is no flag, did you mean --budgets?"]),
+        ({"--training_tok": 8}, ["--training_tok is no flag, did you mean --training_tokens?"]),
         ({"--nonsense": 1, "--wandb_projekt": 9}, ["--wandb_project?"]),
         ({"--architecture": None}, ["--architecture is missing", "--k", "hierarchical_topk"]),
         (
@@ -606,6 +646,20 @@ def test_wrong_training_flags_are_refused(
 )
 def test_empty_path_is_not_the_current_directory(arguments, name, run) -> None:
     assert_refused(run(*arguments), name, "empty")
+
+
+def test_warnings_are_one_line_without_a_place_in_the_code(run, monkeypatch) -> None:
+    # pytest keeps the warnings themselves.
+    formats = []
+    monkeypatch.setattr(
+        sae_lens_flex.cli,
+        "sweep",
+        lambda _: formats.append(warnings.formatwarning("a\nb", UserWarning, "cli.py", 527)) or 0,
+    )
+    assert run("sweep").code == run("--traceback", "sweep").code == 0
+    assert formats[0] == "sae-lens-flex sweep: warning: a b\n"
+    assert "cli.py:527: UserWarning: a" in formats[1]
+    assert "cli.py:527" in warnings.formatwarning("a", UserWarning, "cli.py", 527)
 
 
 def test_traceback_is_shown_when_asked_for(run, tmp_path: Path) -> None:

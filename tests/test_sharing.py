@@ -21,6 +21,7 @@ from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
 from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
 from safetensors.torch import load_file, save_file
 
+import sae_lens_flex
 from sae_lens_flex import (
     BudgetMetrics,
     BudgetSweep,
@@ -36,6 +37,7 @@ from sae_lens_flex import (
     export_topk,
     from_topk,
     mean_budget,
+    sweep_budgets,
     upload,
 )
 from sae_lens_flex.sharing import model_card
@@ -251,6 +253,25 @@ def test_exports_refuse_the_other_kind_of_budget(tmp_path: Path) -> None:
     assert not any(tmp_path.iterdir())
 
 
+def test_a_diverged_sae_is_not_passed_on(tmp_path: Path) -> None:
+    sae = make_sae("hierarchical")
+    with torch.no_grad():
+        sae.b_enc[3] = torch.nan
+    mean: Any = {"budget": MeanBudget(3, 0.5)}
+    for function, arguments in (
+        *(
+            (function, {"path": tmp_path, "budget": 3})
+            for function in (export_topk, export_sparsify)
+        ),
+        (export_jumprelu, {"path": tmp_path} | mean),
+        (upload, {"repo_id": "someone/saes", "sae_id": "layer_0", "folder": tmp_path}),
+        (from_topk, {}),
+    ):
+        with pytest.raises(ValueError, match=r"^sae has NaN or infinite values in b_enc, expected"):
+            function(sae, **arguments)  # type: ignore[operator]
+    assert not any(tmp_path.iterdir())
+
+
 def test_export_keeps_the_metadata_and_leaves_the_sae_alone(tmp_path: Path) -> None:
     sae = make_sae("hierarchical")
     sae.budget = 3
@@ -325,12 +346,23 @@ def test_export_refuses_files_that_an_sae_is_read_from(
     assert (tmp_path / name).read_text() == "theirs"
 
 
-def test_an_export_does_not_replace_one_in_another_format(tmp_path: Path) -> None:
-    sae = make_sae("hierarchical")
-    for i, functions in enumerate([(export_topk, export_sparsify), (export_sparsify, export_topk)]):
-        functions[0](sae, tmp_path / str(i), budget=3)
-        with pytest.raises(ValueError, match="another SAE"):
-            functions[1](sae, tmp_path / str(i), budget=3)
+def test_an_export_does_not_replace_one_of_another_kind(tmp_path: Path) -> None:
+    sae, mean = make_sae("hierarchical"), MeanBudget(3, 0.5)
+    kinds: dict[str, tuple[Any, Any]] = {
+        "topk": (export_topk, 3),
+        "jumprelu": (export_jumprelu, mean),
+        "sparsify": (export_sparsify, 3),
+    }
+    for kind, (export, budget) in kinds.items():
+        path = tmp_path / kind
+        export(sae, path, budget=budget)
+        before = {file.name: file.read_bytes() for file in path.iterdir()}
+        for other in kinds.keys() - {kind}:
+            export_other, other_budget = kinds[other]
+            message = rf"^path is '{path}', .*\(an export as {kind}, not as {other}\), expected a"
+            with pytest.raises(ValueError, match=message):
+                export_other(sae, path, budget=other_budget)
+        assert {file.name: file.read_bytes() for file in path.iterdir()} == before
 
 
 def sparsify_forward(path: Path, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -717,6 +749,32 @@ def test_upload_that_fails_names_the_hub_and_the_repository(hub: Hub, tmp_path: 
         assert url in printed
 
 
+@pytest.mark.parametrize("saved", [False, True], ids=["in-training", "saved"])
+def test_card_names_budgets_and_weights_as_trained(saved, tmp_path: Path) -> None:
+    for fields, budgets, weights in (
+        ({}, "every one of 1 to 8", "even"),
+        ({"budgets": [1, 3, 8], "level_weights": [1, 1.5, 2]}, "1, 3, 8", "1, 1.5, 2"),
+    ):
+        sae = make_sae("hierarchical-training", **fields)
+        if saved:
+            sae.save_inference_model(str(tmp_path))
+            sae = SAE.load_from_disk(tmp_path)
+        card = model_card(sae, "someone/saes", "layer_0")
+        assert f"| `budgets` in training | {budgets} |\n" in card
+        assert f"| `level_weights` in training | {weights} |\n" in card
+
+
+def test_card_shows_how_thresholds_are_used_with_all_their_digits() -> None:
+    sae, x = make_sae("hierarchical"), activations(200)
+    means = [mean_budget(sae, x, mean) for mean in (1, 2.5)]
+    sweep = sweep_budgets(sae, x, budgets=[2, *means], show_progress=False)
+    code = model_card(sae, "someone/saes", "layer_0", sweep).split("```python")[2].split("```")[0]
+    for line, budget in zip(code.split("\n")[1:-1], means, strict=True):
+        exec(line, {"sae": sae, "sae_lens_flex": sae_lens_flex})
+        assert sae.budget == budget
+    assert f" {means[0].threshold} |" in model_card(sae, "someone/saes", "layer_0", sweep)
+
+
 def test_card_shows_the_import_the_budgets_and_the_sweep() -> None:
     sae = make_sae("hierarchical")
     card = model_card(sae, "someone/saes", "layer_0", a_sweep())
@@ -727,7 +785,8 @@ def test_card_shows_the_import_the_budgets_and_the_sweep() -> None:
     compile(code, "card", "exec")
     assert 'SAE.from_pretrained("someone/saes", "layer_0")' in code
     assert "1, 2, 4, 8" in code
-    assert "| budgets | 1 to 8 |" in lines
+    assert "| budgets to choose from | 1 to 8 |" in lines
+    assert "| `budgets` in training | unknown |" in lines
     assert "| model | gpt2 |" in lines
     assert "same 4096 tokens" in card
     table = lines[lines.index(next(line for line in lines if line.startswith("| sae | budget"))) :]

@@ -1,7 +1,7 @@
 """The threshold with which an SAE keeps a number of latents on average."""
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from sae_lens import ActivationsStore
 from transformer_lens.HookedTransformer import HookedRootModule  # pyright: ignore
 
 from ..saes.budgets import MeanBudget, RuntimeBudget, largest_budget
-from ..saes.checks import check_number
+from ..saes.checks import check_number, check_weights
 from ..saes.normalization import take_output_map
 from .batches import activations_of, draw_batches
 from .reconstruction import flat_heads
@@ -20,7 +20,6 @@ MOST_BEYOND_K = 0.01
 MOST_ACTIVATIONS = 2**26
 
 
-@torch.no_grad()
 def mean_budget(
     sae: RuntimeBudget,
     activations: ActivationsStore | torch.Tensor | Iterable[torch.Tensor],
@@ -61,7 +60,34 @@ def mean_budget(
 
     Raises:
         TypeError: for an SAE without a run-time budget.
-        ValueError: for other arguments that do not fit, or where fewer latents are positive.
+        ValueError: for other arguments that do not fit, for weights that are not finite, or where
+            fewer latents are positive.
+    """
+    return mean_budgets(
+        sae,
+        activations,
+        [mean],
+        model=model,
+        n_batches=n_batches,
+        batch_size_prompts=batch_size_prompts,
+        exclude_special_tokens=exclude_special_tokens,
+        model_kwargs=model_kwargs,
+    )[0]
+
+
+@torch.no_grad()
+def mean_budgets(
+    sae: RuntimeBudget,
+    activations: ActivationsStore | torch.Tensor | Iterable[torch.Tensor],
+    means: Sequence[float],
+    **options: Any,
+) -> list[MeanBudget]:
+    """Return `mean_budget` of each mean, all of them of the same activations.
+
+    Args:
+        sae, activations: as in `mean_budget`.
+        means: at least one.
+        options: keyword arguments of `mean_budget`.
     """
     if not isinstance(sae, RuntimeBudget):
         raise TypeError(
@@ -69,28 +95,24 @@ def mean_budget(
             "(hierarchical_topk)"
         )
     k = largest_budget(sae)
-    if check_number("mean", mean, is_positive=True) > k:
-        raise ValueError(f"mean is {mean!r}, expected a number up to k ({k})")
-    batches, _ = draw_batches(
-        {"sae": sae},
-        activations,
-        model=model,
-        n_batches=n_batches,
-        batch_size_prompts=batch_size_prompts,
-        exclude_special_tokens=exclude_special_tokens,
-        model_kwargs=model_kwargs,
-    )
+    means = [check_number("mean", mean, is_positive=True) for mean in means]
+    if max(means) > k:
+        raise ValueError(f"mean is {max(means)!r}, expected a number up to k ({k})")
+    check_weights(sae)
+    defaults = dict.fromkeys(("model", "n_batches", "batch_size_prompts", "model_kwargs"))
+    options = defaults | {"exclude_special_tokens": True} | options
+    batches, _ = draw_batches({"sae": sae}, activations, **options)
     # How many activations are to be kept is known once all vectors are.
     given = [activations_of(batch, "sae", sae)[batch.mask.to(sae.device)] for batch in batches]
     n_vectors = sum(map(len, given))
     if n_vectors == 0:
         raise ValueError("activations gave no token, expected at least one")
-    n_kept = int(mean * n_vectors)
-    if n_kept == 0:
+    if int(min(means) * n_vectors) == 0:
         raise ValueError(
-            f"mean is {mean!r} of {n_vectors} activation vectors, expected one latent of all of "
-            "them at least"
+            f"mean is {min(means)!r} of {n_vectors} activation vectors, expected one latent of all "
+            "of them at least"
         )
+    n_kept = int(max(means) * n_vectors)
     largest = given[0].new_empty(0, dtype=sae.dtype)  # The n_kept + 1 largest so far, if so many.
     lowest: float | torch.Tensor = 0.0
     beyond_k = []  # of each vector its largest activation after k larger ones
@@ -105,6 +127,28 @@ def mean_budget(
                     largest = largest.topk(n_kept + 1, sorted=False).values
                     lowest = largest.amin()
     take_output_map(sae)  # what an `encode` without a `decode` leaves
+    descending = largest.sort(descending=True).values
+    budgets = []
+    for mean in means:  # A comprehension is a frame more for `stacklevel` until Python 3.12.
+        budgets.append(_above(descending, mean, n_vectors, beyond_k, k))
+    return budgets
+
+
+def _above(
+    descending: torch.Tensor, mean: float, n_vectors: int, beyond_k: list[torch.Tensor], k: int
+) -> MeanBudget:
+    """Return the budget of a mean.
+
+    Args:
+        descending: the largest activations of latents, one more than are to be kept if so many are
+            positive.
+        mean: latents to keep per activation vector.
+        n_vectors: number of activation vectors.
+        beyond_k: of each vector its largest activation after k larger ones.
+        k: the SAE's.
+    """
+    n_kept = int(mean * n_vectors)
+    largest = descending[: n_kept + 1]
     if len(largest) < n_kept:
         raise ValueError(
             f"mean is {mean!r}, expected at most {len(largest) / n_vectors:.4g}, the number of "
@@ -127,7 +171,7 @@ def mean_budget(
         warnings.warn(
             f"at a mean of {mean:g} latents {n_beyond / n_vectors:.1%} of the activation vectors "
             f"get more than k ({k}), for which the SAE was not trained: a smaller mean or a fixed "
-            "budget may do better, which `sweep_budgets` tells",
-            stacklevel=3,
+            "budget may do better",
+            stacklevel=5,
         )
     return MeanBudget(mean=len(kept) / n_vectors, threshold=threshold)

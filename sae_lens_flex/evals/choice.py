@@ -4,6 +4,7 @@ import math
 from numbers import Real
 from typing import cast
 
+from ..saes.checks import plain
 from .metrics import BudgetSweep
 
 
@@ -21,7 +22,7 @@ def smallest_budget(
 
     Raises:
         ValueError: if no budget reaches the share. The message says how far the best one gets.
-        ValueError: if `sae` is not in the sweep, or was not measured at budgets.
+        ValueError: if `sae` is not in the sweep, or was measured at no number of latents.
         ValueError: if `explained_variance` is no number, or the sweep's are NaN.
     """
     names = list(dict.fromkeys(row.sae for row in sweep.metrics))
@@ -29,11 +30,16 @@ def smallest_budget(
         raise ValueError(f"sae is None, expected one of the sweep's SAEs: {', '.join(names)}")
     if sae is not None and sae not in names:
         raise ValueError(f"sae is {sae!r}, expected one of the sweep's SAEs: {', '.join(names)}")
+    explained_variance = plain(explained_variance)
     if not isinstance(explained_variance, Real):
         raise ValueError(f"explained_variance is {explained_variance!r}, expected a number")
     rows = [row for row in sweep.metrics if sae in (None, row.sae) and row.budget is not None]
     if not rows:
-        raise ValueError(f"sae is {sae!r}, expected one that was measured at budgets")
+        alone = any(row.threshold is not None and sae in (None, row.sae) for row in sweep.metrics)
+        raise ValueError(
+            f"sweep has {sae or names[0]!r} at {'thresholds alone' if alone else 'no budget'}, "
+            "expected it at numbers of latents, among which this function chooses"
+        )
     unknown = [str(row.budget) for row in rows if math.isnan(row.explained_variance)]
     if unknown:
         raise ValueError(

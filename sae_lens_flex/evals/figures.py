@@ -9,6 +9,7 @@ import plotly.graph_objects as go
 from plotly.colors import DEFAULT_PLOTLY_COLORS
 
 HTML_SUFFIXES = ("", ".html")
+IMAGE_SUFFIXES = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp")  # those that plotly draws
 
 # Points differ in symbol and in colour. The numbers of symbols and of plotly's colours, 9 and 10,
 # have no common factor, so 90 points in a row all look different.
@@ -77,16 +78,29 @@ def draw(curves: Sequence[Curve], label: str, title: str) -> go.Figure:
 
 
 def write(figure: go.Figure, path: str | Path) -> None:
-    """Write a figure as HTML (suffix .html or none), or as an image (any other suffix).
+    """Write a figure as HTML (suffix .html or none), or as an image (one of IMAGE_SUFFIXES).
 
     Directories that are missing are made. The HTML holds plotly.js, so it needs no network. For an
     image plotly needs the package kaleido and a Chrome.
+
+    Raises:
+        ValueError: for another suffix.
     """
+    check_suffix("path", path)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    if Path(path).suffix in HTML_SUFFIXES:
+    if Path(path).suffix.lower() in HTML_SUFFIXES:
         figure.write_html(path, include_plotlyjs=True)
     else:
         figure.write_image(path, scale=2)
+
+
+def check_suffix(name: str, path: str | Path) -> None:
+    """Raise a ValueError, in which a path has that name, if no figure can have its suffix."""
+    if Path(path).suffix.lower() not in HTML_SUFFIXES + IMAGE_SUFFIXES:
+        raise ValueError(
+            f"{name} is {str(path)!r}, expected a name in .html or, for an image, in one of "
+            f"{', '.join(IMAGE_SUFFIXES)}"
+        )
 
 
 def check_can_write(path: str | Path) -> None:
@@ -94,7 +108,7 @@ def check_can_write(path: str | Path) -> None:
 
     An image is drawn for this, which takes seconds: a Chrome that is there may still not start.
     """
-    suffix = Path(path).suffix
+    suffix = Path(path).suffix.lower()
     if suffix in HTML_SUFFIXES:
         return
     try:

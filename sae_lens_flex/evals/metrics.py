@@ -39,8 +39,10 @@ class BudgetMetrics:
         kl_div_score (float | None): Share of `kl_div_with_ablation` that the SAE avoids.
         kl_div_with_sae (float | None): KL(original || with reconstructions).
         kl_div_with_ablation (float | None): KL(original || with zeros).
-        threshold (float | None): The threshold of a MeanBudget. Its latents on these tokens are
-            `l0`, so `MeanBudget(row.l0, row.threshold)` is one like it.
+        threshold (float | None): The threshold of a MeanBudget. `MeanBudget(row.mean,
+            row.threshold)` is that budget again.
+        mean (float | None): The mean of a MeanBudget, on the tokens that its threshold was chosen
+            on. On the sweep's tokens it is `l0`.
     """
 
     sae: str
@@ -57,6 +59,7 @@ class BudgetMetrics:
     kl_div_with_sae: float | None = None
     kl_div_with_ablation: float | None = None
     threshold: float | None = None
+    mean: float | None = None
 
 
 @dataclass(frozen=True)
@@ -85,11 +88,11 @@ class BudgetSweep:
 
         It has the model's scores, but not the cross-entropies and divergences behind them. The
         table then fits a terminal of 80 columns. `dead_latents` is called `not_seen` in it, and a
-        MeanBudget stands there as "> threshold".
+        MeanBudget stands there as "mean 16".
         """
         frame = self.to_pandas().rename(columns={"dead_latents": "not_seen"})
         frame["budget"] = [_budget_cell(row) for row in self.metrics]
-        parts = ("ce_loss_with", "kl_div_with", "threshold")
+        parts = ("ce_loss_with", "kl_div_with", "threshold", "mean")
         names = [name for name in frame.columns if not name.startswith(parts)]
         if len({row.sae for row in self.metrics}) == 1:
             names.remove("sae")
@@ -122,14 +125,16 @@ class BudgetSweep:
 
         Args:
             path: where to write the figure. Directories that are missing are made. With the suffix
-                .html, or none, it becomes HTML that needs no network. With another (.png, .svg,
-                .pdf) it becomes an image, for which plotly needs the package kaleido and a Chrome.
+                .html, or none, it becomes HTML that needs no network. With .png, .svg, .pdf, .jpg
+                or .webp it becomes an image, for which plotly needs the package kaleido and a
+                Chrome.
             metric: a field of BudgetMetrics.
 
         Raises:
-            ValueError: if there is no such metric, or the sweep did not compute it.
+            ValueError: if there is no such metric, or the sweep did not compute it, or for a path
+                with another suffix.
         """
-        no_metrics = ("sae", "budget", "threshold")
+        no_metrics = ("sae", "budget", "threshold", "mean")
         names = [field.name for field in fields(BudgetMetrics) if field.name not in no_metrics]
         if metric not in names:
             raise ValueError(f"metric is {metric!r}, expected one of {', '.join(names)}")
@@ -229,12 +234,15 @@ class Totals:
             l0=self.n_active / self.n_tokens,
             dead_latents=1 - float(self.fired.float().mean()),
             threshold=budget.threshold if is_mean else None,
+            mean=budget.mean if is_mean else None,
             **means,
         )
 
 
 def _budget_cell(row: BudgetMetrics) -> int | str:
-    if row.threshold is not None:
+    if row.mean is not None:
+        return f"mean {row.mean:.4g}"
+    if row.threshold is not None:  # of a JSON file without means, as earlier versions wrote it
         return f"> {row.threshold:.4g}"
     return "-" if row.budget is None else row.budget
 

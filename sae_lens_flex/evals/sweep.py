@@ -1,5 +1,6 @@
 """Measuring SAEs at a list of budgets, every one on the same tokens."""
 
+import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -18,12 +19,16 @@ from ..saes.budgets import (
     doubling_budgets,
     largest_budget,
 )
+from ..saes.checks import not_finite_weights
 from .batches import activations_of, draw_batches, no_store
 from .metrics import BudgetMetrics, BudgetSweep, Totals
 from .reconstruction import reconstruct
 
 # Explained variance that may be lost from one budget to a larger one without a warning.
 LARGEST_FALL = 0.005
+# By what factor the mean L0 at a threshold may differ from its mean without a warning, and by what
+# factor it may be above it where it is above k. On like text a mean of k is a little above k, too.
+LARGEST_DRIFT, LARGEST_DRIFT_BEYOND_K = 2.0, 1.1
 
 
 @torch.no_grad()
@@ -43,8 +48,9 @@ def sweep_budgets(
 ) -> BudgetSweep:
     """Measure SAEs at a list of budgets, every one on the same tokens.
 
-    It warns of an SAE that explains less of the variance with more latents, and of activations
-    that have no variance.
+    It warns of an SAE that explains less of the variance with more latents, of one whose weights
+    or reconstructions are not finite, of activations that have no variance, and of a threshold
+    that keeps many more or fewer latents here than on the activations that it was chosen on.
 
     An SAE with a run-time budget (`hierarchical_topk`) is encoded once a batch and measured at
     every budget. Any other SAE is measured once, as it is.
@@ -109,16 +115,43 @@ def sweep_budgets(
     if n_tokens == 0:
         raise ValueError("activations gave no token, expected at least one")
     rows = [total.metrics(name, budget) for (name, budget), total in totals.items()]
-    for name in named:
-        if any(total.lacks_variance() for (of, _), total in totals.items() if of == name):
+    for name, sae in named.items():
+        of_sae = [row for row in rows if row.sae == name]
+        weights = not_finite_weights(sae)
+        if weights or not all(math.isfinite(row.mse) for row in of_sae):
+            what = f"weights of {name!r} ({', '.join(weights)})"
+            warnings.warn(
+                f"the {what if weights else f'reconstructions of {name!r}'} hold NaN or infinity, "
+                "so its metrics mean nothing. A run with too high a learning rate ends so",
+                stacklevel=3,
+            )
+        elif any(total.lacks_variance() for (of, _), total in totals.items() if of == name):
             warnings.warn(
                 f"the activations of {name!r} have no variance, so its explained_variance means "
                 f"nothing: all {n_tokens} are equal",
                 stacklevel=3,
             )
         else:
-            _warn_of_fall([row for row in rows if row.sae == name and row.budget is not None])
+            _warn_of_drift(of_sae, sae)
+            _warn_of_fall([row for row in of_sae if row.budget is not None])
     return BudgetSweep(rows, n_tokens)
+
+
+def _warn_of_drift(rows: list[BudgetMetrics], sae: SAE[Any]) -> None:
+    """Warn where a threshold was chosen on activations unlike these."""
+    for row in rows:
+        if row.mean is None:
+            continue
+        k = largest_budget(sae)
+        is_beyond_k = row.l0 > max(k, LARGEST_DRIFT_BEYOND_K * row.mean)
+        if is_beyond_k or not 1 / LARGEST_DRIFT <= row.l0 / row.mean <= LARGEST_DRIFT:
+            beyond_k = f", and more than its k ({k}), for which it was not trained"
+            warnings.warn(
+                f"the threshold of {row.sae!r} for a mean of {row.mean:.4g} latents keeps "
+                f"{row.l0:.4g} here{beyond_k if is_beyond_k else ''}: it was chosen on other "
+                "activations. Choose it with `mean_budget` on activations like these",
+                stacklevel=4,
+            )
 
 
 def _warn_of_fall(rows: list[BudgetMetrics]) -> None:

@@ -14,7 +14,7 @@ from typing_extensions import override
 from ..ops.codes import Code
 from ..ops.losses import prefix_residuals
 from ..ops.policy import accumulation_dtype, computes_by_triton
-from .checks import check_integer, check_number
+from .checks import check_integer, check_number, check_weights
 from .normalization import MAKER, OwnNormalization, is_own_function, take_output_map
 
 
@@ -268,7 +268,7 @@ class RuntimeBudget(OwnNormalization):
 
         Raises:
             ValueError: for an `x` of another width, or an impossible tolerance, or where `budget`
-                is a MeanBudget.
+                is a MeanBudget, or where weights or `x` are not finite and so an error is not.
             NotImplementedError: where `decode` is not SAELens's own.
         """
         self._check_decode("encode_adaptive")
@@ -285,6 +285,7 @@ class RuntimeBudget(OwnNormalization):
         target = target.reshape(-1, self.W_dec.shape[1])
         allowed = tolerance * target.square().sum(-1)
         kept = torch.full_like(allowed, k, dtype=torch.int64)
+        error = allowed
         for level, residual in prefix_residuals(
             Code(latents.reshape(-1, k), vals.reshape(-1, k)),
             self.W_dec,
@@ -292,8 +293,13 @@ class RuntimeBudget(OwnNormalization):
             range(1, k + 1),
             use_triton=self._computes_by_triton(),
         ):
-            reached = residual.square().sum(-1) <= allowed
-            kept = torch.where(reached, kept.clamp(max=level), kept)
+            error = residual.square().sum(-1)
+            kept = torch.where(error <= allowed, kept.clamp(max=level), kept)
+        # The weights are only read where something went wrong: this may be called for every batch.
+        if not bool(error.isfinite().all()):
+            check_weights(self)
+            if not bool(x.isfinite().all()):
+                raise ValueError("x has NaN or infinite values, expected finite ones")
         levels = torch.arange(k, device=x.device)
         acts = acts.where(levels < kept.view(*acts.shape[:-1], 1), 0)
         return acts.new_zeros(*acts.shape[:-1], len(self.W_dec)).scatter_(-1, latents, acts)

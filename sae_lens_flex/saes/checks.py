@@ -8,6 +8,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
+import torch
 from sae_lens.constants import SAE_CFG_FILENAME
 
 # What a checkpoint was trained with, and what a run that goes on from it would change.
@@ -41,9 +42,13 @@ def check_integer(name: str, value: Any, highest: int | None = None, highest_nam
 
 
 def check_number(name: str, value: Any, *, is_positive: bool = False) -> float:
-    """Return `value` as a finite float >= 0 (> 0), or raise a ValueError that names it."""
+    """Return `value` as a finite float >= 0 (> 0), or raise a ValueError that names it.
+
+    It may be a number of Python or NumPy, or a tensor or array without dimensions.
+    """
     bound = "above 0" if is_positive else "of at least 0"
     message = f"{name} is {value!r}, expected a finite number {bound}"
+    value = plain(value)
     if isinstance(value, bool) or not isinstance(value, Real):
         raise ValueError(message)
     try:
@@ -55,12 +60,32 @@ def check_number(name: str, value: Any, *, is_positive: bool = False) -> float:
     return number
 
 
+def plain(value: Any) -> Any:
+    """Return Python's own number for a tensor or array without dimensions, else `value`."""
+    return value.item() if getattr(value, "ndim", None) == 0 else value
+
+
 def check_bool(name: str, value: Any) -> None:
     """Raise a ValueError that names `value` where it is no bool."""
     if value is None:
         raise ValueError(f"{name} is missing, expected true or false")
     if not isinstance(value, bool):
         raise ValueError(f"{name} is {value!r}, expected true or false")
+
+
+def not_finite_weights(sae: torch.nn.Module) -> list[str]:
+    """Return the names of the parameters that hold NaN or infinity."""
+    weights = sae.named_parameters()
+    return [name for name, weight in weights if not bool(weight.detach().isfinite().all())]
+
+
+def check_weights(sae: torch.nn.Module) -> None:
+    """Raise a ValueError that names the parameters which hold NaN or infinity, if there are any."""
+    if names := not_finite_weights(sae):
+        raise ValueError(
+            f"sae has NaN or infinite values in {', '.join(names)}, expected finite weights: its "
+            "training has diverged"
+        )
 
 
 def warn_of_other_settings(cfg: Any, checkpoint_path: Path | str) -> None:

@@ -1,8 +1,10 @@
 """The threshold of a mean number of latents, and sweeps at it."""
 
+import json
 import warnings
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
@@ -68,11 +70,19 @@ def test_more_latents_than_k_for_more_than_one_vector_in_a_hundred_is_told() -> 
         counts = (sae.encode(x) > 0).sum(-1)
     assert (counts > K).double().mean() > 0.1
     told = f"{(counts > K).double().mean().item():.1%} of"
-    with pytest.warns(UserWarning, match=told):
+    with pytest.warns(UserWarning, match=told) as caught:
         mean_budget(sae, x, K)
+    assert caught[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         mean_budget(sae, x, 1)
+
+
+def test_budgets_of_several_means_are_those_of_each() -> None:
+    sae, x = make_sae(), 0.5 + torch.randn(80, D_IN)
+    means = [3, 0.5, 2]
+    together = calibration.mean_budgets(sae, x.split(30), means)
+    assert together == [mean_budget(sae, x, mean) for mean in means]
 
 
 def test_equal_activations_are_all_left_out() -> None:
@@ -147,15 +157,20 @@ def test_table_and_figure_tell_mean_budgets_apart() -> None:
     sweep = sweep_budgets(sae, x, budgets=[1, 4, *means], show_progress=False)
     header, *rows, _ = str(sweep).splitlines()
     assert header.split() == ["budget", "explained_variance", "mse", "l0", "not_seen"]
-    assert [row.split()[0] for row in rows] == ["1", "4", ">", ">"]
-    assert f"> {means[0].threshold:.4g} " in rows[2]
+    assert [row.split()[:-4] for row in rows] == [["1"], ["4"], ["mean", "2"], ["mean", "4"]]
+    assert [MeanBudget(row.mean, row.threshold) for row in sweep.metrics[2:]] == means
     assert sweep.to_pandas()["threshold"].dropna().tolist() == [b.threshold for b in means]
     traces: dict[str, Any] = {trace["name"]: trace for trace in sweep.plot().data}
     assert list(traces) == ["sae", "sae, one threshold"]
     assert list(traces["sae"].x) == [1, 4]
     assert list(traces["sae, one threshold"].x) == pytest.approx([b.mean for b in means])
-    with pytest.raises(ValueError, match="metric is 'threshold'"):
-        sweep.plot(metric="threshold")
+    for name in ("threshold", "mean"):
+        with pytest.raises(ValueError, match=f"metric is '{name}'"):
+            sweep.plot(metric=name)
+    old = json.loads(sweep.to_json())
+    for row in old["metrics"]:
+        row.pop("mean")  # as an earlier version wrote it
+    assert f"> {means[0].threshold:.4g} " in str(BudgetSweep.from_json(json.dumps(old)))
 
 
 def test_sweep_refuses_mean_budgets_of_several_saes_and_twice() -> None:
@@ -198,6 +213,25 @@ def test_impossible_arguments_raise_and_are_named(name, error, arguments) -> Non
         mean_budget(
             arguments.pop("sae"), arguments.pop("activations"), arguments.pop("mean"), **arguments
         )
+
+
+def test_a_scalar_of_torch_or_numpy_is_a_mean() -> None:
+    sae, x = make_sae(), torch.randn(40, D_IN)
+    expected = mean_budget(sae, x, 2)
+    for mean in (torch.tensor(2.0), torch.tensor(2), np.float32(2), np.array(2.0)):
+        assert mean_budget(sae, x, mean) == expected
+        assert MeanBudget(mean, 0.5).mean == 2
+    for mean in (torch.tensor(True), torch.tensor([2.0]), torch.tensor(torch.nan)):
+        with pytest.raises(ValueError, match=r"^mean is tensor"):
+            mean_budget(sae, x, mean)
+
+
+def test_weights_that_are_not_finite_are_refused() -> None:
+    sae = make_sae()
+    with torch.no_grad():
+        sae.W_dec[3] = torch.inf
+    with pytest.raises(ValueError, match=r"^sae has NaN or infinite values in W_dec, expected"):
+        mean_budget(sae, torch.randn(8, D_IN), 2)
 
 
 def test_a_sweep_warns_where_more_latents_explain_less() -> None:

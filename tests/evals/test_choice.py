@@ -18,6 +18,8 @@ def test_smallest_budget_is_the_first_that_reaches_the_share(
 ) -> None:
     chosen = smallest_budget(sweep, explained_variance=explained_variance, sae="hierarchical")
     assert chosen == budget
+    share = torch.tensor(explained_variance, dtype=torch.float64)
+    assert smallest_budget(sweep, explained_variance=share, sae="hierarchical") == budget
     alone = BudgetSweep(sweep.metrics[:4], 1000)
     assert smallest_budget(alone, explained_variance=explained_variance) == budget
 
@@ -30,12 +32,20 @@ def test_smallest_budget_is_the_first_that_reaches_the_share(
         ("explained_variance", {"explained_variance": "0.8", "sae": "hierarchical"}),
         ("sae", {"explained_variance": 0.8}),
         ("sae", {"explained_variance": 0.8, "sae": "k=4"}),
-        ("sae", {"explained_variance": 0.8, "sae": "jumprelu"}),
     ],
 )
 def test_smallest_budget_raises_and_names_the_argument(name, arguments, sweep) -> None:
     with pytest.raises(ValueError, match=rf"^{name} is"):
         smallest_budget(sweep, **arguments)
+
+
+def test_smallest_budget_among_no_numbers_says_what_the_sweep_has(sweep) -> None:
+    with pytest.raises(ValueError, match=r"^sweep has 'jumprelu' at no budget, expected"):
+        smallest_budget(sweep, explained_variance=0.8, sae="jumprelu")
+    rows = [replace(sweep.metrics[0], budget=None, threshold=0.5, mean=2.0)]
+    for sae in (None, "hierarchical"):
+        with pytest.raises(ValueError, match=r"^sweep has 'hierarchical' at thresholds alone"):
+            smallest_budget(BudgetSweep(rows, 10), explained_variance=0.8, sae=sae)
 
 
 def test_unreachable_share_says_how_far_the_best_budget_gets(sweep) -> None:

@@ -81,6 +81,12 @@ def test_plot_leaves_images_to_plotly(suffix, sweep, tmp_path: Path, monkeypatch
     assert list(tmp_path.iterdir()) == []
 
 
+def test_plot_refuses_a_suffix_of_no_figure(sweep, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^path is '.*figure.xyz', expected a name in \.html or"):
+        sweep.plot(tmp_path / "new" / "figure.xyz")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("metric", ["explained_varianc", "sae", "budget", "kl_div_score"])
 def test_plot_refuses_a_metric_that_is_not_there(metric, sweep) -> None:
     with pytest.raises(ValueError, match="metric is"):

@@ -13,7 +13,7 @@ from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
 from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
 from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
 
-from sae_lens_flex import BudgetSweep, sweep_budgets
+from sae_lens_flex import BudgetSweep, mean_budget, sweep_budgets
 
 from .comparison import (
     BATCH_SIZE_PROMPTS,
@@ -343,6 +343,46 @@ def test_model_without_a_tokenizer_raises_unless_tokens_are_given(
         sweep_budgets(sae, store, show_progress=False)
     sweep = sweep_budgets(sae, store, n_batches=1, exclude_special_tokens=[0], show_progress=False)
     assert sweep.n_tokens < BATCH_SIZE_PROMPTS * CONTEXT_SIZE
+
+
+@pytest.mark.parametrize("names", [["W_dec"], ["W_enc", "W_dec", "b_enc", "b_dec"]], ids=str)
+def test_a_diverged_sae_is_told(names) -> None:
+    sae = make_sae()
+    with torch.no_grad():
+        for name in names:
+            getattr(sae, name)[0] = torch.nan
+    saes = {"good": make_sae(), "bad": sae}
+    message = rf"^the weights of 'bad' \(.*{names[-1]}.*\) hold NaN or infinity"
+    with pytest.warns(UserWarning, match=message) as caught:
+        sweep_budgets(saes, torch.randn(30, D_IN), show_progress=False)
+    told = [warning for warning in caught if "'bad'" in str(warning.message)]
+    assert [warning.filename for warning in told] == [__file__]
+
+
+@pytest.mark.parametrize(
+    ("factor", "words"),
+    [(1.3, r"keeps [89].* here, and more than its k \(8\)"), (0.3, "keeps 0.*here:")],
+)
+def test_a_threshold_carried_to_unlike_activations_is_told(factor, words) -> None:
+    sae, x = make_sae(), torch.randn(400, D_IN)
+    budget = mean_budget(sae, x, 6)
+    assert budget.mean == 6
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="the threshold")
+        sweep_budgets(sae, torch.randn(400, D_IN), budgets=[budget], show_progress=False)
+    with pytest.warns(
+        UserWarning, match=f"^the threshold of 'sae' for a mean of 6 .*{words}"
+    ) as got:
+        sweep_budgets(sae, factor * x, budgets=[budget], show_progress=False)
+    assert got[0].filename == __file__
+
+
+def test_reconstructions_that_are_not_finite_are_told() -> None:
+    sae = make_sae()
+    own = sae.decode
+    sae.decode = lambda acts: own(acts) / 0  # type: ignore[method-assign]
+    with pytest.warns(UserWarning, match=r"^the reconstructions of 'sae' hold NaN or infinity"):
+        sweep_budgets(sae, torch.randn(30, D_IN), show_progress=False)
 
 
 @pytest.mark.parametrize("value", [0.0, 0.7, -300.0])

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -185,9 +186,19 @@ def test_from_topk_keeps_the_fields_of_a_hierarchical_sae(form: str, hierarchica
     )
     assert known(from_topk(source).cfg) == FIELDS
     # The level weights are those of the SAE's own budgets.
+    told = (
+        r"^budgets is .*level_weights is left out.*trained with level_weights \[1\.0, 0\.5, 2\.0\]"
+    )
     given = {"budgets": [2, 5, K], "aux_loss_coefficient": 0.0}
-    assert known(from_topk(source, **given).cfg) == FIELDS | given | {"level_weights": None}
-    assert known(from_topk(source, budgets=None).cfg, OF_LEVELS) == OF_LEVELS
+    with pytest.warns(UserWarning, match=told) as caught:
+        assert known(from_topk(source, **given).cfg) == FIELDS | given | {"level_weights": None}
+    assert caught[0].filename == __file__
+    with pytest.warns(UserWarning, match=told):
+        assert known(from_topk(source, budgets=None).cfg, OF_LEVELS) == OF_LEVELS
+    warnings.simplefilter("error")  # pytest restores the filters.
+    assert known(from_topk(source, budgets=tuple(FIELDS["budgets"])).cfg) == FIELDS
+    given = {"budgets": [2, 5, K], "level_weights": None}
+    assert known(from_topk(source, **given).cfg) == FIELDS | given
     given = {"level_weights": [0.0, 0.0, 3.0]}
     assert known(from_topk(source, **given).cfg) == FIELDS | given
     given = {"budgets": [2, K], "level_weights": [3.0, 1.0]}
@@ -297,17 +308,24 @@ def test_command_line_trains_a_saved_sae_on_as_it_was_trained(train, hierarchica
 
 
 def test_command_line_applies_the_flags_that_are_given(train, hierarchical: Path) -> None:
-    result = train(
-        hierarchical,
-        f"--architecture hierarchical_topk --d_in {D_IN} --d_sae {D_SAE} -k {K} --budgets 2 {K} "
-        "--aux_loss_coefficient 0 --backend auto --normalize_activations none",
-    )
+    with pytest.warns(UserWarning, match=rf"^budgets is \[2, {K}\] and level_weights is left out"):
+        result = train(
+            hierarchical,
+            f"--architecture hierarchical_topk --d_in {D_IN} --d_sae {D_SAE} -k {K} "
+            f"--budgets 2 {K} --aux_loss_coefficient 0 --backend auto --normalize_activations none",
+        )
     assert result.code == 0, result.err
     given = {"budgets": [2, K], "aux_loss_coefficient": 0.0, "backend": "auto"}
     given["level_weights"] = None  # Those of the saved SAE are of other budgets.
     assert known(result.sae.cfg) == FIELDS | given
     assert {name: result.recorded[name] for name in FIELDS} == FIELDS | given
     assert torch.equal(result.started_with, SAE.load_from_disk(hierarchical).W_dec)
+
+
+def test_command_line_keeps_level_weights_with_the_same_budgets(train, hierarchical: Path) -> None:
+    result = train(hierarchical, f"--budgets {' '.join(map(str, FIELDS['budgets']))}")
+    assert result.code == 0, result.err
+    assert known(result.sae.cfg) == FIELDS
 
 
 def test_command_line_applies_level_weights(train, hierarchical: Path) -> None:
@@ -388,7 +406,7 @@ def test_command_line_leaves_saelens_its_own(train, tmp_path: Path) -> None:
         ("--backend cuda", ["backend"]),
         ("--architecture topk", ["architecture is 'topk', expected 'hierarchical_topk'"]),
         ("--architecture standard", ["architecture is 'standard'"]),
-        ("--d 16", ["ambiguous", "--d_in"]),
+        ("--d 16", ["--d is no flag"]),
         ("--nonsense 1", ["--nonsense"]),
     ],
 )

@@ -346,6 +346,17 @@ def test_adaptive_encoding_of_the_training_sae_is_that_of_the_inference_sae() ->
     assert torch.equal(acts, hierarchical_sae().encode_adaptive(x, 0.4))
 
 
+def test_encode_adaptive_tells_errors_that_are_not_finite() -> None:
+    sae, x = hierarchical_sae(), random_activations()
+    x[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"^x has NaN or infinite values"):
+        sae.encode_adaptive(x, 0.4)
+    with torch.no_grad():
+        sae.W_dec[:] = torch.inf
+    with pytest.raises(ValueError, match=r"^sae has NaN or infinite values in W_dec, expected"):
+        sae.encode_adaptive(random_activations(), 0.4)
+
+
 def test_adaptive_encoding_takes_the_heads_of_hook_z() -> None:
     sae = hierarchical_sae(reshape_activations="hook_z")
     x = random_activations(3, 5, D_IN)
