@@ -267,6 +267,16 @@ def test_training_ends_with_what_was_saved(train_flags, run, tmp_path: Path) -> 
     assert result.out.splitlines()[-1] == f"{tmp_path / 'sae'}: a topk SAE, k={K}"
 
 
+def test_training_that_diverged_says_so(train_flags, run, tmp_path: Path) -> None:
+    flags = {"--lr": 1e38, "--training_tokens": 4 * BATCH_SIZE, "--output_path": tmp_path / "sae"}
+    with pytest.warns(UserWarning, match=r"^the SAE has NaN or infinite values in .*W_dec"):
+        assert run("train", *as_arguments(train_flags | flags)).code == 0
+    assert_refused(
+        run("export", tmp_path / "sae", "--budget", 1, "--output", tmp_path / "new"),
+        "NaN or infinite values in",
+    )
+
+
 def test_buffer_holds_a_batch_unless_a_flag_says_its_size(
     train_flags, run, tmp_path: Path, step_losses
 ) -> None:
