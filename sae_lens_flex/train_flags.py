@@ -5,11 +5,11 @@ import contextlib
 import difflib
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig, llm_sae_training_runner
+from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig
 from sae_lens.llm_sae_training_runner import _parse_cfg_args
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
@@ -22,28 +22,6 @@ RUN_CONFIGS = (LanguageModelSAERunnerConfig, LoggingConfig)
 NEEDED = ("--model_name", "--hook_name", "--dataset_path", "--d_in", "--d_sae", "--k")
 
 
-class _ExactParser(llm_sae_training_runner.ArgumentParser):
-    """SAELens's parser, which takes no beginning of a flag for the flag."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        kwargs["allow_abbrev"] = False
-        super().__init__(*args, **kwargs)
-
-
-@contextlib.contextmanager
-def _without_abbreviations() -> Iterator[None]:
-    """Let SAELens make parsers that take no beginning of a flag for the flag.
-
-    Its own take "--budget" for "--budgets", which means another thing where SAEs are exported.
-    """
-    module: Any = llm_sae_training_runner
-    previous, module.ArgumentParser = module.ArgumentParser, _ExactParser
-    try:
-        yield
-    finally:
-        module.ArgumentParser = previous
-
-
 def parse(argv: Sequence[str]) -> Any:
     """Return the LanguageModelSAERunnerConfig that the flags describe.
 
@@ -53,9 +31,10 @@ def parse(argv: Sequence[str]) -> Any:
     argv = ["--help" if argument == "--all-flags" else argument for argument in argv]
     messages = io.StringIO()
     try:
-        with contextlib.redirect_stderr(messages), _without_abbreviations():
+        with contextlib.redirect_stderr(messages):
             cfg = _parse_cfg_args(argv)
     except ValueError:  # of the config, perhaps of a default that does not fit
+        _check_whole(argv)
         _check_needed(argv)
         raise
     except argparse.ArgumentError as error:
@@ -66,9 +45,19 @@ def parse(argv: Sequence[str]) -> Any:
         # argparse has printed the usage of some hundred flags, and then the error as the last line.
         message = messages.getvalue().strip().splitlines()[-1].partition("error: ")[2]
     else:
+        _check_whole(argv)
         _check_needed(argv)
         return cfg
     raise ValueError(_explained(message, argv))
+
+
+def _check_whole(argv: Sequence[str]) -> None:
+    """Raise a ValueError for the beginning of a flag, which SAELens's parser takes for the flag."""
+    architecture = _given(argv, "--architecture", "--sae", nargs="?")
+    known = _flags(architecture)
+    for flag in _flags_among(argv):
+        if flag not in {*known, "--sae"} and any(name.startswith(flag) for name in known):
+            raise ValueError(_unknown_flags([flag], architecture))
 
 
 def _check_needed(argv: Sequence[str]) -> None:
@@ -116,10 +105,7 @@ def _unknown_flags(words: list[str], architecture: str | None) -> str | None:
     for name in dict.fromkeys([*TRAINING_CLASSES, *SAE_TRAINING_CLASS_REGISTRY]):
         for flag in _flags(name) - known:
             owners.setdefault(flag, []).append(name)
-    given = [word.partition("=")[0] for word in words if re.match(r"--\w|-k$", word)]
-    given = [
-        "--k" if word == "-k" else word.replace("-", "_").replace("__", "--") for word in given
-    ]
+    given = _flags_among(words)
     for flag in given:
         near = difflib.get_close_matches(flag, [*known, *owners], n=1, cutoff=0.75)
         if flag not in owners and near:
@@ -132,6 +118,12 @@ def _unknown_flags(words: list[str], architecture: str | None) -> str | None:
             return f"--architecture is missing: {of}, not of SAELens's {DEFAULT_ARCHITECTURE}"
         return f"{of}, not of --architecture {architecture}"
     return None
+
+
+def _flags_among(words: Sequence[str]) -> list[str]:
+    """Return the words that are flags, as SAELens spells them."""
+    given = [word.partition("=")[0] for word in words if re.match(r"--\w|-k$", word)]
+    return ["--k" if word == "-k" else word.replace("-", "_").replace("__", "--") for word in given]
 
 
 def _given(argv: Sequence[str], *names: str, nargs: str) -> Any:
