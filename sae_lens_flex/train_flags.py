@@ -83,6 +83,8 @@ def _explained(message: str, argv: Sequence[str]) -> str:
         return f"{message}; did you mean {near[0]}?" if near else message
     if kind == "unrecognized arguments":
         return _unknown_flags(rest.split(), architecture) or message
+    if kind == "ambiguous option":  # the beginning of several flags
+        return _unknown_flags(rest.split()[:1], architecture) or message
     if rest.startswith("invalid") and flag in _flags(architecture, of_lists=True):
         # Of "[1, 4, 8]" the message has "[1," alone.
         given = " ".join(_given(argv, flag, nargs="*"))
