@@ -154,7 +154,7 @@ def accelerate() -> Iterator[None]:
       activations that need a gradient. The first step is one too, because it makes Adam's state,
       and every step where `sae.use_cuda_graph` is False. So is a step of more than 2^25 weights
       whose widths have auxiliary losses of their own, while latents may be dead. Up to d_in * d_sae
-      = 2^28, and up to 2^41 with the batch, the function is recorded as one CUDA graph and replayed
+      = 2^29, and up to 2^42 with the batch, the function is recorded as one CUDA graph and replayed
       in one launch. Larger steps, and those that log, are launched piece by piece. Several
       processes record steps that are larger by their number, with what they exchange. These
       recordings end with the block: end the group of processes after it.

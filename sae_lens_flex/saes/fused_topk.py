@@ -81,7 +81,7 @@ class FusedTopKTrainingSAE(OwnNormalization, TopKTrainingSAE):
     takes longer than computing them. Nothing else changes: a step that does not fit the recording,
     of another batch size or dtype for instance, is an ordinary one. A recording keeps the memory of
     a step's intermediates until `eval()`. Within `accelerate()` a trainer's recording is of its
-    whole step, Adam included, and of SAEs up to eight times as large; larger steps are taken as a
+    whole step, Adam included, and of SAEs up to 16 times as large; larger steps are taken as a
     whole without a recording. The losses of such a step carry no gradients, because they have been
     applied. `use_cuda_graph = False` does without recordings and without whole steps.
 

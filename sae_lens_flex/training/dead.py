@@ -134,7 +134,9 @@ class DeadGradients(NamedTuple):
             latents = self.own_latents if is_of_encoder else self.latents
             is_dead = self.own_is_dead if is_of_encoder else self.is_dead
             add_rows(
-                *(gradient, latents, rows),
+                gradient,
+                latents,
+                rows,
                 is_used=is_dead,
                 use_triton=self.use_triton,
                 is_zero=is_absent,

@@ -63,8 +63,8 @@ class Reconstruction(NamedTuple):
         norms: [F], or None for 1.
         width_losses: with the spec's `widths`, the mean squared error of each, [n], whatever its
             weight. `mse_loss` is their weighted sum.
-        is_absent: the latents that no sample chose, whose rows of the gradients of W_enc and W_dec
-            are zeros, [F], bool. None where nothing tells, as in several processes.
+        index_starts: the `starts` of the inverted index of the code; None where there is none that
+            is of all latents, as in several processes.
     """
 
     mse_loss: torch.Tensor
@@ -75,7 +75,16 @@ class Reconstruction(NamedTuple):
     hidden_pre: torch.Tensor
     norms: torch.Tensor | None
     width_losses: torch.Tensor | None = None
-    is_absent: torch.Tensor | None = None
+    index_starts: torch.Tensor | None = None
+
+    @property
+    def is_absent(self) -> torch.Tensor | None:
+        """The latents that no sample chose, [F], bool, or None where `index_starts` is.
+
+        Their rows of the gradients of W_enc and W_dec are zeros.
+        """
+        starts = self.index_starts
+        return None if starts is None else starts[1:-1] == starts[2:]
 
 
 class StepResult(NamedTuple):
@@ -330,9 +339,7 @@ def _reconstruct(
     width_losses = None
     if decoded.width_errors is not None:
         width_losses = decoded.width_errors / spec.n_samples
-    is_absent = None
-    if index is not None and not shards.is_sharded:
-        is_absent = index.starts[1:-1] == index.starts[2:]
+    index_starts = None if index is None or shards.is_sharded else index.starts
     return Reconstruction(
         mse_loss=loss,
         gradients=Gradients(
@@ -350,7 +357,7 @@ def _reconstruct(
         hidden_pre=hidden_pre,
         norms=norms,
         width_losses=width_losses,
-        is_absent=is_absent,
+        index_starts=index_starts,
     )
 
 
