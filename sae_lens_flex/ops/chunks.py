@@ -4,13 +4,21 @@ PyTorch shares every operation out among all threads, and the first to finish wa
 A step has hundreds of operations on chunks. Beside busy processes one of the threads is often not
 running, and each operation waits until it runs again. Here a thread computes whole chunks. What a
 chunk adds to what the chunks share waits for its turn; the thread goes on to the next chunk.
+
+The caller's thread is one of them. The others are kept: a new thread would fetch new memory for its
+tensors and matrix products, page by page.
 """
 
+import functools
+import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import torch
+
+from .policy import no_autocast
 
 Add = Callable[[], None]
 """Adds a chunk's part to what the chunks share."""
@@ -27,8 +35,8 @@ def for_each_chunk(
     So sums do not depend on which thread is faster, nor on the number of threads.
 
     Args:
-        compute: called with the samples of each chunk, without autograd. What it returns is called
-            in the order of the chunks.
+        compute: called with the samples of each chunk, without autograd and autocast. What it
+            returns is called in the order of the chunks.
         n_samples: B.
         n_rows: samples in a chunk.
         device: where the chunks are computed.
@@ -43,9 +51,10 @@ def for_each(
     """Compute chunks of a batch, as `for_each_chunk` does, of whichever sizes."""
     n_threads = min(torch.get_num_threads(), len(chunks)) if device.type == "cpu" else 1
     if n_threads <= 1:
-        for chunk in chunks:
-            if (add := compute(chunk)) is not None:
-                add()
+        with no_autocast(device):
+            for chunk in chunks:
+                if (add := compute(chunk)) is not None:
+                    add()
         return
     turns = _Turns(chunks, AHEAD * n_threads)
     is_inference = torch.is_inference_mode_enabled()
@@ -54,17 +63,33 @@ def for_each(
         # A new thread takes the common number of threads when it is first asked for it.
         torch.get_num_threads()
         torch.set_num_threads(1)
-        with torch.inference_mode(is_inference), torch.no_grad():
+        with torch.inference_mode(is_inference), torch.no_grad(), no_autocast(device):
             for number, chunk in turns:
                 turns.add_in_turn(number, compute(chunk))
 
+    work = turns.stopping(work)
     n_before = torch.get_num_threads()
     try:
-        with ThreadPoolExecutor(n_threads) as pool:
-            for future in [pool.submit(turns.stopping(work)) for _ in range(n_threads)]:
-                future.result()
+        helpers = [_helpers().submit(work) for _ in range(n_threads - 1)]
+        try:
+            work()
+        finally:
+            # One that has not begun, because all were busy, is not needed any more.
+            begun = [helper for helper in helpers if not helper.cancel()]
+            wait(begun)
+        for helper in begun:
+            helper.result()
     finally:
-        torch.set_num_threads(n_before)  # for threads that start later
+        torch.set_num_threads(n_before)  # of this thread, and of those that start later
+
+
+@functools.cache
+def _helpers() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="sae_lens_flex")
+
+
+if sys.platform != "win32":  # A forked process has none of its parent's threads.
+    os.register_at_fork(after_in_child=_helpers.cache_clear)
 
 
 class _Turns:

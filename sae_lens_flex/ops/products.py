@@ -78,8 +78,7 @@ def gather(
         sums = torch.bmm(rows.values.to(dtype).unsqueeze(1), w).squeeze(1)
         out[chunk] = sums if target is None else sums - target[chunk].to(dtype)
 
-    with no_autocast(weight.device):
-        for_each(walk, chunks_of(code, d_in), weight.device)
+    for_each(walk, chunks_of(code, d_in), weight.device)
     return out
 
 

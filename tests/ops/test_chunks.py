@@ -85,7 +85,7 @@ def test_every_thread_works_alone_and_adds_in_the_order_of_the_batch() -> None:
     for_each_chunk(compute, 50, 3, CPU)
     assert order == [slice(start, start + 3) for start in range(0, 50, 3)]
     assert 1 < len(threads) <= 3
-    assert threading.get_ident() not in threads
+    assert threading.get_ident() in threads
     assert n_threads == {1}
     assert torch.get_num_threads() == 3
     assert in_new_thread(torch.get_num_threads) == 3
@@ -113,10 +113,24 @@ def test_a_slow_chunk_holds_up_no_other_until_many_are_ahead() -> None:
     assert order == list(range(100))
 
 
-def test_no_thread_is_left() -> None:
-    before = threading.active_count()
+def test_threads_are_kept() -> None:
     loss_and_gradients("every")
-    assert threading.active_count() == before
+    before = set(threading.enumerate())
+    for _ in range(5):
+        loss_and_gradients("every")
+    assert set(threading.enumerate()) == before
+
+
+def test_the_caller_does_alone_what_no_thread_is_free_for(monkeypatch) -> None:
+    expected = loss_and_gradients("every")
+    end = threading.Event()
+    with ThreadPoolExecutor(1) as busy:
+        was_ended = busy.submit(end.wait, 60)
+        monkeypatch.setattr(chunks, "_helpers", lambda: busy)
+        results = loss_and_gradients("every")
+        end.set()
+        assert was_ended.result(), "the caller waited for a thread that was busy"
+        assert_same(results, expected)
 
 
 @pytest.mark.parametrize("where", ["compute", "add"])
@@ -178,7 +192,7 @@ def test_a_forked_process_computes_too() -> None:
 
 
 def test_one_chunk_takes_no_thread(monkeypatch) -> None:
-    monkeypatch.setattr(chunks, "ThreadPoolExecutor", lambda *_: pytest.fail("took a thread"))
+    monkeypatch.setattr(chunks, "_helpers", lambda: pytest.fail("took a thread"))
     code = Code(torch.zeros(2, K, dtype=torch.int64), torch.ones(2, K))
     assert torch.equal(
         gather(code, torch.ones(F, D), use_triton=False), torch.full((2, D), K * 1.0)
