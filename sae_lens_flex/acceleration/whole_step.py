@@ -124,13 +124,17 @@ def whole_step(
     """
     weights, since_fired = trained.weights, trained.since_fired
     with no_autocast(since_fired.device):
-        main = reconstruct(weights, inputs, spec, wanted, shards)
+        is_dead = written_later = None
+        if most_dead > 0:
+            is_dead = since_fired > settings.dead_feature_window
+            # `added_to` writes their rows, and knows which of them the reconstruction has left.
+            written_later = None if shards.is_sharded else is_dead
+        main = reconstruct(weights, inputs, spec, wanted, shards, written_later=written_later)
         at = coordinates(main.code)
         before_update(main, at)
         gradients, total = main.gradients, main.mse_loss
         auxiliary = torch.zeros_like(total)
-        if most_dead > 0:
-            is_dead = since_fired > settings.dead_feature_window
+        if is_dead is not None:
             if settings.aux_loss_by_width:
                 found = padded_of_widths(is_dead, spec.widths, most_dead)
             else:

@@ -199,12 +199,15 @@ class InvertedIndex(NamedTuple):
         samples: b of each pair, [n], int32.
         starts: the pairs of latent f are those from starts[f + 1] to starts[f + 2], [F + 2], int32;
             int64 from 2^31 pairs on.
+        written_later: latents whose sums need not be written where no pair chose them, [F], bool;
+            None for none. The kernels then leave them as they are.
     """
 
     latents: torch.Tensor
     pairs: torch.Tensor
     samples: torch.Tensor
     starts: torch.Tensor
+    written_later: torch.Tensor | None = None
 
     def with_rows_of(self, code: Code) -> "InvertedIndex":
         """Return the index of the same pairs in other rows, those of `code`."""

@@ -229,17 +229,29 @@ def reconstruct(
     spec: Spec,
     wanted: WantedGradients,
     shards: Whole = WHOLE,
+    *,
+    written_later: torch.Tensor | None = None,
 ) -> Reconstruction:
     """Encode a batch, reconstruct it and differentiate the error.
 
     It waits for nothing and asks nothing of the device, so it can be recorded as a CUDA graph.
+
+    Args:
+        weights, inputs, spec, wanted, shards: as in `step`.
+        written_later: latents of whose rows of the gradients of W_enc and W_dec the caller writes
+            those that `is_absent` names, [F], bool. They may hold anything. Only in one process.
     """
     with no_autocast(weights.W_dec.device):  # `spec` says in which dtype products are computed
-        return _reconstruct(weights, inputs, spec, wanted, shards)
+        return _reconstruct(weights, inputs, spec, wanted, shards, written_later)
 
 
 def _reconstruct(
-    weights: Weights, inputs: Inputs, spec: Spec, wanted: WantedGradients, shards: Whole
+    weights: Weights,
+    inputs: Inputs,
+    spec: Spec,
+    wanted: WantedGradients,
+    shards: Whole,
+    written_later: torch.Tensor | None,
 ) -> Reconstruction:
     W_enc, b_enc, W_dec, b_dec = weights  # [D, F_r], [F_r], [F, D_r], [D]
     x, target, scale, level_weights = inputs  # [B_r, D], [B_r, D], [B_r, 1], [k]
@@ -264,6 +276,7 @@ def _reconstruct(
         index = shards.by_own_latent(
             code, n_latents, deterministic=spec.deterministic, use_triton=use_triton
         )
+        index = index._replace(written_later=written_later)
     hidden_pre = code.values if norms is None else code.values * norms.take(code.latents)
 
     # --- decode: vals @ W_dec[latents] + bias is to be the target

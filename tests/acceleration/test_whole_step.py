@@ -111,17 +111,35 @@ def cloned(tensor: torch.Tensor | None) -> torch.Tensor | None:
 
 
 @on_kernel_devices
-def test_whole_step_by_kernels_is_that_by_pytorch(device) -> None:
+@pytest.mark.parametrize("levels", ["every", "last"])
+@pytest.mark.parametrize("has_dead", [False, True], ids=["", "dead"])
+def test_whole_step_by_kernels_is_that_by_pytorch(has_dead, levels, device, monkeypatch) -> None:
     adam = SETTINGS["decoupled"]
+    new_empty = torch.Tensor.new_empty
     results: list[tuple[Trained, WholeStep]] = []
     for backend in ("triton", "torch"):
-        made = case((backend, device))
+        made = case((backend, device), levels=levels, n_dead=3)
         start = trained(made.weights, (True,) * 4)
-        settings = Settings(adam, dead_feature_window=3, aux_loss_coefficient=0.0)
+        most_dead = 0
+        if has_dead:
+            # Some of them fire in this step, so the reconstruction has a gradient of their rows.
+            start.since_fired[::2] = start.since_fired[made.dead] = 9
+            most_dead = F
+        settings = Settings(adam, dead_feature_window=3, aux_loss_coefficient=0.5)
+        if backend == "triton":  # What is left as it was is seen.
+            monkeypatch.setattr(
+                torch.Tensor, "new_empty", lambda *a, **b: unlike_any(new_empty(*a, **b))
+            )
         results.append(
-            (start, whole_step(start, made.inputs, made.spec, WANTED, settings, most_dead=0))
+            (start, whole_step(start, made.inputs, made.spec, WANTED, settings, most_dead))
         )
+        monkeypatch.undo()
     (by_kernels, step), (by_torch, expected) = results
     assert_same(by_kernels, by_torch, tolerance=1e-5)
     torch.testing.assert_close(step.losses, expected.losses)
+    assert (step.losses[2] > 0) == has_dead
     assert torch.equal(step.counts, expected.counts)
+
+
+def unlike_any(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor

@@ -8,7 +8,7 @@ from sae_lens_flex.ops.codes import Code
 from sae_lens_flex.ops.kernels import sums
 from sae_lens_flex.ops.products import gather, scatter
 
-from .comparison import DEVICES, TOLERANCE, every_backend, relative_error
+from .comparison import DEVICES, KERNEL_DEVICES, TOLERANCE, every_backend, relative_error
 
 # (B, K, F, D): odd ones, more pairs than latents, more latents than pairs, one of everything.
 SHAPES = [(1, 1, 1, 1), (5, 3, 100, 7), (33, 9, 4, 40), (2, 17, 500, 300)]
@@ -197,6 +197,22 @@ def test_scatter_ignores_latents_beyond_the_last(on) -> None:
         out = torch.full((n_latents, 7), torch.nan, dtype=dtype, device=on[1])
         scatter(index, code.values, rows, out=out, use_triton=on[0] == "triton")
         assert relative_error(out, expected) < (1e-14 if dtype == torch.float64 else 5e-6)
+
+
+@pytest.mark.parametrize("device", KERNEL_DEVICES)
+def test_sums_that_are_written_later_are_left_where_there_is_no_pair(device) -> None:
+    n_latents, d_in = 70, 300
+    code = random_code((9, 3, n_latents, d_in), device=device)
+    rows = random_matrix(9, d_in, device=device)
+    expected = assert_scatters(code, rows, n_latents, ("triton", device))
+    index = code.by_latent(n_latents, use_triton=True, deterministic=False)
+    later = torch.arange(n_latents, device=device) % 3 == 0
+    out = torch.full_like(expected, torch.nan)
+    scatter(index._replace(written_later=later), code.values, rows, out=out, use_triton=True)
+    is_left = later & ~torch.isin(torch.arange(n_latents, device=device), code.latents)
+    assert 0 < is_left.sum() < later.sum()
+    assert out[is_left].isnan().all()
+    torch.testing.assert_close(out[~is_left], expected[~is_left], rtol=0, atol=1e-5)
 
 
 @every_backend

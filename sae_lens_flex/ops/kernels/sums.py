@@ -190,10 +190,12 @@ def _join_runs(latents, partials, sums, run, d, N, F, n_columns, width, run_leng
 
 
 @triton.jit
-def _zero_absent(starts, sums, block, d, F, n_columns, width, BLOCK_F: tl.constexpr):
+def _zero_absent(starts, written_later, sums, block, d, F, n_columns, width, BLOCK_F: tl.constexpr):
     f = block * BLOCK_F + tl.arange(0, BLOCK_F)
     start = tl.load(starts + 1 + f, mask=f < F, other=0)
     is_absent = (f < F) & (start == tl.load(starts + 2 + f, mask=f < F, other=0))
+    if written_later is not None:
+        is_absent = is_absent & (tl.load(written_later + f, mask=f < F, other=0) == 0)
     zeros = tl.zeros([BLOCK_F, d.shape[0]], sums.dtype.element_ty)
     mask = is_absent[:, None] & (d < n_columns)[None, :]
     tl.store(sums + (f * width)[:, None] + d[None, :], zeros, mask=mask)
@@ -224,6 +226,7 @@ def _finish_kernel(
     latents,
     pairs,
     starts,
+    written_later,  # or None
     partials,
     sums,  # or None
     dots_parts,
@@ -253,7 +256,7 @@ def _finish_kernel(
                 _join_runs(latents, partials, sums, program, d, N, F, n_columns, width, run_length)
             else:
                 block = program - n_joining
-                _zero_absent(starts, sums, block, d, F, n_columns, width, BLOCK_F)
+                _zero_absent(starts, written_later, sums, block, d, F, n_columns, width, BLOCK_F)
     elif dots is not None:
         n_slices = tl.num_programs(1)
         block = (program - n_joining - n_zeroing) * n_slices + slice_
@@ -272,7 +275,7 @@ BLOCK_F = 16
 
 
 def sum_by_latent(
-    index: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    index: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None],
     values: torch.Tensor,
     rows: torch.Tensor,
     *,
@@ -287,8 +290,8 @@ def sum_by_latent(
     """Write the sums of each latent; return the dots.
 
     Args:
-        index: the inverted index of the batch: latents, pairs, samples and starts, as in
-            `codes.InvertedIndex`.
+        index: the inverted index of the batch: latents, pairs, samples, starts and
+            `written_later`, as in `codes.InvertedIndex`.
         values: of each pair, [B, K] or [N], contiguous; with `in_order` in the index's order.
         rows: contiguous: [B, n] for a row a sample; with `rows_of_pairs` [N, n].
         sums: where the sums go, [F, >= n], contiguous, of any floating dtype. None for no sums.
@@ -297,12 +300,15 @@ def sum_by_latent(
         rows_of_pairs: whether each pair has a row, not each sample.
         scale: multiplies sums and dots.
         first_column: the column of `sums` at which the columns of `rows` begin.
-        zero_absent: whether to zero the sums of the latents that no pair chose.
+        zero_absent: whether to zero the sums of the latents that no pair chose, but for those
+            that are written later.
 
     Returns:
         The dots, in the shape of `values`, float32, or None.
     """
-    latents, pairs, samples, starts = index
+    latents, pairs, samples, starts, written_later = index
+    if written_later is not None:
+        written_later = written_later.contiguous().view(torch.int8)
     n_pairs, n_columns = pairs.numel(), rows.shape[1]
     run_length = max(SHORTEST_RUN, cdiv(n_pairs, MOST_RUNS))
     n_runs = cdiv(n_pairs, run_length)
@@ -347,7 +353,7 @@ def sum_by_latent(
         launch(
             _finish_kernel,
             (n_joining + n_zeroing + cdiv(n_adding, slices), slices),
-            (latents, pairs, starts, partials, sums, dots_parts, dots),
+            (latents, pairs, starts, written_later, partials, sums, dots_parts, dots),
             (scale,),
             (first_slice, n_joining, n_zeroing, *sizes),
             ADDS=first_slice > 0,
