@@ -21,7 +21,7 @@ from torch.optim.adam import adam
 
 from ..ops.kernels.adam import Adam, Updated, adam_, squares
 from ..ops.policy import no_autocast
-from ..training.dead import padded
+from ..training.dead import KnownDead, padded
 from ..training.firing import coordinates, fired
 from ..training.matryoshka import padded_of_widths
 from ..training.requests import Gradients, Inputs, Spec, WantedGradients, Weights
@@ -124,26 +124,26 @@ def whole_step(
     """
     weights, since_fired = trained.weights, trained.since_fired
     with no_autocast(since_fired.device):
-        is_dead = written_later = None
+        found = known = None
         if most_dead > 0:
             is_dead = since_fired > settings.dead_feature_window
-            # `added_to` writes their rows, and knows which of them the reconstruction has left.
-            written_later = None if shards.is_sharded else is_dead
-        main = reconstruct(weights, inputs, spec, wanted, shards, written_later=written_later)
-        at = coordinates(main.code)
-        before_update(main, at)
-        gradients, total = main.gradients, main.mse_loss
-        auxiliary = torch.zeros_like(total)
-        if is_dead is not None:
             if settings.aux_loss_by_width:
                 found = padded_of_widths(is_dead, spec.widths, most_dead)
             else:
                 found = padded(is_dead, most_dead, shards)
+                known = None if shards.is_sharded else KnownDead(is_dead, found)
+        main = reconstruct(weights, inputs, spec, wanted, shards, known=known)
+        at = coordinates(main.code)
+        before_update(main, at)
+        gradients, total = main.gradients, main.mse_loss
+        auxiliary = torch.zeros_like(total)
+        if found is not None:
             auxiliary, of_dead = loss_on_dead(
                 *(main, weights, inputs, spec, wanted, found),
                 coefficient=settings.aux_loss_coefficient,
                 shards=shards,
             )
+            # It writes the rows of dead latents that the reconstruction has left.
             gradients = of_dead.added_to(gradients, weights, inputs.encoder_input, main.is_absent)
             total = main.mse_loss + auxiliary
         _update(trained, gradients, spec, settings.adam, shards)
@@ -153,7 +153,8 @@ def whole_step(
             Threshold(trained.threshold, settings.threshold_lr).move(main.hidden_pre)
         *of_widths, mse = [main.mse_loss] if main.width_losses is None else main.width_losses
         losses = torch.stack((total, mse, auxiliary, *of_widths))
-    return WholeStep(main._replace(gradients=Gradients()), losses, counts, at)
+    main = main._replace(gradients=Gradients(), products_of_dead=None)
+    return WholeStep(main, losses, counts, at)
 
 
 def _update(

@@ -15,6 +15,7 @@ from .chunks import for_each_chunk
 from .codes import Code
 from .kernels import selection as kernels
 from .kernels.launch import cdiv
+from .kernels.rows import take_columns
 from .policy import is_deterministic
 
 # A chunk of the batch has this many bytes of pre-activations. On a CPU they stay in the caches. A
@@ -38,6 +39,18 @@ class Encoder(NamedTuple):
     norms: torch.Tensor | None
 
 
+class Columns(NamedTuple):
+    """Products with W_enc of some latents, which are kept beside the code. Kernels write them.
+
+    Attributes:
+        latents: [n], contiguous.
+        products: [B, n], contiguous, in the dtype of the products.
+    """
+
+    latents: torch.Tensor
+    products: torch.Tensor
+
+
 def chunk_rows(n_samples: int, n_latents: int, dtype: torch.dtype, device: torch.device) -> int:
     """Return of how many samples the pre-activations are held at once."""
     if device.type == "cpu":
@@ -47,7 +60,14 @@ def chunk_rows(n_samples: int, n_latents: int, dtype: torch.dtype, device: torch
     return cdiv(n_samples, cdiv(n_samples, max(1, rows)))
 
 
-def select(rows: torch.Tensor, encoder: Encoder, k: int, *, use_triton: bool) -> Code:
+def select(
+    rows: torch.Tensor,
+    encoder: Encoder,
+    k: int,
+    *,
+    use_triton: bool,
+    columns: Columns | None = None,
+) -> Code:
     """Return the code of a batch.
 
     Args:
@@ -55,6 +75,7 @@ def select(rows: torch.Tensor, encoder: Encoder, k: int, *, use_triton: bool) ->
         encoder: W_enc is rounded to that dtype.
         k: latents to keep, 1..F.
         use_triton: whether the kernels may be used.
+        columns: are written.
     """
     n_samples, n_latents = rows.shape[0], encoder.weight.shape[1]
     code = empty_code(n_samples, k, rows, encoder.bias)
@@ -63,6 +84,8 @@ def select(rows: torch.Tensor, encoder: Encoder, k: int, *, use_triton: bool) ->
 
     def walk(chunk: slice) -> None:
         products = rows[chunk] @ weight  # [b, F]
+        if columns is not None:
+            take_columns(products, columns.latents, columns.products[chunk])
         part = Code(code.latents[chunk], code.values[chunk])
         select_from(products, encoder, part, use_triton=use_triton)
 

@@ -35,7 +35,7 @@ from ..ops.kernels import kept as places
 from ..ops.kernels.error import scaled_error
 from ..ops.policy import accumulation_dtype, gradient_dtype, in_dtype, no_autocast
 from ..ops.products import add_rows, sum_rows, take_rows
-from ..ops.selection import Encoder, chunk_rows, empty_code, select_from
+from ..ops.selection import Columns, Encoder, chunk_rows, empty_code, select_from
 from .requests import Gradients, Spec, WantedGradients, Weights
 from .shards import WHOLE, Split, Whole
 
@@ -69,6 +69,18 @@ class DeadLatents(NamedTuple):
     latents: torch.Tensor
     is_dead: torch.Tensor | None
     split: Split | None
+
+
+class KnownDead(NamedTuple):
+    """Dead latents that are known before the batch is encoded.
+
+    Attributes:
+        mask: [F], bool.
+        of_loss: those that the loss takes, as from `padded`.
+    """
+
+    mask: torch.Tensor
+    of_loss: DeadLatents
 
 
 class DeadGradients(NamedTuple):
@@ -183,6 +195,30 @@ def padded(mask: torch.Tensor, capacity: int, shards: Whole = WHOLE) -> DeadLate
     return DeadLatents(torch.cat(latents), torch.cat(are_dead), Split(tuple(map(len, latents))))
 
 
+def columns_for_loss(rows: torch.Tensor, known: KnownDead, spec: Spec) -> Columns | None:
+    """Return where the encoder is to leave products that the loss then need not compute.
+
+    None where kernels do not write places, and where the loss walks the batch in chunks.
+
+    Args:
+        rows: what is multiplied with W_enc, [B, D].
+        known: the dead latents.
+        spec: settings of the step.
+    """
+    latents, (n_samples, d_in) = known.of_loss.latents, rows.shape
+    is_one_chunk = chunk_rows(n_samples, len(latents), rows.dtype, rows.device) >= n_samples
+    if not is_one_chunk or not _writes_places(len(latents), d_in, spec, WHOLE):
+        return None
+    return Columns(latents, rows.new_empty((n_samples, len(latents))))
+
+
+def _writes_places(n_latents: int, d_in: int, spec: Spec, shards: Whole) -> bool:
+    """Return whether kernels write the kept pre-activations of n latents into their places."""
+    chooses = n_latents > d_in // 2
+    fits = places.fits(n_latents, spec.product_dtype)
+    return chooses and fits and spec.use_triton and not shards.is_sharded
+
+
 def nonzero_later(mask: torch.Tensor) -> Callable[[], torch.Tensor]:
     """Return a function that returns where `mask`, [F], is set: indices, [n], ascending.
 
@@ -241,6 +277,7 @@ def auxiliary_loss(
     wanted: WantedGradients,
     shards: Whole = WHOLE,
     split: Split | None = None,
+    known_products: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, DeadGradients]:
     """Return the loss, a scalar, and its gradients.
 
@@ -259,6 +296,8 @@ def auxiliary_loss(
         wanted: which gradients to compute.
         shards: of which process the weights are.
         split: by which the ranks hold the dead latents; not read in one process.
+        known_products: rows @ W_enc of the latents, [B, n], in the `columns_for_loss`. They are
+            overwritten.
     """
     d_in, device = len(weights.b_dec), weights.W_dec.device
     n_latents, half_width = len(latents), d_in // 2
@@ -287,33 +326,38 @@ def auxiliary_loss(
         grad_x = rows.new_empty((n_samples, d_in), dtype=sum_dtype)
     loss = residual.new_zeros((), dtype=sum_dtype)
     scale = torch.full_like(loss, 2 / spec.n_samples) * factor
-    chooses = k < n_latents
-    writes_places = chooses and spec.use_triton and not shards.is_sharded
-    writes_places = writes_places and places.fits(n_latents, dtype)
+    chooses, in_places = k < n_latents, _writes_places(n_latents, d_in, spec, shards)
     use_triton = spec.use_triton
-    with no_autocast(device):
-        encoder = take_rows(
+
+    @cache
+    def encoder() -> torch.Tensor:  # [n_r, D]; with known products mostly not needed
+        return take_rows(
             weights.W_enc.T, own_latents, dtype, is_used=own_is_dead, use_triton=use_triton
-        )  # [n_r, D]
+        )
+
+    with no_autocast(device):
         decoder = take_rows(
             weights.W_dec, latents, dtype, is_used=is_dead, use_triton=use_triton
         )  # [n, D_r]
-        if is_dead is not None and own_is_dead is not None and not writes_places:
+        if is_dead is not None and own_is_dead is not None and not in_places:
             fill = -torch.inf if chooses else 0
             bias, b_enc = (b.masked_fill(~own_is_dead, fill) for b in (bias, b_enc))
             norms = None if norms is None else norms.masked_fill(~is_dead, 1)
         n_rows = chunk_rows(n_samples, n_latents, dtype, rows.device)
         for start in range(0, n_samples, n_rows):
             chunk = slice(start, start + n_rows)
-            products = rows[chunk] @ encoder.T  # [b, n_r]
+            if known_products is not None:
+                products = known_products[chunk]
+            else:
+                products = rows[chunk] @ encoder().T  # [b, n_r]
             listed = kept = None
-            if writes_places:
+            if in_places:
                 kept = places.keep_largest(products, b_enc, norms, is_dead, k)
                 acts = products  # [b, n]
             elif chooses:
                 listed = empty_code(len(products), min(k, n_own), rows, bias)
                 if n_own > 0:
-                    parts = Encoder(encoder.T, bias, None if norms is None else norms[own])
+                    parts = Encoder(encoder().T, bias, None if norms is None else norms[own])
                     is_sorted = shards.is_sharded  # as merging expects
                     select_from(products, parts, listed, use_triton=use_triton, is_sorted=is_sorted)
                 listed = shards.merge(listed, norms, k, dtype=kept_dtype, split=split)  # [b, k]
@@ -323,7 +367,7 @@ def auxiliary_loss(
                 acts.scatter_(-1, listed.latents, in_dtype(listed.values, dtype))
             else:
                 acts = shards.all_columns((products + b_enc).to(dtype), split)  # [b, n]
-            del products  # With tensors of [b, n] the peak of memory is here.
+            del products  # Tensors of [b, n] are most of the memory.
             s = acts @ decoder  # [b, D_r], the reconstruction at first
             if use_triton and sum_dtype == torch.float32:
                 loss += scaled_error(s, residual[chunk].contiguous(), scale)
@@ -333,10 +377,9 @@ def auxiliary_loss(
                 s = error.mul_(scale).to(dtype)
             if wanted.W_dec:
                 grad_W_dec = _plus_product(grad_W_dec, acts.T, s, sum_dtype)
-            del acts
             if not wants_encoder:
                 continue
-            g, sums = s @ decoder.T, None  # [b, n]
+            g, sums = torch.mm(s, decoder.T, out=acts), None  # [b, n], in place of the activations
             if kept is not None:
                 sums = places.at_kept(g, kept, wants_sums=wants_b_enc)
             elif listed is not None:
@@ -351,9 +394,10 @@ def auxiliary_loss(
                 sums = g.sum(0, dtype=sum_dtype) if sums is None else sums
                 grad_b_enc = sums if grad_b_enc is None else grad_b_enc.add_(sums)
             if grad_x is not None:
-                grad_x[chunk] = (g @ encoder).to(sum_dtype)
+                grad_x[chunk] = (g @ encoder()).to(sum_dtype)
         if through_b_dec and grad_b_enc is not None:
-            del encoder, decoder
+            encoder.cache_clear()
+            del decoder
             # Unrounded, since it is a sum over all dead latents.
             grad_b_dec = -sum_rows(
                 weights.W_enc.T, own_latents, grad_b_enc, is_used=own_is_dead, use_triton=use_triton

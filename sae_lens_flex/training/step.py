@@ -42,7 +42,7 @@ from ..ops.policy import accumulation_dtype, gradient_dtype, in_dtype, no_autoca
 from ..ops.products import gather, scatter
 from ..ops.requests import DecoderLoss, Wanted
 from ..ops.selection import Encoder, select
-from .dead import Dead, DeadGradients, DeadLatents, auxiliary_loss
+from .dead import Dead, DeadGradients, DeadLatents, KnownDead, auxiliary_loss, columns_for_loss
 from .encoder import encoder_rows, minus_product
 from .matryoshka import DeadOfWidth, auxiliary_loss_by_width, dead_of_widths, widths_on
 from .requests import Gradients, Inputs, Spec, WantedGradients, Weights
@@ -65,6 +65,8 @@ class Reconstruction(NamedTuple):
             weight. `mse_loss` is their weighted sum.
         index_starts: the `starts` of the inverted index of the code; None where there is none that
             is of all latents, as in several processes.
+        products_of_dead: rows @ W_enc of the latents of the loss on dead ones, [B, n], in its
+            `columns_for_loss`; else None.
     """
 
     mse_loss: torch.Tensor
@@ -76,6 +78,7 @@ class Reconstruction(NamedTuple):
     norms: torch.Tensor | None
     width_losses: torch.Tensor | None = None
     index_starts: torch.Tensor | None = None
+    products_of_dead: torch.Tensor | None = None
 
     @property
     def is_absent(self) -> torch.Tensor | None:
@@ -220,6 +223,7 @@ def loss_on_dead(
         wanted=wanted,
         shards=shards,
         split=found.split,
+        known_products=main.products_of_dead,
     )
 
 
@@ -230,7 +234,7 @@ def reconstruct(
     wanted: WantedGradients,
     shards: Whole = WHOLE,
     *,
-    written_later: torch.Tensor | None = None,
+    known: KnownDead | None = None,
 ) -> Reconstruction:
     """Encode a batch, reconstruct it and differentiate the error.
 
@@ -238,11 +242,11 @@ def reconstruct(
 
     Args:
         weights, inputs, spec, wanted, shards: as in `step`.
-        written_later: latents of whose rows of the gradients of W_enc and W_dec the caller writes
-            those that `is_absent` names, [F], bool. They may hold anything. Only in one process.
+        known: the dead latents; only in one process. Of their rows of the gradients of W_enc and
+            W_dec the caller writes those that `is_absent` names, which may hold anything.
     """
     with no_autocast(weights.W_dec.device):  # `spec` says in which dtype products are computed
-        return _reconstruct(weights, inputs, spec, wanted, shards, written_later)
+        return _reconstruct(weights, inputs, spec, wanted, shards, known)
 
 
 def _reconstruct(
@@ -251,7 +255,7 @@ def _reconstruct(
     spec: Spec,
     wanted: WantedGradients,
     shards: Whole,
-    written_later: torch.Tensor | None,
+    known: KnownDead | None,
 ) -> Reconstruction:
     W_enc, b_enc, W_dec, b_dec = weights  # [D, F_r], [F_r], [F, D_r], [D]
     x, target, scale, level_weights = inputs  # [B_r, D], [B_r, D], [B_r, 1], [k]
@@ -264,11 +268,15 @@ def _reconstruct(
     rows = shards.all_samples(encoder_rows(x, b_dec, spec))  # [B, D]
     bias = shards.bias_to_compare(b_enc, use_triton=use_triton)
     encoder = Encoder(W_enc, bias, None if norms is None else norms[own_latents])
+    columns = None
     if spec.over_batch:
         # in rows of different length
         code = select_over_batch(rows, encoder, spec.k, use_triton=use_triton)
     else:
-        code = select(rows, encoder, min(spec.k, n_own), use_triton=use_triton)  # of F_r
+        if known is not None:
+            columns = columns_for_loss(rows, known, spec)
+        n_kept = min(spec.k, n_own)
+        code = select(rows, encoder, n_kept, use_triton=use_triton, columns=columns)  # of F_r
         dtype = torch.promote_types(rows.dtype, b_enc.dtype)
         code = shards.merge(code, norms, spec.k, dtype=dtype)  # [B, k], of F
     index = None
@@ -276,7 +284,8 @@ def _reconstruct(
         index = shards.by_own_latent(
             code, n_latents, deterministic=spec.deterministic, use_triton=use_triton
         )
-        index = index._replace(written_later=written_later)
+        if known is not None:
+            index = index._replace(written_later=known.mask)
     hidden_pre = code.values if norms is None else code.values * norms.take(code.latents)
 
     # --- decode: vals @ W_dec[latents] + bias is to be the target
@@ -371,6 +380,7 @@ def _reconstruct(
         norms=norms,
         width_losses=width_losses,
         index_starts=index_starts,
+        products_of_dead=None if columns is None else columns.products,
     )
 
 

@@ -12,6 +12,7 @@ from sae_lens_flex.ops import selection
 from sae_lens_flex.ops.codes import Code
 from sae_lens_flex.ops.kernels import selection as kernels
 from sae_lens_flex.ops.selection import (
+    Columns,
     Encoder,
     chunk_rows,
     empty_code,
@@ -20,7 +21,7 @@ from sae_lens_flex.ops.selection import (
     select_from,
 )
 
-from .comparison import DEVICES, every_backend, generated, relative_error
+from .comparison import DEVICES, KERNEL_DEVICES, every_backend, generated, relative_error
 
 # (B, D, F, K): groups that do not divide F, one latent a group, K = F, one of everything.
 SHAPES = [
@@ -95,6 +96,24 @@ def assert_selects(
 def test_latents_and_values_match_float64_definition(on, shape, has_norms) -> None:
     rows, encoder = random_inputs(shape, device=on[1], has_norms=has_norms)
     assert_selects(rows, encoder, shape[-1], on)
+
+
+@pytest.mark.parametrize("device", KERNEL_DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("n_columns", [1, 70, 2500])
+def test_products_of_some_latents_are_kept(n_columns, dtype, device, monkeypatch) -> None:
+    for name in ("CPU_CHUNK_BYTES", "GPU_CHUNK_BYTES", "GPU_CHUNK_ROWS"):
+        monkeypatch.setattr(selection, name, 1)  # a chunk of each sample
+    rows, encoder = random_inputs((3, 8, 3000, 5), dtype, device)
+    latents = torch.randperm(3000, generator=torch.Generator().manual_seed(2))[:n_columns]
+    latents = torch.cat((latents, latents[:1])).to(device)  # one of them twice
+    columns = Columns(latents, rows.new_full((3, len(latents)), torch.nan))
+    code = select(rows, encoder, 5, use_triton=True, columns=columns)
+    without = select(rows, encoder, 5, use_triton=True)
+    assert torch.equal(code.latents, without.latents)
+    assert torch.equal(code.values, without.values)
+    exact = rows.cpu().double() @ encoder.weight.cpu().double()[:, latents.cpu()]
+    assert relative_error(columns.products, exact) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -1,8 +1,9 @@
-"""Rows of a matrix that some latents choose, each at most once.
+"""Rows of a matrix that some latents choose, each at most once; and columns.
 
     take:  out[i] = matrix[latents[i]], rounded; 0 where not is_used[i]
     add:   matrix[latents[i]] += rows[i] where is_used[i]
     sum:   out = sum of factors[i] * matrix[latents[i]] where is_used[i]
+    take columns:  out[:, i] = matrix[:, latents[i]]
 
 No two of the latents that are used are equal, so no two programs of `add` write the same row.
 """
@@ -75,6 +76,15 @@ def _sum_rows_kernel(
     tl.store(sums + tl.program_id(1).to(tl.int64) * D + d, tl.sum(total, axis=0), mask=d < D)
 
 
+@triton.jit
+def _take_columns_kernel(matrix, latents, out, F, n_columns, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    f = tl.load(latents + i, mask=i < n_columns, other=0)
+    taken = tl.load(matrix + row * F + f, mask=i < n_columns, other=0.0)
+    tl.store(out + row * n_columns + i, taken, mask=i < n_columns)
+
+
 BLOCK = 1024
 SUM_STEPS = 8
 SUM_ROWS = 8
@@ -111,6 +121,26 @@ def take_rows(
             BLOCK=BLOCK,
         )
     return out
+
+
+def take_columns(matrix: torch.Tensor, latents: torch.Tensor, out: torch.Tensor) -> None:
+    """Write columns of a matrix.
+
+    Args:
+        matrix: [B, F], contiguous.
+        latents: [n], contiguous.
+        out: [B, n], contiguous, of the matrix's dtype.
+    """
+    n_rows, n_columns = out.shape
+    if out.numel() > 0:
+        launch(
+            _take_columns_kernel,
+            (n_rows, cdiv(n_columns, BLOCK)),
+            (matrix, latents, out),
+            (),
+            (matrix.shape[1], n_columns),
+            BLOCK=BLOCK,
+        )
 
 
 def add_rows(
