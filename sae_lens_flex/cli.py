@@ -14,6 +14,7 @@ import textwrap
 import warnings
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -256,9 +257,11 @@ def train(argv: list[str]) -> int:
     del pretrained  # Its weights would take as much memory as the new SAE's.
     _make_paths_absolute(cfg)
     runner_class: Any = InterruptibleRunner
+    processes = None
     if are_several():
         runner_class = ShardedTrainingRunner
-        check_settings(cfg, join(cfg.device))  # From here on "cuda" is this process's GPU.
+        processes = join(cfg.device)
+        check_settings(cfg, processes)  # From here on "cuda" is this process's GPU.
     uses_triton(getattr(cfg.sae, "backend", "auto"), _device(cfg.device))  # It may raise.
     with _quietly(), accelerate():
         names = [f"model {cfg.model_name}", f"dataset {cfg.dataset_path}"]
@@ -271,12 +274,13 @@ def train(argv: list[str]) -> int:
         Path(cfg.output_path).mkdir(parents=True, exist_ok=True)
     with accelerate(), telling_what_is_saved(cfg):
         trained: Any = runner.run()
-    if are_several():
+    names = not_finite_weights(trained)
+    if processes is not None:  # Each holds a part of the SAE.
+        names = sorted(set(chain(*processes.gather(names))))
         dist.destroy_process_group()
     if not is_rank_0():
         return 0
-    # The SAE of several processes lies in parts here.
-    if not are_several() and (names := not_finite_weights(trained)):
+    if names:
         warnings.warn(
             f"the SAE has NaN or infinite values in {', '.join(names)}: its training has diverged, "
             "try a lower --lr",

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from sae_lens.constants import SAE_CFG_FILENAME
+from torch.distributed.tensor import DTensor
 
 # What a checkpoint was trained with, and what a run that goes on from it would change.
 SETTINGS = (
@@ -74,9 +75,13 @@ def check_bool(name: str, value: Any) -> None:
 
 
 def not_finite_weights(sae: torch.nn.Module) -> list[str]:
-    """Return the names of the parameters that hold NaN or infinity."""
-    weights = sae.named_parameters()
-    return [name for name, weight in weights if not bool(weight.detach().isfinite().all())]
+    """Return the names of the parameters that hold NaN or infinity, in this process's part."""
+    names = []
+    for name, weight in sae.named_parameters():
+        own = weight.to_local() if isinstance(weight, DTensor) else weight
+        if not bool(own.detach().isfinite().all()):
+            names.append(name)
+    return names
 
 
 def check_weights(sae: torch.nn.Module) -> None:

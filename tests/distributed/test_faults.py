@@ -14,7 +14,7 @@ import torch
 from sae_lens import ActivationsStore, SAETrainer
 from safetensors.torch import load_file
 
-from sae_lens_flex.cli import main
+from sae_lens_flex import cli
 from sae_lens_flex.distributed import processes
 
 from .launch import Launch, results
@@ -74,7 +74,22 @@ def fail(kind: str, directory: Path) -> None:
         after_checkpoints(die)
     elif kind == "killed while it writes" and rank == 0:
         patch.setattr(SAETrainer, "save_trainer_state", die_at_the_third)
-    sys.exit(main(flags(directory)))
+    sys.exit(cli.main(flags(directory)))
+
+
+def diverge(directory: Path) -> None:
+    short = ["--lr", "1e38", "--training_tokens", str(4 * BATCH_SIZE), "--n_checkpoints", "0"]
+    patch = pytest.MonkeyPatch()
+    if os.environ["RANK"] == "0":  # which tells what the other one has found, too
+        patch.setattr(cli, "not_finite_weights", lambda sae: [])
+    sys.exit(cli.main([*flags(directory), *short]))
+
+
+def test_training_that_diverged_on_one_process_says_so_once(tmp_path: Path) -> None:
+    launch = Launch(2, diverge, tmp_path, directory=tmp_path / "processes")
+    assert launch.wait(SECONDS) == 0, launch.printed()
+    told = re.findall("NaN or infinite values in (.*): its training", launch.printed())
+    assert told == ["W_dec, W_enc, b_dec, b_enc"]
 
 
 def be_late() -> bool:
