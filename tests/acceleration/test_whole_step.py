@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from ops.comparison import KERNEL_DEVICES
-from training.comparison import F, case
+from training.comparison import B, F, K, case
 
 from sae_lens_flex.acceleration.whole_step import (
     Moments,
@@ -111,14 +111,22 @@ def cloned(tensor: torch.Tensor | None) -> torch.Tensor | None:
 
 
 @on_kernel_devices
-@pytest.mark.parametrize("levels", ["every", "last"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {"levels": "every"},
+        {"levels": "last"},
+        {"levels": "last", "over_batch": True, "k": K * B},
+    ],
+    ids=["hierarchical", "topk", "batchtopk"],
+)
 @pytest.mark.parametrize("has_dead", [False, True], ids=["", "dead"])
-def test_whole_step_by_kernels_is_that_by_pytorch(has_dead, levels, device, monkeypatch) -> None:
+def test_whole_step_by_kernels_is_that_by_pytorch(has_dead, kind, device, monkeypatch) -> None:
     adam = SETTINGS["decoupled"]
     new_empty = torch.Tensor.new_empty
     results: list[tuple[Trained, WholeStep]] = []
     for backend in ("triton", "torch"):
-        made = case((backend, device), levels=levels, n_dead=3)
+        made = case((backend, device), n_dead=3, **kind)
         start = trained(made.weights, (True,) * 4)
         most_dead = 0
         if has_dead:
