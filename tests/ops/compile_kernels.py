@@ -45,14 +45,14 @@ JITFunction.run = compile_only
 from sae_lens_flex import ops  # noqa: E402
 from sae_lens_flex.ops import by_triton, kernels  # noqa: E402
 from sae_lens_flex.ops.kernels import adam, copies, launch  # noqa: E402
-from sae_lens_flex.training.dead import DeadLatents  # noqa: E402
+from sae_lens_flex.training.dead import DeadLatents, KnownDead  # noqa: E402
 from sae_lens_flex.training.requests import (  # noqa: E402
     Inputs,
     Spec,
     WantedGradients,
     Weights,
 )
-from sae_lens_flex.training.step import begin_step, loss_on_dead, step  # noqa: E402
+from sae_lens_flex.training.step import loss_on_dead, reconstruct, step  # noqa: E402
 
 launch.why_unavailable = lambda device: None
 launch.is_available = lambda device: True
@@ -95,13 +95,16 @@ def compile_step(
     wanted = WantedGradients(*[True] * 7)
     step(weights, inputs, spec, wanted=wanted)
     if not spec.over_batch:
-        main, latents = begin_step(weights, inputs, spec, wanted=wanted), torch.arange(D)
+        latents = torch.arange(D)
         for is_dead in (None, latents >= 0):
             found = DeadLatents(latents, is_dead, None)
+            known = None if is_dead is None else KnownDead(torch.arange(F) < D, found)
+            with torch.no_grad():
+                main = reconstruct(weights, inputs, spec, wanted, known=known)
             _, of_dead = loss_on_dead(
                 *(main, weights, inputs, spec, wanted, found), coefficient=1.0
             )
-            of_dead.added_to(main.gradients, weights, inputs.encoder_input)
+            of_dead.added_to(main.gradients, weights, inputs.encoder_input, main.is_absent)
 
 
 def compile_adam(n_weights: int, **settings: Any) -> None:
