@@ -260,8 +260,8 @@ def train(argv: list[str]) -> int:
     processes = None
     if are_several():
         runner_class = ShardedTrainingRunner
-        processes = join(cfg.device)
-        check_settings(cfg, processes)  # From here on "cuda" is this process's GPU.
+        processes = join(cfg.device)  # From here on "cuda" is this process's GPU.
+        check_settings(cfg, processes)
     uses_triton(getattr(cfg.sae, "backend", "auto"), _device(cfg.device))  # It may raise.
     with _quietly(), accelerate():
         names = [f"model {cfg.model_name}", f"dataset {cfg.dataset_path}"]
@@ -276,6 +276,7 @@ def train(argv: list[str]) -> int:
         trained: Any = runner.run()
     names = not_finite_weights(trained)
     if processes is not None:  # Each holds a part of the SAE.
+        processes.meet()  # Rank 0 may upload for long.
         names = sorted(set(chain(*processes.gather(names))))
         dist.destroy_process_group()
     if not is_rank_0():
@@ -382,14 +383,17 @@ def _fit_buffer(cfg: Any, argv: list[str]) -> None:
     parser.add_argument("--n_batches_in_buffer", nargs="?")
     is_given = parser.parse_known_args(argv)[0].n_batches_in_buffer is not None
     tokens_per_prompt = len(range(cfg.context_size)[slice(*cfg.seqpos_slice)])
-    prompts_per_batch = math.ceil(cfg.train_batch_size_tokens / tokens_per_prompt)
+    n_processes = int(os.environ["WORLD_SIZE"]) if are_several() else 1
+    batch_size = math.ceil(cfg.train_batch_size_tokens / n_processes)
+    prompts_per_batch = math.ceil(batch_size / tokens_per_prompt)
     if cfg.n_batches_in_buffer >= prompts_per_batch:
         return
     if is_given:
+        part = "a process's part of " if n_processes > 1 else ""
         raise ValueError(
             f"--n_batches_in_buffer is {cfg.n_batches_in_buffer}, expected at least "
             f"{prompts_per_batch}: that many prompts of {tokens_per_prompt} tokens "
-            f"(--context_size) make a batch of --train_batch_size_tokens "
+            f"(--context_size) make {part}a batch of --train_batch_size_tokens "
             f"({cfg.train_batch_size_tokens})"
         )
     # SAELens keeps half of the buffer back for shuffling, and serves the rest.

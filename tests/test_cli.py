@@ -32,7 +32,7 @@ from sae_lens_flex import (
     HierarchicalTopKTrainingSAEConfig,
     MeanBudget,
 )
-from sae_lens_flex.cli import main
+from sae_lens_flex.cli import _fit_buffer, main
 from sae_lens_flex.train_flags import parse
 
 hf_model_dir, text_dir, step_losses = toy.hf_model_dir, toy.text_dir, toy.step_losses
@@ -293,6 +293,18 @@ def test_buffer_holds_a_batch_unless_a_flag_says_its_size(
     assert len(step_losses["hierarchical_topk"]) == 2
     runner_cfg = json.loads((tmp_path / "sae" / "runner_cfg.json").read_text())
     assert runner_cfg["n_batches_in_buffer"] == 8 * 24
+
+
+def test_buffer_of_several_processes_holds_the_part_of_each(monkeypatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    sizes = {"context_size": 1024, "seqpos_slice": (None,), "train_batch_size_tokens": 32768}
+    given = ["--n_batches_in_buffer", "4"]
+    _fit_buffer(SimpleNamespace(n_batches_in_buffer=4, **sizes), given)
+    with pytest.raises(ValueError, match=r"is 3, expected at least 4: .* part of a batch"):
+        _fit_buffer(SimpleNamespace(n_batches_in_buffer=3, **sizes), given)
+    cfg = SimpleNamespace(n_batches_in_buffer=3, **sizes)
+    _fit_buffer(cfg, [])
+    assert cfg.n_batches_in_buffer == 32
 
 
 def test_buffer_that_holds_a_batch_is_as_saelens_has_it(train_flags, run, tmp_path: Path) -> None:

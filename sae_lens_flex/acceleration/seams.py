@@ -10,16 +10,18 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import sae_lens
-from sae_lens import load_model
+from sae_lens import llm_sae_training_runner, load_model, multi_sae_training_runner
 from sae_lens.load_model import HookedProxyLM
 from sae_lens.training import activations_store, sae_trainer
 from sae_lens.training import mixing_buffer as mixing_module
+from sae_lens.training import prefetch as prefetch_module
 from sae_lens.training.activations_store import ActivationsStore
 from torch.optim import Adam
 
 from .adam import FusedAdam
 from .language_model import run_with_cache
 from .mixing_buffer import mixing_buffer
+from .prefetch import PrefetchingIterator
 from .recorded_steps import forget_recordings_of_several
 from .resumption import LOAD_TRAINER_STATE, load_trainer_state
 from .tokens import tokenized_sequences
@@ -70,6 +72,7 @@ def _fingerprints(*functions: Any) -> tuple[str | None, ...]:
 TRAIN_STEP = "ce659a0620700418"
 MIXING_BUFFER = "42a84dd9b7985c08"
 TOKENIZED_SEQUENCES = ("108e17958d51e94c", "7b3c0508de7841f1")
+PREFETCHING = ("75ada41848260a21", "3c9dbcc548b68bc5", "60e19a2c8e7ae23b", "f1551c676eba6070")
 RUN_WITH_CACHE = ("94d2da907897c86f", "5187917b8003b861", "180f8a1638ac4788")
 
 _OPTIMIZER = _Seam(
@@ -104,6 +107,23 @@ _SEAMS = (
             (mixing_module, "of a run with several SAEs"),
         )
     ),
+    *(
+        _Seam(
+            module,
+            "PrefetchingIterator",
+            PrefetchingIterator,
+            f"a resumed run {of} that prefetches and waits until the text that was read is skipped",
+            is_known=lambda theirs: (
+                theirs is prefetch_module.PrefetchingIterator
+                and _fingerprints(theirs.__init__, theirs._run, theirs.__next__, theirs.close)
+                == PREFETCHING
+            ),
+        )
+        for module, of in (
+            (llm_sae_training_runner, "with one SAE"),
+            (multi_sae_training_runner, "with several SAEs"),
+        )
+    ),
     _Seam(
         ActivationsStore,
         "_iterate_tokenized_sequences",
@@ -134,7 +154,7 @@ def accelerate() -> Iterator[None]:
 
     `MultiSAETrainingRunner`, `SAETrainer` and `MultiSAETrainer` go faster likewise, whatever their
     SAEs are. A step's results are SAELens's up to rounding, and checkpoints are interchangeable.
-    Seven things change:
+    Eight things change:
 
     - A trainer that is made within the block has `torch.optim.Adam(fused=True)`, see `fused_adam`.
     - A trainer's step within the block clips the gradients in the pass in which Adam reads them.
@@ -164,6 +184,9 @@ def accelerate() -> Iterator[None]:
       drawn there, so the batches are other ones of the same distribution. The dtype is that in
       which the activations come, as in SAELens: in a run of one SAE float32, whatever the config's
       `dtype`, and in a run of several the language model's.
+    - With `prefetch_llm_batches` the thread that makes batches begins when the trainer asks for the
+      first one. In SAELens it begins at once. A run that resumes then fails, or takes text that it
+      was trained on, because both skip what was read.
     - A pretokenized `datasets.Dataset` is read many rows at a time. The sequences, their order and
       what a checkpoint says of them are SAELens's. A dataset that is streamed (`streaming=True`,
       SAELens's default) or has something else than lists of whole numbers is read in SAELens's way.

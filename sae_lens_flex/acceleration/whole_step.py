@@ -131,7 +131,9 @@ def whole_step(
                 found = padded_of_widths(is_dead, spec.widths, most_dead)
             else:
                 found = padded(is_dead, most_dead, shards)
-                known = None if shards.is_sharded else KnownDead(is_dead, found)
+                if not shards.is_sharded:
+                    has_all = is_dead.sum() <= most_dead
+                    known = KnownDead(is_dead & has_all, found)
         main = reconstruct(weights, inputs, spec, wanted, shards, known=known)
         at = coordinates(main.code)
         before_update(main, at)

@@ -12,6 +12,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from torch.utils.serialization import config
 
+from ..saes.sharded import whole_tensor
+
 
 @contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
@@ -46,9 +48,10 @@ def whole_state(optimizer: Optimizer, *, keep: bool) -> dict[str, Any]:
     for index, state in state_dict["state"].items():
         whole[index] = {}
         for name, value in state.items():
-            tensor = value.full_tensor() if isinstance(value, DTensor) else value
+            if isinstance(value, DTensor):
+                value = whole_tensor(value, keep=keep, device=torch.device("cpu"))
             if keep:
-                whole[index][name] = tensor.cpu() if isinstance(tensor, torch.Tensor) else tensor
+                whole[index][name] = value.cpu() if isinstance(value, torch.Tensor) else value
     return {**state_dict, "state": whole}
 
 

@@ -21,11 +21,11 @@ from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training import sae_trainer
 from sae_lens.training._interruption import interrupt_callback
 from sae_lens.training.activation_scaler import ActivationScaler
-from sae_lens.training.prefetch import PrefetchingIterator
 from sae_lens.training.types import DataProvider
 from safetensors.torch import load_file, save_file
 from typing_extensions import override
 
+from ..acceleration.prefetch import PrefetchingIterator
 from ..saes.registration import TOPK_TRAINING_CLASSES
 from ..saes.sharded import shard, unshard
 from .processes import Processes, join

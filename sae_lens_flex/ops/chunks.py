@@ -49,9 +49,10 @@ def for_each(
     compute: Callable[[slice], Add | None], chunks: list[slice], device: torch.device
 ) -> None:
     """Compute chunks of a batch, as `for_each_chunk` does, of whichever sizes."""
-    n_threads = min(torch.get_num_threads(), len(chunks)) if device.type == "cpu" else 1
+    n_before = torch.get_num_threads()
+    n_threads = min(n_before, len(chunks)) if device.type == "cpu" else 1
     if n_threads <= 1:
-        with no_autocast(device):
+        with torch.no_grad(), no_autocast(device):
             for chunk in chunks:
                 if (add := compute(chunk)) is not None:
                     add()
@@ -68,9 +69,8 @@ def for_each(
                 turns.add_in_turn(number, compute(chunk))
 
     work = turns.stopping(work)
-    n_before = torch.get_num_threads()
     try:
-        helpers = [_helpers().submit(work) for _ in range(n_threads - 1)]
+        helpers = [_helpers(n_before - 1).submit(work) for _ in range(n_threads - 1)]
         try:
             work()
         finally:
@@ -84,8 +84,8 @@ def for_each(
 
 
 @functools.cache
-def _helpers() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="sae_lens_flex")
+def _helpers(n: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(n, thread_name_prefix="sae_lens_flex")
 
 
 if sys.platform != "win32":  # A forked process has none of its parent's threads.

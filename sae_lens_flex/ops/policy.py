@@ -38,10 +38,18 @@ def uses_triton(backend: str, device: torch.device) -> bool:
 def computes_by_triton(backend: str, *tensors: torch.Tensor) -> bool:
     """Return whether a backend means the Triton kernels for these tensors.
 
-    "auto" leaves float64 to PyTorch, because the kernels accumulate in float32. Errors are those of
-    `uses_triton`.
+    "auto" leaves float64 to PyTorch, because the kernels accumulate in float32.
+
+    Raises:
+        ValueError: for "triton" and float64, and as `uses_triton`.
+        RuntimeError: as `uses_triton`.
     """
-    if backend == "auto" and accumulation_dtype(*tensors) == torch.float64:
+    if accumulation_dtype(*tensors) == torch.float64 and backend in ("auto", "triton"):
+        if backend == "triton":
+            raise ValueError(
+                "backend is 'triton' for float64 tensors, expected 'auto' or 'torch': the Triton "
+                "kernels compute in float32"
+            )
         return False
     return uses_triton(backend, tensors[0].device)
 

@@ -153,7 +153,7 @@ def add_rows(
     *,
     is_used: torch.Tensor | None,
     use_triton: bool,
-    is_zero: torch.Tensor | None = None,
+    counts_as_zero: torch.Tensor | None = None,
 ) -> None:
     """Add rows to those of a matrix, in place.
 
@@ -163,13 +163,17 @@ def add_rows(
         rows: [n, D] or [n]; zeros where they are not used.
         is_used: which of the latents are, [n], bool; None for all.
         use_triton: whether the kernels add them.
-        is_zero: which rows of the matrix are known to hold zeros, [F], bool. Kernels do not read
-            them.
+        counts_as_zero: which rows of the matrix count as zeros, [F], bool. By kernels they may
+            hold anything, by PyTorch they are zeros.
     """
     is_double = torch.float64 in (matrix.dtype, rows.dtype)
     if use_triton and not is_double and matrix.dim() == 2 and matrix.is_contiguous():
-        rows_kernels.add_rows(matrix, latents.contiguous(), is_used, rows.contiguous(), is_zero)
+        rows_kernels.add_rows(
+            matrix, latents.contiguous(), is_used, rows.contiguous(), counts_as_zero
+        )
     else:
+        if use_triton and counts_as_zero is not None and matrix.dim() == 2:
+            matrix.masked_fill_(counts_as_zero.unsqueeze(-1), 0)
         matrix.index_add_(0, latents, in_dtype(rows, matrix.dtype))
 
 

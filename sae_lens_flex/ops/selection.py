@@ -75,7 +75,7 @@ def select(
         encoder: W_enc is rounded to that dtype.
         k: latents to keep, 1..F.
         use_triton: whether the kernels may be used.
-        columns: are written.
+        columns: where to leave products of some latents; None for none.
     """
     n_samples, n_latents = rows.shape[0], encoder.weight.shape[1]
     code = empty_code(n_samples, k, rows, encoder.bias)

@@ -337,6 +337,7 @@ class RuntimeBudget(OwnNormalization):
             use_triton=self._computes_by_triton(),
         )
 
+        @torch.no_grad()
         def reconstructions() -> Iterator[tuple[int, torch.Tensor]]:
             for budget, decoded in residuals:
                 decoded = decoded.to(self.dtype).view(*shape, self.W_dec.shape[1])

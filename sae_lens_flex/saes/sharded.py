@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 import sae_lens
 import torch
@@ -169,24 +169,10 @@ def unshard(
     if not isinstance(sae, ShardedTrainingSAE):
         raise TypeError(f"sae is a {type(sae).__name__}, expected one that `shard` made")
     device = torch.device(device or sae.device)
-    shards = sae._shards
-    whole: dict[str, torch.Tensor] = {}
-    for name, weight in sae.named_parameters():
-        local = _by_rows(name, _local(weight).detach())
-        shape = _by_rows(name, torch.empty(weight.shape, device="meta")).shape
-        out = local.new_empty(shape, device=device) if keep else None
-        for source in range(1 if name == "b_dec" else shards.size):
-            theirs = replace(shards, rank=source)
-            like = _own_rows(name, torch.empty(shape, dtype=local.dtype, device="meta"), theirs)
-            for piece, rows in _pieces(like):
-                sent = local[piece].contiguous() if source == shards.rank else None
-                if sent is None:
-                    sent = local.new_empty(rows.shape)
-                dist.broadcast(sent, dist.get_global_rank(shards.group, source), group=shards.group)
-                if out is not None:
-                    _own_rows(name, out, theirs)[piece].copy_(sent)
-        if out is not None:
-            whole[name] = _by_rows(name, out)
+    whole = {
+        name: whole_tensor(cast(DTensor, weight), keep=keep, device=device)
+        for name, weight in sae.named_parameters()
+    }
     if not keep:
         return None
     # A copy, as `deepcopy` makes it, that has the whole weights where the original has its parts.
@@ -194,11 +180,49 @@ def unshard(
     result = base.__new__(base)
     memo: dict[int, Any] = {id(sae): result}
     for name, weight in sae.named_parameters():
-        memo[id(weight)] = nn.Parameter(whole[name], requires_grad=weight.requires_grad)
+        memo[id(weight)] = nn.Parameter(
+            cast(torch.Tensor, whole[name]), requires_grad=weight.requires_grad
+        )
     state = {k: v for k, v in vars(sae).items() if k not in NOT_COPIED}
     result.__setstate__(copy.deepcopy(state, memo))
     result.device, result.cfg.device = device, str(device)
     return result
+
+
+def whole_tensor(tensor: DTensor, *, keep: bool, device: torch.device) -> torch.Tensor | None:
+    """Return a tensor of which each rank has a part. Every rank calls this.
+
+    The parts go from rank to rank in pieces. So where it is kept in another memory, none of it lies
+    whole beside a part.
+
+    Args:
+        tensor: cut along one dimension, or whole on every rank.
+        keep: whether this rank gets it. False returns None.
+        device: where it goes.
+    """
+    local, mesh, (placement,) = tensor.to_local().detach(), tensor.device_mesh, tensor.placements
+    group, rank = mesh.get_group(), mesh.get_local_rank()
+    like = torch.empty_strided(tensor.shape, tensor.stride(), dtype=local.dtype, device="meta")
+    out = torch.empty_like(like, device=device) if keep else None
+    is_cut = isinstance(placement, Shard)
+    dim = placement.dim if is_cut else 0
+    is_by_column = like.ndim == 2 and like.stride(0) < like.stride(1)  # as W_enc is stored
+
+    def by_rows(matrix: torch.Tensor) -> torch.Tensor:
+        return matrix.T if is_by_column else matrix
+
+    start = 0
+    for source, part in enumerate(like.chunk(mesh.size(), dim) if is_cut else (like,)):
+        into = None if out is None else out.narrow(dim, start, part.shape[dim])
+        start += part.shape[dim]
+        for piece, rows in _pieces(by_rows(part)):
+            sent = local.new_empty(rows.shape)
+            if source == rank:
+                sent.copy_(by_rows(local)[piece])
+            dist.broadcast(sent, dist.get_global_rank(group, source), group=group)
+            if into is not None:
+                by_rows(into)[piece].copy_(sent)
+    return out
 
 
 class ShardedTrainingSAE(FusedTopKTrainingSAE):
@@ -565,7 +589,7 @@ def _copy_own(
 
 
 def _pieces(rows: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-    row_bytes = rows[0].numel() * rows.itemsize
+    row_bytes = max(1, rows.shape[1:].numel() * rows.itemsize)
     n_rows = max(1, PIECE_BYTES // row_bytes)
     for start in range(0, len(rows), n_rows):
         piece = slice(start, min(len(rows), start + n_rows))

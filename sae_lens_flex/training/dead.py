@@ -75,7 +75,7 @@ class KnownDead(NamedTuple):
     """Dead latents that are known before the batch is encoded.
 
     Attributes:
-        mask: [F], bool.
+        mask: [F], bool; all of them are in `of_loss`.
         of_loss: those that the loss takes, as from `padded`.
     """
 
@@ -128,7 +128,7 @@ class DeadGradients(NamedTuple):
             gradients: a gradient of them is None where it is not wanted, or zero.
             weights: of the step.
             x: its `encoder_input`.
-            is_absent: the latents whose rows of the other gradients are known to be zeros, as in
+            is_absent: the latents whose rows of the other gradients count as zeros, as in
                 `Reconstruction`.
         """
         W_enc, b_enc, W_dec, b_dec = weights
@@ -151,7 +151,7 @@ class DeadGradients(NamedTuple):
                 rows,
                 is_used=is_dead,
                 use_triton=self.use_triton,
-                is_zero=is_absent,
+                counts_as_zero=is_absent,
             )
             return gradient
 

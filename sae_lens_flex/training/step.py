@@ -65,8 +65,8 @@ class Reconstruction(NamedTuple):
             weight. `mse_loss` is their weighted sum.
         index_starts: the `starts` of the inverted index of the code; None where there is none that
             is of all latents, as in several processes.
-        products_of_dead: rows @ W_enc of the latents of the loss on dead ones, [B, n], in its
-            `columns_for_loss`; else None.
+        products_of_dead: rows @ W_enc of the latents of the loss on dead ones, [B, n], where
+            `columns_for_loss` asks for them; else None.
     """
 
     mse_loss: torch.Tensor
@@ -84,7 +84,8 @@ class Reconstruction(NamedTuple):
     def is_absent(self) -> torch.Tensor | None:
         """The latents that no sample chose, [F], bool, or None where `index_starts` is.
 
-        Their rows of the gradients of W_enc and W_dec are zeros.
+        Their rows of the gradients of W_enc and W_dec are zeros, but those of known dead latents
+        may hold anything.
         """
         starts = self.index_starts
         return None if starts is None else starts[1:-1] == starts[2:]
@@ -243,7 +244,7 @@ def reconstruct(
     Args:
         weights, inputs, spec, wanted, shards: as in `step`.
         known: the dead latents; only in one process. Of their rows of the gradients of W_enc and
-            W_dec the caller writes those that `is_absent` names, which may hold anything.
+            W_dec the caller writes those that `is_absent` names. They may hold anything.
     """
     with no_autocast(weights.W_dec.device):  # `spec` says in which dtype products are computed
         return _reconstruct(weights, inputs, spec, wanted, shards, known)

@@ -9,7 +9,12 @@ from typing import Any
 import pytest
 import sae_lens
 import torch
-from sae_lens import ActivationsStore, SAETrainer
+from sae_lens import (
+    ActivationsStore,
+    SAETrainer,
+    llm_sae_training_runner,
+    multi_sae_training_runner,
+)
 from sae_lens.load_model import HookedProxyLM
 from sae_lens.training import activations_store, mixing_buffer, sae_trainer
 from torch.optim import Adam, AdamW
@@ -25,6 +30,8 @@ PLACES = {
     "load_trainer_state": (SAETrainer, "load_trainer_state"),
     "mixing_buffer of one": (activations_store, "mixing_buffer"),
     "mixing_buffer of several": (mixing_buffer, "mixing_buffer"),
+    "prefetching of one": (llm_sae_training_runner, "PrefetchingIterator"),
+    "prefetching of several": (multi_sae_training_runner, "PrefetchingIterator"),
     "sequences": (ActivationsStore, "_iterate_tokenized_sequences"),
     "run_with_cache": (HookedProxyLM, "run_with_cache"),
 }

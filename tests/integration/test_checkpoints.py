@@ -23,6 +23,7 @@ from sae_lens import (
 from sae_lens.saes.sae import TrainStepInput
 from safetensors.torch import load_file, save_file
 
+import sae_lens_flex
 from sae_lens_flex import (
     FlexTopKTrainingSAE,
     HierarchicalTopKSAE,
@@ -170,6 +171,33 @@ def test_runner_resumes_where_its_checkpoint_was_taken(
     # The batches are others (README says why), but the weights and the optimizer are those that
     # the first run had by then.
     assert resumed_losses[0] < 0.5 * (losses[0] + losses[n_steps_before - 1])
+
+
+def test_resumed_run_that_prefetches_takes_the_same_batches(
+    language_model: HookedSAETransformer,
+    token_dataset: Dataset,
+    step_losses: dict[str, list[float]],
+    tmp_path: Path,
+):
+    losses = step_losses["flex_topk"]
+
+    def run(**fields: Any) -> tuple[Path, list[float]]:
+        cfg = runner_config(training_sae_config("flex_topk"), **fields)
+        torch.manual_seed(0)
+        losses.clear()
+        with sae_lens_flex.accelerate():
+            LanguageModelSAETrainingRunner(
+                cfg, override_model=language_model, override_dataset=token_dataset
+            ).run()
+        return Path(cfg.checkpoint_path or ""), list(losses)
+
+    directory, _ = run(n_checkpoints=1, checkpoint_path=str(tmp_path))
+    (checkpoint,) = directory.iterdir()
+    without, prefetching = (
+        run(resume_from_checkpoint=str(checkpoint), prefetch_llm_batches=n)[1] for n in (False, 3)
+    )
+    assert len(without) > 0
+    assert prefetching == without
 
 
 def test_multi_sae_runner_resumes_where_its_checkpoint_was_taken(

@@ -236,14 +236,22 @@ def test_all_rows_are_used_where_nothing_says_otherwise(on) -> None:
 
 
 @every_backend
-def test_rows_are_added_to_zeros_as_to_others(on) -> None:
-    matrix = torch.arange(12.0, device=on[1]).view(4, 3)
-    matrix[1] = 0.0
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_rows_are_added_to_what_counts_as_zero(on, dtype) -> None:
+    matrix = torch.arange(12.0, device=on[1], dtype=dtype).view(4, 3)
+    matrix[1] = torch.nan if on[0] == "triton" else 0.0
     latents = torch.tensor([3, 1, 0], device=on[1])
     is_used = torch.tensor([True, True, False], device=on[1])
-    is_zero = torch.tensor([False, True, False, False], device=on[1])
+    counts_as_zero = torch.tensor([False, True, False, False], device=on[1])
     rows = torch.tensor([[1.0], [2.0], [0.0]], device=on[1]).expand(3, 3)
-    add_rows(matrix, latents, rows, is_used=is_used, is_zero=is_zero, use_triton=on[0] == "triton")
+    add_rows(
+        matrix,
+        latents,
+        rows,
+        is_used=is_used,
+        counts_as_zero=counts_as_zero,
+        use_triton=on[0] == "triton",
+    )
     assert matrix.tolist() == [[0, 1, 2], [2, 2, 2], [6, 7, 8], [10, 11, 12]]
 
 

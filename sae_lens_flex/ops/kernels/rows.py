@@ -27,15 +27,15 @@ def _take_rows_kernel(matrix, latents, is_used, out, D, stride_f, stride_d, BLOC
 
 
 @triton.jit
-def _add_rows_kernel(matrix, latents, is_used, is_zero, rows, D, BLOCK: tl.constexpr):
+def _add_rows_kernel(matrix, latents, is_used, counts_as_zero, rows, D, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64)
     f = tl.load(latents + i).to(tl.int64)
     width = D
     if is_used is not None:
         width = tl.where(tl.load(is_used + i) != 0, D, 0)
     n_read = width
-    if is_zero is not None:
-        n_read = tl.where(tl.load(is_zero + f) != 0, 0, width)
+    if counts_as_zero is not None:
+        n_read = tl.where(tl.load(counts_as_zero + f) != 0, 0, width)
     row = matrix + f * D
     for start in range(0, width, BLOCK):
         d = start + tl.arange(0, BLOCK)
@@ -148,7 +148,7 @@ def add_rows(
     latents: torch.Tensor,
     is_used: torch.Tensor | None,
     rows: torch.Tensor,
-    is_zero: torch.Tensor | None = None,
+    counts_as_zero: torch.Tensor | None = None,
 ) -> None:
     """Add rows to those of a matrix, in place; each sum is rounded once.
 
@@ -157,13 +157,13 @@ def add_rows(
         latents: [n], contiguous; those that are used differ.
         is_used: [n], bool; None for all.
         rows: [n, D], contiguous.
-        is_zero: which rows of the matrix are known to hold zeros, and so are not read, [F], bool.
+        counts_as_zero: which rows of the matrix count as zeros, whatever they hold, [F], bool.
     """
     if rows.numel() > 0:
         launch(
             _add_rows_kernel,
             (len(latents),),
-            (matrix, latents, _as_bytes(is_used), _as_bytes(is_zero), rows),
+            (matrix, latents, _as_bytes(is_used), _as_bytes(counts_as_zero), rows),
             (),
             (matrix.shape[1],),
             BLOCK=BLOCK,

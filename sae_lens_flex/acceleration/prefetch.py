@@ -1,0 +1,40 @@
+"""Batches that are made ahead, from when the first one is asked for."""
+
+import threading
+from collections.abc import Iterator
+from typing import TypeVar
+
+from sae_lens.training import prefetch
+from typing_extensions import override
+
+T = TypeVar("T")
+
+
+class PrefetchingIterator(prefetch.PrefetchingIterator[T]):
+    """
+    SAELens's, whose thread makes no batch before one is asked for.
+
+    SAELens's begins at once. A run that resumes would skip the text that it has read while the
+    thread reads it, and both would advance one generator.
+    """
+
+    @override
+    def __init__(self, source: Iterator[T], prefetch: int = 4) -> None:
+        self._is_asked = threading.Event()
+        super().__init__(source, prefetch)
+
+    @override
+    def _run(self, source: Iterator[T]) -> None:
+        self._is_asked.wait()
+        super()._run(source)
+
+    @override
+    def __next__(self) -> T:
+        self._is_asked.set()
+        return super().__next__()
+
+    @override
+    def close(self) -> None:
+        self._closed.set()
+        self._is_asked.set()
+        super().close()
