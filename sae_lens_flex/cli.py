@@ -249,8 +249,9 @@ def train(argv: list[str]) -> int:
     pretrained, flags = _pretrained(argv)
     cfg = train_flags.parse([*flags, *argv])
     _fit_buffer(cfg, argv)
-    if cfg.training_tokens < 1:
-        raise ValueError(f"--training_tokens is {cfg.training_tokens}, expected at least 1")
+    for name in ("training_tokens", "train_batch_size_tokens"):
+        if getattr(cfg, name) < 1:
+            raise ValueError(f"--{name} is {getattr(cfg, name)}, expected at least 1")
     if cfg.resume_from_checkpoint is not None:
         check_checkpoint(cfg.resume_from_checkpoint)
     sae = None if pretrained is None else _start(pretrained, cfg)
@@ -648,7 +649,8 @@ def export(argv: list[str]) -> int:
     with _by_flags(path="--output", budget="--mean"):
         budget = MeanBudget(mean=args.mean, threshold=args.threshold)
         export_jumprelu(sae, args.output, budget=budget)
-    print(f"{args.output}: a jumprelu SAE with {args.mean:g} latents on average")
+    given = f"threshold {args.threshold:g}, given for {args.mean:g} latents on average"
+    print(f"{args.output}: a jumprelu SAE with {given}")
     return 0
 
 

@@ -102,11 +102,11 @@ def telling_what_is_saved(cfg: Any) -> Iterator[None]:
         yield
     except (KeyboardInterrupt, InterruptedException) as interruption:
         traceback.clear_frames(interruption.__traceback__)  # So the progress bar ends its line.
-        if str(interruption):
+        if str(interruption) or cfg.checkpoint_path is None:
             raise
-        directory = Path(cfg.checkpoint_path or "")
-        saved = [path for path in directory.glob("*") if path.name.isdecimal()]
-        if cfg.checkpoint_path is None or not saved:
+        paths = Path(cfg.checkpoint_path).glob("*")
+        saved = [path for path in paths if path.name.isdecimal()]
+        if not saved:
             raise
         last = max(saved, key=lambda path: int(path.name))
         raise InterruptedException(f"interrupted, nothing saved since {last}") from interruption

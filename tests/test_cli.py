@@ -243,7 +243,8 @@ def test_export_writes_the_threshold_of_a_sweep_as_a_jumprelu_sae(
         *("--output", tmp_path / "jumprelu"),
     )
     assert result.code == 0, result.err
-    assert result.out == f"{tmp_path / 'jumprelu'}: a jumprelu SAE with 2 latents on average\n"
+    given = f"threshold {row['threshold']:g}, given for 2 latents on average"
+    assert result.out == f"{tmp_path / 'jumprelu'}: a jumprelu SAE with {given}\n"
     exported, sae = SAE.load_from_disk(tmp_path / "jumprelu"), SAE.load_from_disk(trained)
     x = torch.randn(8, D_IN)
     with sae.at_budget(MeanBudget(row["mean"], row["threshold"])):

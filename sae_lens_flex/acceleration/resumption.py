@@ -5,6 +5,7 @@ they were made of are the checkpoint's, whatever the config says.
 """
 
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,21 +35,23 @@ def load_trainer_state(self: SAETrainer[Any, Any], checkpoint_path: Path | str) 
 
     Raises:
         FileNotFoundError: where there is no checkpoint. It names those in the folders below.
-        ValueError: where SAELens cannot load the checkpoint's schedule into the config's.
+        ValueError: where the schedule in the checkpoint is of another kind than the config's.
+            SAELens fails then, or loads a part into another one, which follows neither.
     """
     check_checkpoint(checkpoint_path)
     configured = _settings(self)
-    try:
-        LOAD_TRAINER_STATE(self, checkpoint_path)
-    except (KeyError, IndexError) as error:
-        state = torch.load(Path(checkpoint_path, TRAINER_STATE_FILENAME), "cpu", mmap=True)
-        if _parts(state["lr_scheduler"]) == _parts(self.lr_scheduler.state_dict()):
-            raise
+    schedule = self.lr_scheduler.state_dict()
+    theirs = schedule
+    with suppress(Exception):  # What is wrong with the file SAELens says when it loads it.
+        file = Path(checkpoint_path, TRAINER_STATE_FILENAME)
+        theirs = torch.load(file, "cpu", mmap=True)["lr_scheduler"]
+    if _parts(theirs) != _parts(schedule):
         raise ValueError(
             f"{_SCHEDULE} has other parts in the checkpoint {str(checkpoint_path)!r} than the "
             "config's: expected the same lr_scheduler_name, and lr_warm_up_steps and "
             "lr_decay_steps that are 0 where they were 0"
-        ) from error
+        )
+    LOAD_TRAINER_STATE(self, checkpoint_path)
     loaded = _settings(self)
     kept = [
         f"{name} is {loaded[name]!r}, not {value!r}"
@@ -101,8 +104,8 @@ def _number(path: Path) -> int:
 
 
 def _parts(schedule: dict[str, Any]) -> list[set[str]]:
-    """Return which fields each part of a schedule has in its state, which tell its kind."""
-    return [set(part) for part in schedule.get("_schedulers", ())]
+    """Return which settings each part of a schedule has in its state. They tell its kind."""
+    return [set(part) & set(_OF_SCHEDULE) for part in schedule.get("_schedulers", ())]
 
 
 def _settings(trainer: SAETrainer[Any, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 from .checks import check_range
 from .chunks import for_each
 from .codes import parts_of
-from .policy import accumulation_dtype, in_dtype, no_autocast
+from .policy import accumulation_dtype, in_dtype
 from .products import chunks_of, rows_of_weight, scatter
 from .requests import DecoderLoss, LossAndGradients, are_of_samples, weighted_sum
 
@@ -23,11 +23,6 @@ def decoder_loss(request: DecoderLoss) -> LossAndGradients:
     Raises:
         IndexError: for a latent outside [0, F).
     """
-    with no_autocast(request.weight.device):
-        return _walk_batch(request)
-
-
-def _walk_batch(request: DecoderLoss) -> LossAndGradients:
     code, weight, bias, target = request.code, request.weight, request.bias, request.target
     wanted, scale = request.wanted, request.scale
     if code.latents.numel() > 0:

@@ -357,9 +357,13 @@ def auxiliary_loss(
             elif chooses:
                 listed = empty_code(len(products), min(k, n_own), rows, bias)
                 if n_own > 0:
-                    parts = Encoder(encoder().T, bias, None if norms is None else norms[own])
-                    is_sorted = shards.is_sharded  # as merging expects
-                    select_from(products, parts, listed, use_triton=use_triton, is_sorted=is_sorted)
+                    select_from(
+                        products,
+                        Encoder(encoder().T, bias, None if norms is None else norms[own]),
+                        listed,
+                        use_triton=use_triton,
+                        is_sorted=shards.is_sharded,  # as merging expects
+                    )
                 listed = shards.merge(listed, norms, k, dtype=kept_dtype, split=split)  # [b, k]
                 if is_dead is not None:
                     listed = listed.with_values(listed.values.where(is_dead[listed.latents], 0))

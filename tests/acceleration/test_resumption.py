@@ -14,6 +14,7 @@ from sae_lens_flex.acceleration.resumption import check_checkpoint
 from .trainers import BATCH, new_trainer, take_steps
 
 COSINE = {"lr_scheduler_name": "cosineannealing", "lr_warm_up_steps": 0, "lr_decay_steps": 0}
+CONSTANT = {"lr_scheduler_name": "constant"}
 OF_SCHEDULE = r"the schedule of the learning rate is of other lr_scheduler_name"
 
 
@@ -73,10 +74,12 @@ def test_a_cosine_of_another_end_is_told(changed, tmp_path) -> None:
         resumed(checkpoint, **{**COSINE, **changed})
 
 
-def test_a_schedule_of_other_parts_is_told_where_saelens_can_load_it(tmp_path) -> None:
-    checkpoint = save(tmp_path, lr_warm_up_steps=0, lr_decay_steps=0)
-    with pytest.warns(UserWarning, match=OF_SCHEDULE):
-        resumed(checkpoint, lr_warm_up_steps=3, lr_decay_steps=0)
+@pytest.mark.parametrize("fields", [COSINE, COSINE | CONSTANT | {"lr_warm_up_steps": 3}], ids=str)
+def test_a_schedule_of_other_parts_is_refused_where_saelens_can_load_it(fields, tmp_path) -> None:
+    checkpoint = save(tmp_path, **COSINE | CONSTANT)
+    resumed(checkpoint, accelerated=False, **fields)
+    with pytest.raises(ValueError, match=r"^the schedule of the learning rate has other parts"):
+        resumed(checkpoint, **fields)
 
 
 @pytest.mark.parametrize(
