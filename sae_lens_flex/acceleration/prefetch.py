@@ -21,12 +21,13 @@ class PrefetchingIterator(prefetch.PrefetchingIterator[T]):
     @override
     def __init__(self, source: Iterator[T], prefetch: int = 4) -> None:
         self._is_asked = threading.Event()
+        self._is_closed = False
         super().__init__(source, prefetch)
 
     @override
     def _run(self, source: Iterator[T]) -> None:
         self._is_asked.wait()
-        super()._run(source)
+        super()._run(iter(()) if self._is_closed else source)
 
     @override
     def __next__(self) -> T:
@@ -35,6 +36,7 @@ class PrefetchingIterator(prefetch.PrefetchingIterator[T]):
 
     @override
     def close(self) -> None:
-        self._closed.set()
+        self._is_closed = True
         self._is_asked.set()
-        super().close()
+        if hasattr(prefetch.PrefetchingIterator, "close"):  # SAELens 6.54.0 has none.
+            super().close()
