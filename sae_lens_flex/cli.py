@@ -275,17 +275,17 @@ def train(argv: list[str]) -> int:
         Path(cfg.output_path).mkdir(parents=True, exist_ok=True)
     with accelerate(), telling_what_is_saved(cfg):
         trained: Any = runner.run()
-    names = not_finite_weights(trained)
+    not_finite = not_finite_weights(trained)
     if processes is not None:  # Each holds a part of the SAE.
         processes.meet()  # Rank 0 may upload for long.
-        names = sorted(set(chain(*processes.gather(names))))
+        not_finite = sorted(set(chain(*processes.gather(not_finite))))
         dist.destroy_process_group()
     if not is_rank_0():
         return 0
-    if names:
+    if not_finite:
         warnings.warn(
-            f"the SAE has NaN or infinite values in {', '.join(names)}: its training has diverged, "
-            "try a lower --lr",
+            f"the SAE has NaN or infinite values in {', '.join(not_finite)}: its training has "
+            "diverged, try a lower --lr",
             stacklevel=1,
         )
     where = "not saved" if cfg.output_path is None else cfg.output_path

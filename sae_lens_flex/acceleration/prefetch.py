@@ -14,8 +14,8 @@ class PrefetchingIterator(prefetch.PrefetchingIterator[T]):
     """
     SAELens's, whose thread makes no batch before one is asked for.
 
-    SAELens's begins at once. A run that resumes would skip the text that it has read while the
-    thread reads it, and both would advance one generator.
+    SAELens's thread begins at once. A run that resumes skips the text that it was trained on, and
+    the thread would read that text at the same time, from the same generator.
     """
 
     @override

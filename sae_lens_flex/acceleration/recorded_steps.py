@@ -12,7 +12,6 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from sae_lens.saes.sae import TrainStepOutput
 from sae_lens.training.sae_trainer import SAETrainer
-from torch.distributed.tensor import DTensor
 
 from ..ops.kernels.adam import Adam
 from ..ops.kernels.launch import cdiv
@@ -21,6 +20,7 @@ from ..saes.sharded import ShardedTrainingSAE
 from ..training.graph import Recorder, place
 from ..training.node import Losses
 from ..training.requests import Weights
+from ..training.shards import local_part
 from .adam import FusedAdam, are_same, is_unseen_after, is_unseen_before
 from .dead_bound import DeadBound
 from .whole_step import Moments, Settings, Trained, whole_step
@@ -280,7 +280,7 @@ def _moments(
         if not state or "max_exp_avg_sq" in state:
             return None
         tensors = (state["exp_avg"], state["exp_avg_sq"], state["step"])
-        moments.append(Moments(*(t.to_local() if isinstance(t, DTensor) else t for t in tensors)))
+        moments.append(Moments(*map(local_part, tensors)))
         if any(each.stride() != weight.stride() for each in moments[-1][:2]):
             return None
     return tuple(moments)

@@ -182,8 +182,8 @@ def accelerate() -> Iterator[None]:
       which the activations come, as in SAELens: in a run of one SAE float32, whatever the config's
       `dtype`, and in a run of several the language model's.
     - With `prefetch_llm_batches` the thread that makes batches begins when the trainer asks for the
-      first one. In SAELens it begins at once. A run that resumes then fails, or takes text that it
-      was trained on, because both skip what was read.
+      first one. In SAELens it begins at once, while a run that resumes still skips the text that it
+      was trained on. Such a run fails, or trains on that text again.
     - A pretokenized `datasets.Dataset` is read many rows at a time. The sequences, their order and
       what a checkpoint says of them are SAELens's. A dataset that is streamed (`streaming=True`,
       SAELens's default) or has something else than lists of whole numbers is read in SAELens's way.

@@ -132,6 +132,7 @@ def whole_step(
             else:
                 found = padded(is_dead, most_dead, shards)
                 if not shards.is_sharded:
+                    # Where more are dead than `found` has room for, no row is left to it.
                     has_all = is_dead.sum() <= most_dead
                     known = KnownDead(is_dead & has_all, found)
         main = reconstruct(weights, inputs, spec, wanted, shards, known=known)

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from sae_lens.constants import SAE_CFG_FILENAME
-from torch.distributed.tensor import DTensor
+
+from ..training.shards import local_part
 
 # What a checkpoint was trained with, and what a run that goes on from it would change.
 SETTINGS = (
@@ -76,12 +77,8 @@ def check_bool(name: str, value: Any) -> None:
 
 def not_finite_weights(sae: torch.nn.Module) -> list[str]:
     """Return the names of the parameters that hold NaN or infinity, in this process's part."""
-    names = []
-    for name, weight in sae.named_parameters():
-        own = weight.to_local() if isinstance(weight, DTensor) else weight
-        if not bool(own.detach().isfinite().all()):
-            names.append(name)
-    return names
+    weights = sae.named_parameters()
+    return [name for name, w in weights if not bool(local_part(w).detach().isfinite().all())]
 
 
 def check_weights(sae: torch.nn.Module) -> None:

@@ -22,7 +22,7 @@ from typing_extensions import override
 from ..ops.policy import computes_by_triton, is_deterministic, product_dtype
 from ..training.dead import Dead, dead_counts_later
 from ..training.requests import Weights
-from ..training.shards import Shards, Split, Whole, gather_rows
+from ..training.shards import Shards, Split, Whole, gather_rows, local_part
 from .checks import warn_of_other_settings
 from .fused_path import OF_SAMPLES, hooked, replaced
 from .fused_topk import OWN, FusedTopKTrainingSAE
@@ -192,15 +192,14 @@ def unshard(
 def whole_tensor(tensor: DTensor, *, keep: bool, device: torch.device) -> torch.Tensor | None:
     """Return a tensor of which each rank has a part. Every rank calls this.
 
-    The parts go from rank to rank in pieces. So where it is kept in another memory, none of it lies
-    whole beside a part.
+    The parts go from rank to rank in pieces. So a GPU never holds the whole, unless it is `device`.
 
     Args:
         tensor: cut along one dimension, or whole on every rank.
         keep: whether this rank gets it. False returns None.
         device: where it goes.
     """
-    local, mesh, (placement,) = tensor.to_local().detach(), tensor.device_mesh, tensor.placements
+    local, mesh, (placement,) = local_part(tensor).detach(), tensor.device_mesh, tensor.placements
     group, rank = mesh.get_group(), mesh.get_local_rank()
     like = torch.empty_strided(tensor.shape, tensor.stride(), dtype=local.dtype, device="meta")
     out = torch.empty_like(like, device=device) if keep else None
@@ -304,7 +303,7 @@ class ShardedTrainingSAE(FusedTopKTrainingSAE):
     @override
     def _weights(self) -> Weights:
         # The gradient of a part is a part. That of b_dec is whole on every rank.
-        return Weights(*(_local(getattr(self, name)) for name in PLACEMENTS))
+        return Weights(*(local_part(getattr(self, name)) for name in PLACEMENTS))
 
     @override
     def _dead(self, mask: torch.Tensor | None) -> Dead | None:
@@ -368,7 +367,7 @@ class ShardedTrainingSAE(FusedTopKTrainingSAE):
                         f"{name} has shape {stored.get_shape()} in the checkpoint, expected "
                         f"{list(weight.shape)}"
                     )
-                local = _local(weight)
+                local = local_part(weight)
                 if name == "W_enc":
                     local.copy_(stored[:, self._shards.own_latents(self.cfg.d_sae)])
                 elif name == "W_dec":
@@ -382,7 +381,7 @@ class ShardedTrainingSAE(FusedTopKTrainingSAE):
     @torch.no_grad()
     def log_histograms(self) -> dict[str, Any]:
         """Return the norms of the decoder's rows. Every rank calls this."""
-        norms = self._shards.norms(_local(self.W_dec).float())
+        norms = self._shards.norms(local_part(self.W_dec).float())
         return {"weights/W_dec_norms": norms.cpu().numpy()}
 
     @override
@@ -499,11 +498,6 @@ def _differences(settings: list[dict[str, str]]) -> Iterator[str]:
 
 
 # --- weights, as rows: W_enc latent by latent, as it is stored
-
-
-def _local(weight: Any) -> torch.Tensor:
-    """Return a rank's part of a DTensor."""
-    return weight.to_local()
 
 
 def _by_rows(name: str, weight: torch.Tensor) -> torch.Tensor:

@@ -198,7 +198,8 @@ def padded(mask: torch.Tensor, capacity: int, shards: Whole = WHOLE) -> DeadLate
 def columns_for_loss(rows: torch.Tensor, known: KnownDead, spec: Spec) -> Columns | None:
     """Return where the encoder is to leave products that the loss then need not compute.
 
-    None where kernels do not write places, and where the loss walks the batch in chunks.
+    It is None where the loss cannot take them: where kernels do not write places, and where the
+    loss walks the batch in chunks.
 
     Args:
         rows: what is multiplied with W_enc, [B, D].
@@ -296,8 +297,8 @@ def auxiliary_loss(
         wanted: which gradients to compute.
         shards: of which process the weights are.
         split: by which the ranks hold the dead latents; not read in one process.
-        known_products: rows @ W_enc of the latents, [B, n], in the `columns_for_loss`. They are
-            overwritten.
+        known_products: rows @ W_enc of the latents, [B, n], where the encoder left them in what
+            `columns_for_loss` returned. They are overwritten.
     """
     d_in, device = len(weights.b_dec), weights.W_dec.device
     n_latents, half_width = len(latents), d_in // 2

@@ -27,12 +27,18 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from ..ops.codes import Code, InvertedIndex
 from ..ops.policy import accumulation_dtype
 
 # So many elements of a matrix are squared at once.
 SQUARED_ELEMENTS = 2**22
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """Return this rank's part of a DTensor, and any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 class Split(NamedTuple):
