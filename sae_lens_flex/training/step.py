@@ -324,7 +324,8 @@ def _reconstruct(
         ),
         use_triton=use_triton,
     )
-    del read  # A copy, if it is one, is not to add to the encoder's gradient at the peak of memory.
+    # Copies, where they are, are not to add to the encoder's gradient at the peak of memory.
+    del read, target
     grad_vals, grad_b_dec, grad_scale = decoded.values, decoded.bias, None
     if grad_vals is not None:
         grad_vals = shards.sum(grad_vals)  # [B, k]
