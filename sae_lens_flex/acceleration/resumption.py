@@ -69,6 +69,14 @@ def load_trainer_state(self: SAETrainer[Any, Any], checkpoint_path: Path | str) 
             f"the config's: {'; '.join(kept)}",
             stacklevel=3,
         )
+    n_steps = self.cfg.total_training_samples // self.cfg.train_batch_size_samples
+    end = _end(self.lr_scheduler.state_dict())
+    if end is not None and end < n_steps:
+        warnings.warn(
+            f"the learning rate is 0 from step {end} on, where the checkpoint's schedule ends, and "
+            f"training_tokens makes {n_steps} steps: those beyond it train nothing",
+            stacklevel=3,
+        )
     if self.n_training_samples >= self.cfg.total_training_samples:
         warnings.warn(
             f"no step is left to take: training_tokens is {self.cfg.total_training_samples}, which "
@@ -106,6 +114,14 @@ def _number(path: Path) -> int:
 def _parts(schedule: dict[str, Any]) -> list[set[str]]:
     """Return which settings each part of a schedule has in its state. They tell its kind."""
     return [set(part) & set(_OF_SCHEDULE) for part in schedule.get("_schedulers", ())]
+
+
+def _end(schedule: dict[str, Any]) -> int | None:
+    """Return from which step on a schedule that decays to 0 is 0, or None for another one."""
+    decay = (schedule.get("_schedulers") or [{}])[-1]
+    if decay.get("end_factor") != 0:
+        return None
+    return schedule["_milestones"][-1] + decay["total_iters"]
 
 
 def _settings(trainer: SAETrainer[Any, Any]) -> dict[str, Any]:

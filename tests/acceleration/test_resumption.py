@@ -118,6 +118,18 @@ def test_nothing_is_told_outside_of_the_block(checkpoint) -> None:
         resumed(checkpoint, accelerated=False, lr=5e-4)
 
 
+def test_a_longer_run_is_told_where_the_checkpoints_rate_ends(tmp_path) -> None:
+    fields = {"lr_decay_steps": 4, "total_training_samples": 10 * BATCH}
+    checkpoint = save(tmp_path, **fields)
+    message = "^the learning rate is 0 from step 10 on, where .* training_tokens makes 12 steps"
+    with pytest.warns(UserWarning, match=OF_SCHEDULE), pytest.warns(UserWarning, match=message):
+        trainer = resumed(checkpoint, **fields | {"total_training_samples": 12 * BATCH})
+    take_steps(trainer, 7)
+    assert (trainer.n_training_steps, trainer.optimizer.param_groups[0]["lr"] > 0) == (9, True)
+    take_steps(trainer, 1)
+    assert (trainer.n_training_steps, trainer.optimizer.param_groups[0]["lr"]) == (10, 0)
+
+
 @pytest.mark.parametrize("n_steps", [0, 1, 2])
 def test_a_run_without_a_step_to_take_says_so(n_steps, tmp_path) -> None:
     fields = {"lr_warm_up_steps": 0, "lr_decay_steps": 0}
