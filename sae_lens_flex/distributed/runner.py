@@ -17,7 +17,7 @@ from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunne
 from sae_lens.config import HfDataset
 from sae_lens.constants import ACTIVATIONS_STORE_STATE_FILENAME, RUNNER_CFG_FILENAME
 from sae_lens.llm_sae_training_runner import LLMSaeEvaluator
-from sae_lens.saes.sae import TrainingSAE
+from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
 from sae_lens.training import sae_trainer
 from sae_lens.training._interruption import interrupt_callback
 from sae_lens.training.activation_scaler import ActivationScaler
@@ -72,6 +72,8 @@ class ShardedTrainingRunner(LanguageModelSAETrainingRunner):
             cfg.sae.device = cfg.device = device
             processes.meet()
             whole: Any = self.sae
+            # That of `override_sae` or `from_pretrained_path` may have another config than `cfg`.
+            _check_normalization(whole.cfg)
             self.sae = shard(whole, processes.mesh).to(device)  # rank 0's weights
             del whole
             self._share_data()
@@ -222,11 +224,7 @@ def check_settings(
         )
     if cfg.compile_sae:
         raise ValueError("compile_sae is True, expected False in several processes")
-    if cfg.sae.normalize_activations == "covariance_whitening":
-        raise ValueError(
-            "normalize_activations is 'covariance_whitening', which several processes cannot train "
-            "with: unwhitening mixes the columns of W_dec, which lie in different processes"
-        )
+    _check_normalization(cfg.sae)
     if cfg.train_batch_size_tokens < processes.size:
         raise ValueError(
             f"train_batch_size_tokens is {cfg.train_batch_size_tokens}, expected at least "
@@ -244,6 +242,14 @@ def check_settings(
                 f"{name} is {getattr(cfg, name)!r}, expected one of {own}: each of several "
                 "processes has its language model and its SAE on one GPU"
             )
+
+
+def _check_normalization(cfg: TrainingSAEConfig) -> None:
+    if cfg.normalize_activations == "covariance_whitening":
+        raise ValueError(
+            "normalize_activations is 'covariance_whitening', which several processes cannot train "
+            "with: unwhitening mixes the columns of W_dec, which lie in different processes"
+        )
 
 
 # A config for one GPU may name it by its number.

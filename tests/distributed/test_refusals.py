@@ -6,7 +6,11 @@ import pytest
 from datasets import Dataset
 from sae_lens import TopKTrainingSAEConfig
 
-from sae_lens_flex import HierarchicalTopKTrainingSAEConfig, ShardedTrainingRunner
+from sae_lens_flex import (
+    HierarchicalTopKTrainingSAE,
+    HierarchicalTopKTrainingSAEConfig,
+    ShardedTrainingRunner,
+)
 from sae_lens_flex.distributed import runner
 from sae_lens_flex.distributed.processes import join
 
@@ -43,6 +47,8 @@ def refusals() -> dict[str, str]:
     stream = one_text.to_iterable_dataset()
     errors["no text in a stream"] = _error(config(), override_dataset=stream)
     errors["no text"] = _error(config(), override_dataset=one_text)
+    sae = HierarchicalTopKTrainingSAE(whitened)
+    errors["whitening of override_sae"] = _error(config(), override_sae=sae)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runner, "version", lambda package: f"{package} {rank}")
         errors["other version"] = _error(config())
@@ -95,6 +101,12 @@ def test_too_little_text_is_told(by_rank: list[dict[str, str]]) -> None:
     assert by_rank[0]["no text"] == "another process has said it"
     expected = "the dataset has 1 rows, expected at least 2, one for each process"
     assert by_rank[1]["no text"] == expected
+
+
+def test_the_normalization_of_a_given_sae_counts(by_rank: list[dict[str, str]]) -> None:
+    # Rank 1 speaks, which failed first above.
+    error = by_rank[1]["whitening of override_sae"]
+    assert error.startswith("normalize_activations is 'covariance_whitening'")
 
 
 def test_without_a_launcher_the_runner_says_what_to_type() -> None:
