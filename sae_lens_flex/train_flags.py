@@ -123,9 +123,9 @@ def _unknown_flags(words: list[str], architecture: str | None) -> str | None:
 
 
 def _flags_among(words: Sequence[str]) -> list[str]:
-    """Return the words that are flags, as SAELens spells them."""
+    """Return the words that are flags. That of k has two names."""
     given = [word.partition("=")[0] for word in words if re.match(r"--\w|-k$", word)]
-    return ["--k" if word == "-k" else word.replace("-", "_").replace("__", "--") for word in given]
+    return ["--k" if word == "-k" else word for word in given]
 
 
 def _given(argv: Sequence[str], *names: str, nargs: str) -> Any:
