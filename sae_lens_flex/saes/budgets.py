@@ -15,7 +15,14 @@ from ..ops.codes import Code
 from ..ops.losses import prefix_residuals
 from ..ops.policy import accumulation_dtype, computes_by_triton
 from .checks import check_integer, check_number, check_weights
-from .normalization import MAKER, OwnNormalization, is_own_function, take_output_map
+from .normalization import (
+    MAKER,
+    PER_SAMPLE,
+    OwnNormalization,
+    is_own_function,
+    read_output_map,
+    take_output_map,
+)
 
 
 def doubling_budgets(k: int) -> list[int]:
@@ -198,29 +205,42 @@ class RuntimeBudget(OwnNormalization):
 
         It is cfg.k until it is set.
         """
-        activation_fn: Any = self.activation_fn
+        activation_fn = self._budgeted()
         return activation_fn.budget if isinstance(activation_fn, RuntimeTopK) else activation_fn.k
 
     @budget.setter
     def budget(self, budget: Budget) -> None:
         budget = check_budget(budget, largest_budget(self))
-        if isinstance(budget, MeanBudget) and not isinstance(self.activation_fn, RuntimeTopK):
+        activation_fn = self._budgeted()
+        if isinstance(budget, MeanBudget) and not isinstance(activation_fn, RuntimeTopK):
             raise ValueError(
                 f"budget is {budget!r}, expected a number of latents: activation_fn was replaced "
-                f"by a {type(self.activation_fn).__name__}, which has no threshold"
+                f"by a {type(activation_fn).__name__}, which has no threshold"
             )
-        self.activation_fn.k = budget  # pyright: ignore[reportAttributeAccessIssue]
+        activation_fn.k = budget  # pyright: ignore[reportAttributeAccessIssue]
 
     @contextmanager
     def at_budget(self, budget: Budget) -> Iterator[None]:
         """Keep what `budget` says within the `with` block, then what was kept before."""
-        name = "_budget" if isinstance(self.activation_fn, RuntimeTopK) else "k"
-        previous = getattr(self.activation_fn, name)
+        activation_fn = self._budgeted()
+        name = "_budget" if isinstance(activation_fn, RuntimeTopK) else "k"
+        previous = getattr(activation_fn, name)
         self.budget = budget
         try:
             yield
         finally:
-            setattr(self.activation_fn, name, previous)
+            setattr(activation_fn, name, previous)
+
+    def _budgeted(self) -> TopK:
+        """Return the activation function. Raise a ValueError where it takes no budget."""
+        activation_fn = self.activation_fn
+        # The k of a RuntimeTopK raises while its budget is a mean.
+        if not isinstance(activation_fn, RuntimeTopK) and not hasattr(activation_fn, "k"):
+            raise ValueError(
+                f"activation_fn was replaced by a {type(activation_fn).__name__}, expected one "
+                "with a k, the number of latents that it keeps: a hierarchical_topk SAE sets it"
+            )
+        return activation_fn
 
     def encode_levels(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Encode `x` and sort the latents that are kept: a prefix of them is a smaller budget.
@@ -276,7 +296,7 @@ class RuntimeBudget(OwnNormalization):
         tolerance = check_number("tolerance", tolerance)
         acts, latents = self.encode_levels(x)  # [..., k]
         k = acts.shape[-1]
-        output_map = take_output_map(self)
+        output_map = read_output_map(self)  # A `decode` after this needs it, as after `encode`.
         target = self.reshape_fn_in(x).to(accumulation_dtype(self.W_dec))
         target = target - output_map.apply(self.b_dec.to(target.dtype))  # [..., d_in]
         vals = self._decode_coefficients(acts, latents)
@@ -320,13 +340,21 @@ class RuntimeBudget(OwnNormalization):
             An iterator over each budget and its reconstruction, [..., d_in], without gradients.
 
         Raises:
-            ValueError: for impossible budgets.
+            ValueError: for impossible budgets. Also for a second call after one `encode_levels`
+                where activations are normalized one by one: the first has used up, as SAELens's
+                `decode` does, what undoes the normalization.
             NotImplementedError: where `decode` is not SAELens's own.
         """
         self._check_decode("decode_levels")
         shape, k = acts.shape[:-1], acts.shape[-1]
         budgets = doubling_budgets(k) if budgets is None else check_budgets("budgets", budgets, k)
         output_map = take_output_map(self)
+        if output_map.scale is None and self.cfg.normalize_activations in PER_SAMPLE:
+            raise ValueError(
+                "decode_levels undoes the normalization of the activations encoded last, and they "
+                "have been decoded: call encode_levels before each decode_levels "
+                f"(normalize_activations is {self.cfg.normalize_activations!r})"
+            )
         latents, acts = latents.reshape(-1, k), acts.reshape(-1, k)
         b_dec = self.b_dec.to(accumulation_dtype(self.W_dec))
         residuals = prefix_residuals(

@@ -272,12 +272,49 @@ def test_training_saes_without_budgets_refuse_one(architecture) -> None:
     assert "budget" not in vars(copy.deepcopy(sae))
 
 
+def test_an_activation_function_without_k_is_refused_by_name() -> None:
+    sae, x = hierarchical_sae("training"), random_activations()
+    sae.activation_fn = torch.nn.ReLU()
+    expected = "activation_fn was replaced by a ReLU, expected one with a k"
+    with pytest.raises(ValueError, match=expected):
+        sae.budget = 3
+    assert not hasattr(sae.activation_fn, "k")
+    with pytest.raises(ValueError, match=expected):
+        _ = sae.budget
+    with pytest.raises(ValueError, match=expected), sae.at_budget(3):
+        pass
+    with pytest.warns(UserWarning, match="unfused"), pytest.raises(ValueError, match=expected):
+        step(sae, x)
+
+
+@pytest.mark.parametrize("kind", ["inference", "training"])
+@pytest.mark.parametrize("normalize", ["layer_norm", "constant_norm_rescale"])
+def test_levels_are_not_decoded_twice_without_what_undoes_the_normalization(
+    normalize, kind
+) -> None:
+    sae, x = hierarchical_sae(kind, normalize_activations=normalize), random_activations()
+    encoded = sae.encode_levels(x)
+    once = dict(sae.decode_levels(*encoded))
+    with pytest.raises(ValueError, match=r"^decode_levels .* call encode_levels before each"):
+        sae.decode_levels(*encoded)
+    again = dict(sae.decode_levels(*sae.encode_levels(x)))
+    assert all(torch.equal(again[budget], once[budget]) for budget in once)
+
+
+@pytest.mark.parametrize("kind", ["inference", "training"])
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+def test_decode_takes_what_adaptive_encoding_returns(normalize, kind) -> None:
+    sae, x = hierarchical_sae(kind, normalize_activations=normalize), random_activations()
+    assert_close(sae.decode(sae.encode_adaptive(x, 0)), sae.decode(sae.encode(x)))
+
+
 def test_levels_leave_the_sae_as_it_was() -> None:
     sae = hierarchical_sae(normalize_activations="layer_norm")
     before = set(vars(sae))
     sae.budget = 5
     list(sae.decode_levels(*sae.encode_levels(random_activations())))
-    sae.encode_adaptive(random_activations(), 0.1)
+    assert set(vars(sae)) == before
+    sae.decode(sae.encode_adaptive(random_activations(), 0.1))
     assert set(vars(sae)) == before
     assert sae.budget == 5
 
