@@ -123,8 +123,15 @@ def draw_batches(
     if batch_size_prompts is not None:
         batch_size_prompts = check_integer("batch_size_prompts", batch_size_prompts)
     if not isinstance(activations, ActivationsStore):
-        if model is not None:
-            raise ValueError(no_store("model", activations))
+        of_store = {
+            "model": model is not None,
+            "batch_size_prompts": batch_size_prompts is not None,
+            "exclude_special_tokens": not isinstance(exclude_special_tokens, bool),
+            "model_kwargs": model_kwargs is not None,
+        }
+        for name, is_given in of_store.items():
+            if is_given:
+                raise ValueError(no_store(name, activations))
         return given_batches(saes, activations, n_batches), n_batches
     store = activations
     model = store.model if model is None else model

@@ -8,6 +8,7 @@ import torch
 from sae_lens import SAE
 
 from ..saes.budgets import MeanBudget, RuntimeBudget
+from ..saes.fused_path import keeps_prefixes
 
 
 class Reconstruction(NamedTuple):
@@ -43,7 +44,7 @@ def reconstruct(
             return
         ascending = [budget for budget in budgets if isinstance(budget, int)]
         apart: list[int | MeanBudget] = [b for b in budgets if isinstance(b, MeanBudget)]
-        if sae.replaced_decoding():
+        if sae.replaced_decoding() or not keeps_prefixes(sae):
             apart, ascending = [*ascending, *apart], []
         if ascending:
             with sae.at_budget(ascending[-1]):

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from sae_lens import SAE, ActivationsStore
+from sae_lens.saes.topk_sae import TopK
+from sae_lens.saes.transcoder import Transcoder
 from tqdm.auto import tqdm
 from transformer_lens.HookedTransformer import HookedRootModule  # pyright: ignore
 
@@ -53,7 +55,8 @@ def sweep_budgets(
     that keeps many more or fewer latents here than on the activations that it was chosen on.
 
     An SAE with a run-time budget (`hierarchical_topk`) is encoded once a batch and measured at
-    every budget. Any other SAE is measured once, as it is.
+    every budget. It is encoded once for each budget where you replaced what encodes or decodes, or
+    hung hooks on `hook_sae_acts_post`. Any other SAE is measured once, as it is.
 
     Args:
         saes: an SAE, or several by name.
@@ -69,7 +72,7 @@ def sweep_budgets(
         compute_ce_loss: whether to measure the cross-entropy, for which the model runs once per
             budget. None measures it with a store, and does not without.
         compute_kl: whether to measure KL divergences, in the same runs of the model.
-        exclude_special_tokens: tokens to leave out, as in `run_evals`.
+        exclude_special_tokens: tokens to leave out, as in `run_evals`. Only a store has tokens.
         model_kwargs: passed to the model.
         show_progress: whether to show a progress bar.
 
@@ -82,6 +85,10 @@ def sweep_budgets(
     for sae in named.values():
         if not isinstance(sae, SAE):
             raise TypeError(f"saes has a {type(sae).__name__}, expected SAELens's SAEs")
+        if isinstance(sae, Transcoder):
+            raise TypeError(
+                f"saes has a {type(sae).__name__}, expected SAEs that reconstruct what they read"
+            )
     budgets_of = _choose_budgets(named, budgets)
     is_store = isinstance(activations, ActivationsStore)
     for name, is_given in (("compute_ce_loss", compute_ce_loss), ("compute_kl", compute_kl)):
@@ -175,7 +182,7 @@ def _choose_budgets(
 ) -> dict[str, list[Budget | None]]:
     """Return the budgets of each SAE: numbers of latents, ascending, and then MeanBudgets.
 
-    An SAE without a run-time budget gets one entry: its k, or None if it has none.
+    An SAE without a run-time budget gets one entry: its k, or None if it keeps no fixed number.
     """
     k_of = {
         name: largest_budget(sae) for name, sae in saes.items() if isinstance(sae, RuntimeBudget)
@@ -189,7 +196,7 @@ def _choose_budgets(
         if isinstance(budgets, (list, tuple)):
             means = [budget for budget in budgets if isinstance(budget, MeanBudget)]
             budgets = [budget for budget in budgets if not isinstance(budget, MeanBudget)]
-        if budgets or not means:
+        if not means or len(budgets) > 0:
             budgets = check_budgets("budgets", budgets, max(k_of.values()))
         if means and len(k_of) > 1:
             raise ValueError(
@@ -201,8 +208,8 @@ def _choose_budgets(
     chosen: dict[str, list[Budget | None]] = {}
     for name, sae in saes.items():
         if name not in k_of:
-            k = getattr(sae.cfg, "k", None)
-            chosen[name] = [k if isinstance(k, int) else None]
+            activation_fn: Any = sae.activation_fn
+            chosen[name] = [activation_fn.k if isinstance(activation_fn, TopK) else None]
             continue
         within = doubling_budgets(k_of[name]) if budgets is None else budgets
         chosen[name] = [

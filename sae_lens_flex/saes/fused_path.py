@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from sae_lens.saes import sae as saelens
 from sae_lens.saes.batchtopk_sae import BatchTopK
-from sae_lens.saes.topk_sae import SparseHookPoint, TopK
+from sae_lens.saes.sae import TrainingSAE
+from sae_lens.saes.topk_sae import SparseHookPoint, TopK, TopKSAE, TopKTrainingSAE
 from transformer_lens.hook_points import HookPoint
 
 from . import normalization
@@ -63,6 +64,26 @@ def replaced(sae: Any, own: dict[str, Any], activations: tuple[type, ...]) -> li
 def hooked(sae: Any) -> list[str]:
     """Return the hook points that the fused path skips and on which something hangs."""
     return [name for name in SKIPPED_HOOK_POINTS if not _is_bare(getattr(sae, name))]
+
+
+ENCODING = {
+    "encode": (TopKSAE.encode, TrainingSAE.encode),
+    "encode_with_hidden_pre": (TopKTrainingSAE.encode_with_hidden_pre,),
+}
+
+
+def keeps_prefixes(sae: Any) -> bool:
+    """Return whether a budget keeps the first latents of a larger one, with their activations.
+
+    Args:
+        sae: an SAE with a run-time budget. What a user replaced or hooked may act otherwise on the
+            latents of each budget.
+    """
+    is_own = all(
+        name not in vars(sae) and getattr(type(sae), name, own[0]) in own
+        for name, own in ENCODING.items()
+    )
+    return is_own and _is_own(sae.activation_fn, OF_SAMPLES) and _is_bare(sae.hook_sae_acts_post)
 
 
 def _is_own(activation_fn: Any, activations: tuple[type, ...]) -> bool:

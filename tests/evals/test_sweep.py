@@ -6,14 +6,30 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from sae_lens.evals import ExplainedVarianceCalculator
+from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
 from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
-from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
+from sae_lens.saes.topk_sae import (
+    TopK,
+    TopKSAE,
+    TopKSAEConfig,
+    TopKTrainingSAE,
+    TopKTrainingSAEConfig,
+)
+from sae_lens.saes.transcoder import Transcoder, TranscoderConfig
 
-from sae_lens_flex import BudgetSweep, mean_budget, sweep_budgets
+from sae_lens_flex import (
+    BudgetSweep,
+    FlexBatchTopKTrainingSAE,
+    FlexBatchTopKTrainingSAEConfig,
+    HierarchicalTopKSAE,
+    mean_budget,
+    sweep_budgets,
+)
 
 from .comparison import (
     BATCH_SIZE_PROMPTS,
@@ -29,6 +45,8 @@ from .comparison import (
     make_sae,
     saelens_metrics,
 )
+
+TRANSCODER = TranscoderConfig(d_in=D_IN, d_sae=D_SAE, d_out=D_IN, apply_b_dec_to_input=False)
 
 
 @pytest.mark.parametrize("exclude", [True, False, [0, 7, 8]], ids=repr)
@@ -109,7 +127,8 @@ def test_one_encode_a_batch_and_one_model_pass_a_budget(make_store, monkeypatch)
     sae = make_sae()
     store = make_store(sae)
     calls = {"encode": 0, "model": 0}
-    encode, forward = sae.encode, store.model.forward
+    # Every encode calls it. A replaced `encode` would be called for each budget.
+    encode, forward = sae.process_sae_in, store.model.forward
 
     def count(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*args: Any, **kwargs: Any) -> Any:
@@ -118,7 +137,7 @@ def test_one_encode_a_batch_and_one_model_pass_a_budget(make_store, monkeypatch)
 
         return counted
 
-    monkeypatch.setattr(sae, "encode", count("encode", encode))
+    monkeypatch.setattr(sae, "process_sae_in", count("encode", encode))
     monkeypatch.setattr(store.model, "forward", count("model", forward))
     budgets = list(range(1, K + 1))
     sweep_budgets(
@@ -249,6 +268,64 @@ def test_metrics_match_a_plain_count(normalize, decode) -> None:
     assert 0 < sweep.metrics[-1].dead_latents < sweep.metrics[0].dead_latents < 1
 
 
+def without_some(acts: torch.Tensor, hook: Any = None) -> torch.Tensor:
+    return acts.index_fill(-1, torch.arange(D_SAE // 2), 0)
+
+
+class WithoutSome(HierarchicalTopKSAE):
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        return without_some(super().encode(x))
+
+
+class TopKWithoutSome(TopK):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return without_some(super().forward(x))
+
+
+@pytest.mark.parametrize("how", ["hook", "subclass", "object", "activation_fn"])
+def test_what_edits_the_kept_latents_does_so_at_every_budget(how) -> None:
+    sae = make_sae(WithoutSome if how == "subclass" else HierarchicalTopKSAE)
+    if how == "hook":
+        sae.hook_sae_acts_post.add_hook(without_some)
+    elif how == "object":
+        own = sae.encode
+        sae.encode = lambda x: without_some(own(x))  # type: ignore[method-assign]
+    elif how == "activation_fn":
+        sae.activation_fn = TopKWithoutSome(K)
+    x = torch.randn(40, D_IN)
+    sweep = sweep_budgets(sae, x, show_progress=False)
+    for row in sweep.metrics:
+        with torch.no_grad(), sae.at_budget(row.budget or 0):
+            acts = sae.encode(x)
+            mse = (sae.decode(acts) - x).square().sum(-1).mean()
+        assert row.l0 == pytest.approx((acts != 0).sum().item() / 40)
+        assert row.mse == pytest.approx(mse.item(), rel=1e-5)
+    assert 0 < sweep.metrics[0].l0 < 1
+
+
+def test_an_sae_stands_at_the_number_of_latents_that_it_keeps() -> None:
+    saes: dict[str, Any] = {
+        "topk": make_sae(TopKSAE, TopKSAEConfig),
+        "batchtopk": make_sae(BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig),
+        "flex_batchtopk": make_sae(FlexBatchTopKTrainingSAE, FlexBatchTopKTrainingSAEConfig),
+    }
+    saes["topk"].activation_fn.k = 3
+    rows = sweep_budgets(saes, torch.randn(40, D_IN), show_progress=False).metrics
+    assert [(row.sae, row.budget) for row in rows] == [
+        ("topk", 3),
+        ("batchtopk", None),
+        ("flex_batchtopk", None),
+    ]
+    assert rows[0].l0 == 3
+
+
+@pytest.mark.parametrize("make", [np.array, torch.tensor, tuple])
+def test_budgets_may_be_an_array(make) -> None:
+    x = torch.randn(9, D_IN)
+    sweep = sweep_budgets(make_sae(), x, budgets=make([1, 3]), show_progress=False)
+    assert [row.budget for row in sweep.metrics] == [1, 3]
+
+
 def test_budgets_above_an_saes_k_are_left_out_for_it() -> None:
     saes = {"small": make_sae(k=4), "large": make_sae()}
     sweep = sweep_budgets(saes, torch.randn(20, D_IN), budgets=[2, 6], show_progress=False)
@@ -313,6 +390,10 @@ def test_progress_bar_can_be_turned_off(show, capsys) -> None:
         ("compute_ce_loss", ValueError, {"compute_ce_loss": True}),
         ("compute_kl", ValueError, {"compute_kl": True}),
         ("model", ValueError, {"model": torch.nn.Linear(2, 2)}),
+        ("batch_size_prompts", ValueError, {"batch_size_prompts": 4}),
+        ("exclude_special_tokens", ValueError, {"exclude_special_tokens": [0]}),
+        ("model_kwargs", ValueError, {"model_kwargs": {"stop_at_layer": 1}}),
+        ("Transcoder", TypeError, {"saes": Transcoder(TRANSCODER)}),
     ],
 )
 def test_impossible_arguments_raise_and_are_named(name, error, arguments) -> None:
