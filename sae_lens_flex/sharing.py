@@ -445,8 +445,9 @@ def upload(
     _check_whole(sae)
     check_weights(sae)
     validate_repo_id(repo_id)
-    if not isinstance(sae_id, str) or not sae_id.strip("/"):
-        raise ValueError(f"sae_id is {sae_id!r}, expected the name of a folder")
+    if not isinstance(sae_id, str) or not sae_id.strip("/") or {".", ".."} & {*sae_id.split("/")}:
+        raise ValueError(f"sae_id is {sae_id!r}, expected the name of a folder in the repository")
+    sae_id = sae_id.strip("/")  # A path of the hub may not begin with it.
     if sweep is not None and not isinstance(sweep, BudgetSweep):
         raise TypeError(f"sweep is a {type(sweep).__name__}, expected a BudgetSweep")
     card = model_card(sae, repo_id, sae_id, sweep)
@@ -477,7 +478,7 @@ def _save(sae: SAE[Any], path: str | Path) -> None:
 
 def _write(sae: SAE[Any], card: str, folder: Path, sae_id: str) -> None:
     """Write what `upload` sends into a directory."""
-    path = folder / sae_id.strip("/")
+    path = folder / sae_id
     path.mkdir(parents=True, exist_ok=True)
     if any(path.iterdir()):
         raise FileExistsError(

@@ -716,6 +716,8 @@ def test_upload_to_a_folder_writes_what_a_hub_would_get(
         ("repo_id|Repo id", ValueError, {"repo_id": "a/b/c"}),
         ("sae_id", ValueError, {"sae_id": ""}),
         ("sae_id", ValueError, {"sae_id": "/"}),
+        ("sae_id", ValueError, {"sae_id": "../layer_0"}),
+        ("sae_id", ValueError, {"sae_id": "."}),
         ("sweep", TypeError, {"sweep": a_sweep().to_pandas()}),
     ],
 )

@@ -82,7 +82,9 @@ def sweep_budgets(
     named = dict(saes) if isinstance(saes, Mapping) else {"sae": saes}
     if not named:
         raise ValueError("saes is empty, expected at least one SAE")
-    for sae in named.values():
+    for name, sae in named.items():
+        if not isinstance(name, str):
+            raise TypeError(f"saes has the name {name!r}, expected a string for each SAE")
         if not isinstance(sae, SAE):
             raise TypeError(f"saes has a {type(sae).__name__}, expected SAELens's SAEs")
         if isinstance(sae, Transcoder):

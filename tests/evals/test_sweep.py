@@ -369,6 +369,7 @@ def test_progress_bar_can_be_turned_off(show, capsys) -> None:
         ("saes", ValueError, {"saes": {}}),
         ("saes", TypeError, {"saes": torch.nn.Linear(2, 2)}),
         ("saes", TypeError, {"saes": {"sae": "path"}}),
+        ("saes has the name 16", TypeError, {"saes": {16: make_sae()}}),
         ("activations", TypeError, {"activations": None}),
         ("activations", ValueError, {"activations": []}),
         ("activations", ValueError, {"activations": torch.zeros(0, D_IN)}),
