@@ -59,6 +59,7 @@ def _match_layouts(optimizer: Any, args: Any, kwargs: Any) -> None:
     SAELens stores W_enc in another order than our SAEs, so the moments of a checkpoint may be
     others. A user may also give a parameter other data.
     """
+    _leave_gaps_to_torch(optimizer)
     for parameter in _with_gradients(_parameters(optimizer)):
         stride = parameter.stride()
         if parameter.grad.stride() != stride:
@@ -67,6 +68,23 @@ def _match_layouts(optimizer: Any, args: Any, kwargs: Any) -> None:
         for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
             if name in state and state[name].stride() != stride:
                 state[name] = torch.empty_like(parameter).copy_(state[name])
+
+
+def _leave_gaps_to_torch(optimizer: Any) -> None:
+    """Step without the fused kernel where a parameter's memory has gaps, such as a slice's columns.
+
+    The kernel would write into the gaps: silently on a CPU.
+    """
+    for group in optimizer.param_groups:
+        if not all(_is_without_gaps(p) for p in group["params"]):
+            group["fused"] = None
+
+
+def _is_without_gaps(parameter: torch.Tensor) -> bool:
+    last = sum(
+        (n - 1) * stride for n, stride in zip(parameter.shape, parameter.stride(), strict=True)
+    )
+    return last + 1 == parameter.numel()
 
 
 def _raise_versions(optimizer: Any, args: Any, kwargs: Any) -> None:
@@ -125,10 +143,12 @@ def clipping_scale(norm: torch.Tensor) -> torch.Tensor:
 
 def _can_clip_in_step(optimizer: Any, parameters: Sequence[torch.Tensor]) -> bool:
     """Return whether nobody sees that the step clips, and whether it can."""
+    if type(optimizer) is not FusedAdam:
+        return False
+    _leave_gaps_to_torch(optimizer)
     clipped = _with_gradients(parameters)
     return (
-        type(optimizer) is FusedAdam
-        and len(clipped) > 0
+        len(clipped) > 0
         # The kernel takes a scale in float32 only, on the device of all gradients.
         and all(p.grad.dtype == torch.float32 for p in clipped)
         and len({p.grad.device for p in clipped}) == 1

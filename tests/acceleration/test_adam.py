@@ -205,6 +205,26 @@ def test_a_weight_that_gets_another_layout_keeps_its_moments(device, has_gradien
     torch.testing.assert_close(fused.sae.W_enc, plain.sae.W_enc)
 
 
+@every_device
+@pytest.mark.parametrize("block", [sae_lens_flex.accelerate, sae_lens_flex.fused_adam])
+def test_memory_between_the_rows_of_a_weight_is_left_alone(device, block) -> None:
+    results = []
+    for context in (block, contextlib.nullcontext):
+        with context():
+            trainer = new_trainer("topk", device=device)
+            batch = torch.randn(BATCH, D_IN, device=device)
+            trainer.step(batch)
+            weight = trainer.sae.W_dec
+            memory = torch.full((D_SAE, D_IN + 4), 7.0, device=device)
+            memory[:, :D_IN] = weight.data
+            weight.data = memory[:, :D_IN]
+            for _ in range(3):
+                trainer.step(batch)
+        assert bool((memory[:, D_IN:] == 7).all())
+        results.append(weight.detach())
+    torch.testing.assert_close(*results)
+
+
 def test_hooks_of_a_step_run_once() -> None:
     optimizer = fused_optimizer("cpu", (3,))
     Adam([torch.zeros(1)])  # From here on torch runs hooks around Adam's own step, too.
