@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from sae_lens.training import prefetch
 from typing_extensions import override
@@ -17,6 +17,13 @@ class PrefetchingIterator(prefetch.PrefetchingIterator[T]):
     SAELens's thread begins at once. A run that resumes skips the text that it was trained on, and
     the thread would read that text at the same time, from the same generator.
     """
+
+    @classmethod
+    @override
+    def __subclasshook__(cls, other: type) -> Any:
+        # SAELens's evaluators ask within the block whether what they pause is of this class. An
+        # iterator that was made before the block is of SAELens's.
+        return prefetch.PrefetchingIterator in other.__mro__ or NotImplemented
 
     @override
     def __init__(self, source: Iterator[T], prefetch: int = 4) -> None:

@@ -3,6 +3,11 @@
 import threading
 from collections.abc import Iterator
 
+import pytest
+from sae_lens import llm_sae_training_runner, multi_sae_training_runner
+from sae_lens.training import prefetch
+
+import sae_lens_flex
 from sae_lens_flex.acceleration.prefetch import PrefetchingIterator
 
 
@@ -26,3 +31,12 @@ def test_what_was_not_asked_for_can_be_closed() -> None:
     batches.close()
     assert not begun.is_set()
     assert list(batches) == []
+
+
+@pytest.mark.parametrize("module", [llm_sae_training_runner, multi_sae_training_runner])
+def test_evaluators_pause_what_was_made_before_the_block(module) -> None:
+    batches = prefetch.PrefetchingIterator(iter(range(5)))
+    with sae_lens_flex.accelerate():
+        assert isinstance(batches, module.PrefetchingIterator)
+        assert not isinstance(iter(range(5)), module.PrefetchingIterator)
+    batches.close()
