@@ -13,7 +13,7 @@ import sys
 import textwrap
 import warnings
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn
@@ -42,7 +42,7 @@ from .interruption import InterruptibleRunner, Stop, catching_signals, telling_w
 from .ops.policy import uses_triton
 from .saes.budgets import MeanBudget, RuntimeBudget, check_budgets, doubling_budgets
 from .saes.checks import check_number, not_finite_weights
-from .saes.registration import TOPK_TRAINING_CLASSES
+from .saes.registration import TOPK_TRAINING_CLASSES, TRAINING_CLASSES
 from .sharing import (
     SETTLED,
     drop_weights_of_other_budgets,
@@ -255,6 +255,9 @@ def train(argv: list[str]) -> int:
     if cfg.resume_from_checkpoint is not None:
         check_checkpoint(cfg.resume_from_checkpoint)
     sae = None if pretrained is None else _start(pretrained, cfg)
+    is_ours = cfg.sae.architecture() in TRAINING_CLASSES
+    if is_ours and sae is None and cfg.from_pretrained_path is not None:
+        _check_as_saved(cfg)
     del pretrained  # Its weights would take as much memory as the new SAE's.
     _make_paths_absolute(cfg)
     runner_class: Any = InterruptibleRunner
@@ -328,11 +331,13 @@ def _pretrained(argv: list[str]) -> tuple[Any, list[str]]:
         # A flex_topk SAE is saved as "topk" for inference.
         architecture = "flex_topk" if saved_as == "topk" and is_flex else saved_as
     if architecture not in TOPK_TRAINING_CLASSES:
-        if saved_as in TOPK_TRAINING_CLASSES:
+        if not {architecture, saved_as} & TRAINING_CLASSES.keys():
+            return None, []
+        if architecture != saved_as:
             raise ValueError(
                 f"architecture is {architecture!r}, expected {saved_as!r} as the SAE in {path!r}"
             )
-        return None, []
+        return None, ["--architecture", architecture, *_as_flags(_own_fields(saved))]
     with _naming(path), _quietly():
         sae = SAE.load_from_disk(path)
         if not isinstance(sae, TopKSAE):
@@ -349,6 +354,22 @@ def _pretrained(argv: list[str]) -> tuple[Any, list[str]]:
                 f"{name} is {text}, expected {known[name]} as the SAE in {path!r} has it"
             )
     return sae, ["--architecture", architecture, *_as_flags(known)]
+
+
+def _own_fields(saved: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a saved training config that no other part of the run's config has."""
+    _, config = TRAINING_CLASSES[saved["architecture"]]
+    names = {field.name for field in fields(config)} - {"device", "metadata"}
+    return {name: value for name, value in saved.items() if name in names}
+
+
+def _check_as_saved(cfg: Any) -> None:
+    """Raise a ValueError for a flag that SAELens would ignore for what the saved SAE has."""
+    path = cfg.from_pretrained_path
+    for name, value in _own_fields(json.loads(Path(path, "cfg.json").read_text())).items():
+        given = getattr(cfg.sae, name)
+        if given != value and value != "constant_norm_rescale":  # It has no flag.
+            raise ValueError(f"{name} is {given}, expected {value} as the SAE in {path!r} has it")
 
 
 def _as_flags(sae_fields: dict[str, Any]) -> Iterator[str]:

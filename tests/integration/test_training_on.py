@@ -382,6 +382,39 @@ def test_command_line_starts_from_a_topk_sae(train, tmp_path: Path) -> None:
     assert torch.equal(result.started_with, SAE.load_from_disk(tmp_path / "sae").W_dec)
 
 
+@pytest.mark.parametrize("architecture", ["flex_batchtopk", "flex_matryoshka_batchtopk"])
+def test_command_line_trains_a_checkpoint_of_a_batch_architecture_on(
+    architecture: str, train, tmp_path: Path
+) -> None:
+    widths = {"matryoshka_widths": [16, D_SAE]} if "matryoshka" in architecture else {}
+    saved = make_sae(architecture, topk_threshold_lr=0.02, **widths)
+    saved.save_model(tmp_path / "sae")
+    size = f"--d_in {D_IN} --d_sae {D_SAE} --k {K}"
+    result = train(tmp_path / "sae", size)
+    assert result.code == 0, result.err
+    assert type(result.sae) is type(saved)
+    torch.testing.assert_close(result.started_with, saved.W_dec.detach())
+    assert result.recorded["architecture"] == architecture
+    assert result.recorded["topk_threshold_lr"] == 0.02
+    for flags, words in (
+        (f"--d_in {D_IN} --d_sae {D_SAE} --k 4", "k is 4.0, expected 8"),
+        (f"{size} --topk_threshold_lr 0.5", "topk_threshold_lr is 0.5, expected 0.02"),
+        (f"{size} --architecture topk", f"architecture is 'topk', expected {architecture!r}"),
+    ):
+        result = train(tmp_path / "sae", flags)
+        assert (result.code, words in result.err) == (2, True), result.err
+
+
+def test_command_line_does_not_train_another_architecture_than_is_said(
+    train, tmp_path: Path
+) -> None:
+    make_sae("flex_batchtopk").save_inference_model(tmp_path / "sae")
+    flags = f"--architecture flex_batchtopk --d_in {D_IN} --d_sae {D_SAE} --k {K}"
+    result = train(tmp_path / "sae", flags)
+    assert result.code == 2
+    assert "architecture is 'flex_batchtopk', expected 'jumprelu'" in result.err
+
+
 def test_command_line_leaves_saelens_its_own(train, tmp_path: Path) -> None:
     make_sae("topk").save_inference_model(tmp_path / "sae")
     result = train(tmp_path / "sae", f"--architecture topk --d_in {D_IN} --d_sae {D_SAE} --k {K}")
