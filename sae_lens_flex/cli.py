@@ -593,7 +593,15 @@ def sweep(argv: list[str]) -> int:
             text = dataset
             if args.split != "train":
                 text = datasets.load_dataset(dataset, split=args.split, streaming=True)
-            store = ActivationsStore.from_sae(model, sae, dataset=text, device=args.device)
+            store = ActivationsStore.from_sae(
+                model,
+                sae,
+                dataset=text,
+                device=args.device,
+                # The prompts are made of the text as in training.
+                disable_concat_sequences=bool(metadata.disable_concat_sequences),
+                sequence_separator_token=metadata.get("sequence_separator_token", "bos"),
+            )
     first_pass = store.iterable_sequences
     batches = {"n_batches": args.n_batches, "batch_size_prompts": args.batch_size_prompts}
     means = mean_budgets(sae, store, args.mean_budgets, **batches) if args.mean_budgets else []

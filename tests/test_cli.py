@@ -200,6 +200,27 @@ def test_sweep_says_that_the_text_began_again(trained: Path, run, tmp_path: Path
         assert words in result.out.splitlines()[-1]
 
 
+def test_sweep_makes_prompts_of_the_text_as_training_did(
+    run, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(trained, tmp_path / "sae")
+    cfg = json.loads((trained / "cfg.json").read_text())
+    cfg["metadata"] |= {"disable_concat_sequences": True, "sequence_separator_token": None}
+    (tmp_path / "sae" / "cfg.json").write_text(json.dumps(cfg))
+    stores = []
+    measure = sae_lens_flex.cli.sweep_budgets
+
+    def recorded(sae: Any, store: Any, **options: Any) -> BudgetSweep:
+        stores.append(store)
+        return measure(sae, torch.randn(8, D_IN), budgets=[1])
+
+    monkeypatch.setattr(sae_lens_flex.cli, "sweep_budgets", recorded)
+    for path in (tmp_path / "sae", trained):
+        assert run("sweep", path).code == 0
+    made = [(store.disable_concat_sequences, store.sequence_separator_token) for store in stores]
+    assert made == [(True, None), (False, "bos")]
+
+
 def test_sweep_takes_its_flags(trained: Path, run, hf_model_dir: Path, text_dir: Path) -> None:
     result = run(
         *("sweep", trained, "--budgets", 3, 5, "--no-ce", "--n-batches", 1),
