@@ -249,7 +249,12 @@ def train(argv: list[str]) -> int:
     pretrained, flags = _pretrained(argv)
     cfg = train_flags.parse([*flags, *argv])
     _fit_buffer(cfg, argv)
-    for name in ("training_tokens", "train_batch_size_tokens"):
+    for name in (
+        "training_tokens",
+        "train_batch_size_tokens",
+        "store_batch_size_prompts",
+        "feature_sampling_window",
+    ):
         if getattr(cfg, name) < 1:
             raise ValueError(f"--{name} is {getattr(cfg, name)}, expected at least 1")
     if cfg.resume_from_checkpoint is not None:

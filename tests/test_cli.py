@@ -656,6 +656,8 @@ def test_sae_that_does_not_say_what_it_reads_is_refused(
         ({"--budgets": "1 4 8"}, ["--budgets is '1 4 8'", "without quotes: --budgets 1 4 8"]),
         ({"--level_weights": "1, 0.5"}, ["--level_weights 1 0.5"]),
         ({"--training_tokens": 0}, ["--training_tokens is 0, expected at least 1"]),
+        ({"--store_batch_size_prompts": 0}, ["--store_batch_size_prompts is 0, expected at least"]),
+        ({"--feature_sampling_window": 0}, ["--feature_sampling_window is 0, expected at least 1"]),
         ({"--k": None}, ["--k is missing"]),
         ({"--d_sae": None, "--hook_name": None}, ["--hook_name, --d_sae are missing"]),
         ({"--architecture": "standard", "--k": None, "--d_in": None}, ["--d_in is missing"]),
