@@ -64,10 +64,12 @@ def attach_step(
     """
     total, auxiliary = result.main.mse_loss, result.auxiliary_loss
     widths = result.main.width_losses
-    losses = [] if widths is None else [loss.clone() for loss in widths.unbind()]
+    losses = [total] if widths is None else [loss.clone() for loss in widths.unbind()]
     if auxiliary is not None:
-        losses = [*(losses or [total]), auxiliary]
+        losses.append(auxiliary)
         total = total + auxiliary
+    elif widths is None:
+        total = total.clone()  # A user may change it in place, as by `loss /= n`.
 
     def again(*saved: torch.Tensor, width_weights: torch.Tensor | None = None) -> StepResult:
         level_weights = inputs.level_weights if width_weights is None else width_weights
@@ -87,7 +89,7 @@ def attach_step(
         total, *losses = attach(NAME, lambda: outputs, tensors, give, saves=True)
     if auxiliary is not None:
         auxiliary = losses.pop()
-    *of_widths, mse = losses or [total]
+    *of_widths, mse = losses
     return Losses(total, mse, auxiliary, tuple(of_widths))
 
 

@@ -119,6 +119,23 @@ def test_without_dead_latents_loss_and_mse_loss_are_one(architecture) -> None:
 
 
 @every_architecture
+@pytest.mark.parametrize("enabled", [True, False])
+def test_loss_changed_in_place_leaves_the_reported_ones(architecture, enabled) -> None:
+    model, expected = models(architecture, n_dead=0)
+    for each in (model, expected):
+        with torch.set_grad_enabled(enabled):
+            losses = each.losses()
+            mse_loss = losses["mse_loss"].item()
+            losses["loss"] *= 0.25
+        assert losses["mse_loss"].item() == mse_loss
+        assert losses["loss"].item() != mse_loss
+        if enabled:
+            losses["loss"].backward()
+    if enabled:
+        assert_same(model, expected)
+
+
+@every_architecture
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     "order",
