@@ -343,6 +343,7 @@ def _shares(weights: list[float]) -> tuple[float, ...]:
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # Autograd could not save them in a later step.
 def _level_weights(
     budgets: tuple[int, ...], shares: tuple[float, ...], device: torch.device, dtype: torch.dtype
 ) -> torch.Tensor:

@@ -233,6 +233,18 @@ def test_level_weights_edited_between_steps_act_at_once(use_fused_path) -> None:
 
 
 @pytest.mark.parametrize("use_fused_path", [True, False], ids=["fused", "unfused"])
+def test_a_step_in_inference_mode_leaves_later_steps_differentiable(use_fused_path) -> None:
+    # Level weights that no other test has: those of a step are kept for later ones.
+    weights = [0.3, 0.17, 0.53 + use_fused_path]
+    sae = trained_sae("hierarchical_topk", budgets=[1, 4, K], level_weights=weights)
+    sae.use_fused_path = use_fused_path
+    with torch.inference_mode():
+        sae.training_forward_pass(step_input(random_activations()))
+    sae.use_fused_path = False
+    assert_matches_definition(sae, random_activations())
+
+
+@pytest.mark.parametrize("use_fused_path", [True, False], ids=["fused", "unfused"])
 def test_training_step_ignores_the_run_time_budget(use_fused_path) -> None:
     sae = trained_sae("hierarchical_topk")
     sae.use_fused_path = use_fused_path
