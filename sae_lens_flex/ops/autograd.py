@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from .kernels import launch
 from .kernels.scale import scale_in_place as scale_by_triton
@@ -56,6 +57,21 @@ def check_is_first_derivative(name: str) -> None:
             f"{name} has no second derivative: its backward pass was asked for a graph "
             "(create_graph=True). The definitions hierarchical_sae_loss and topk_sae_loss have one."
         )
+
+
+def check_has_no_tangent(name: str, *tensors: torch.Tensor | None) -> None:
+    """Raise where forward-mode automatic differentiation asks for a derivative.
+
+    The kernels would drop it.
+    """
+    if forward_ad._current_level < 0:  # Asking each tensor takes 1 us.
+        return
+    for tensor in tensors:
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(
+                f"{name} has no forward-mode derivative, and one of its inputs has a tangent: use "
+                "backward(). The definitions hierarchical_sae_loss and topk_sae_loss have one."
+            )
 
 
 def scale_in_place(gradients: Sequence[torch.Tensor | None], factor: torch.Tensor) -> None:

@@ -9,7 +9,12 @@ from typing import Any
 import torch
 
 from . import by_torch, by_triton
-from .autograd import attach, check_is_first_derivative, scale_in_place
+from .autograd import (
+    attach,
+    check_has_no_tangent,
+    check_is_first_derivative,
+    scale_in_place,
+)
 from .checks import check_arguments, check_starts
 from .codes import Code
 from .policy import (
@@ -110,6 +115,7 @@ def differentiable_loss(
         is_last = isinstance(levels, str) and levels == "last"
         arguments = (*inputs, level_weights, starts, is_last, scale, use_triton, flags)
         return getattr(torch.ops, NAMESPACE).decoder_loss(indices, *arguments)[0]
+    check_has_no_tangent(name, *inputs)
 
     def compute(
         weight: torch.Tensor,
@@ -205,6 +211,7 @@ def triton_hierarchical_sae_loss(
         TypeError, ValueError: for an argument of the wrong type, dtype, shape or device.
         RuntimeError: where Triton or its device is missing, for a second backward pass through the
             same graph, and for a second derivative.
+        NotImplementedError: for forward-mode differentiation.
     """
     check_arguments(indices, weight, vals, bias, target, level_weights, starts)
     starts = _checked(starts, indices)

@@ -10,6 +10,7 @@ from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from sae_lens.saes.topk_sae import TopK, TopKTrainingSAE
 from typing_extensions import override
 
+from ..ops.autograd import check_has_no_tangent
 from ..ops.codes import Code
 from ..ops.policy import (
     CHECKS_INDICES,
@@ -246,6 +247,7 @@ class FusedTopKTrainingSAE(OwnNormalization, TopKTrainingSAE):
     ) -> TrainStepOutput:
         """Take a step whose losses autograd differentiates."""
         arguments = request.weights, request.inputs, request.spec
+        check_has_no_tangent("a fused training step", *request.weights, *request.inputs[:3])
         dead, wanted, shards = self._dead(dead_mask), request.wanted, request.shards
         recorder = None if shards.is_sharded else self._recorder_of(request)
         by = None if recorder is None else reconstruct_by(recorder)

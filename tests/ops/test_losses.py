@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sae_lens_flex.ops import (
@@ -251,6 +252,17 @@ def test_second_derivative_raises(implementation) -> None:
     name = name if name.startswith("triton") else "the decoder loss"
     with pytest.raises(RuntimeError, match=f"^{name} has no second derivative"):
         torch.autograd.grad(loss, inputs["weight"], create_graph=True)
+
+
+@pytest.mark.parametrize("wanted", ["weight", "vals", "bias", "target"])
+def test_forward_mode_is_refused(implementation, wanted) -> None:
+    indices, inputs = random_inputs((6, 5, 20, 33), device=implementation.device)
+    inputs = {name: value.detach() for name, value in inputs.items()}
+    with forward_ad.dual_level():
+        value = inputs[wanted]
+        inputs[wanted] = forward_ad.make_dual(value, torch.ones_like(value))
+        with pytest.raises(NotImplementedError, match="has no forward-mode derivative"):
+            implementation.loss(indices, **inputs)
 
 
 @pytest.mark.pairs

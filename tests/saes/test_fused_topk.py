@@ -32,6 +32,7 @@ from comparison import (
 )
 from sae_lens.config import SAETrainerConfig
 from sae_lens.training.sae_trainer import SAETrainer
+from torch.autograd import forward_ad
 
 HOOK_POINTS = ("hook_sae_input", "hook_sae_acts_pre", "hook_sae_acts_post", "hook_sae_recons")
 SKIPPED_HOOK_POINTS = HOOK_POINTS[1:]
@@ -443,6 +444,23 @@ def test_dead_neuron_mask_of_another_length_is_an_error_that_says_so(architectur
     step = step_input(random_activations(), torch.ones(n, dtype=torch.bool))
     with pytest.raises(ValueError, match=rf"dead_neuron_mask has shape \[{n}\], expected \[48\]"):
         trained_sae(architecture).training_forward_pass(step)
+
+
+@every_architecture
+@pytest.mark.parametrize("of", ["W_dec", "sae_in"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_forward_mode_is_refused(architecture, of, device) -> None:
+    sae = trained_sae(architecture, use_sparse_activations=False).to(device).requires_grad_(False)
+    x = random_activations().to(device)
+    with forward_ad.dual_level():
+        if of == "sae_in":
+            x = forward_ad.make_dual(x, torch.ones_like(x))
+        else:
+            weight = sae.W_dec.detach()
+            del sae.W_dec
+            sae.W_dec = forward_ad.make_dual(weight, torch.ones_like(weight))
+        with pytest.raises(NotImplementedError, match="training step has no forward-mode"):
+            sae.training_forward_pass(step_input(x))
 
 
 @every_architecture
