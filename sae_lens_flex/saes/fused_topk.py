@@ -416,6 +416,8 @@ class FusedTopKTrainingSAE(OwnNormalization, TopKTrainingSAE):
                 f"dead_neuron_mask has shape {list(mask.shape)}, expected [{len(self.W_dec)}], one "
                 "element a latent"
             )
+        if mask.dtype != torch.bool:  # of other numbers the sum is not how many are dead
+            raise TypeError(f"dead_neuron_mask has dtype {mask.dtype}, expected torch.bool")
         below = counts_below_later(mask, self._widths()) if self._auxiliary_by_width() else None
         return Dead(nonzero_later(mask), coefficient, below=below)
 

@@ -447,6 +447,14 @@ def test_dead_neuron_mask_of_another_length_is_an_error_that_says_so(architectur
 
 
 @every_architecture
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.float32], ids=str)
+def test_dead_neuron_mask_of_another_dtype_is_an_error_that_says_so(architecture, dtype) -> None:
+    step = step_input(random_activations(), dead_mask(FEW_DEAD).to(dtype) * 3)
+    with pytest.raises(TypeError, match=f"dead_neuron_mask has dtype {dtype}, expected torch.bool"):
+        trained_sae(architecture).training_forward_pass(step)
+
+
+@every_architecture
 @pytest.mark.parametrize("of", ["W_dec", "sae_in"])
 @pytest.mark.parametrize("device", DEVICES)
 def test_forward_mode_is_refused(architecture, of, device) -> None:
