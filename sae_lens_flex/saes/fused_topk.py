@@ -354,7 +354,8 @@ class FusedTopKTrainingSAE(OwnNormalization, TopKTrainingSAE):
         self, x: torch.Tensor, residual: torch.Tensor, shards: Whole, is_logging_step: bool
     ) -> torch.Tensor:
         """Return the `sae_out` of activations [B_r, d_in] from the step's residual."""
-        return (x.detach() + shards.by_sample(residual)).to(self.dtype)
+        # Not `self.dtype`, which `double()`, unlike `to`, leaves as it was.
+        return (x.detach() + shards.by_sample(residual)).to(self.W_dec.dtype)
 
     # --- what a step is made of
 

@@ -472,6 +472,16 @@ def test_forward_mode_is_refused(architecture, of, device) -> None:
 
 
 @every_architecture
+def test_sae_out_has_the_dtype_of_the_parameters(architecture) -> None:
+    sae = trained_sae(architecture).double()  # which leaves `sae.dtype` as it is
+    fused = sae.training_forward_pass(step_input(random_activations())).sae_out
+    sae.use_fused_path = False
+    unfused = sae.training_forward_pass(step_input(random_activations())).sae_out
+    assert fused.dtype == unfused.dtype == torch.float64
+    assert_close(fused, unfused, 1e-12)
+
+
+@every_architecture
 def test_sparse_feature_acts_are_otherwise_an_ordinary_tensor(architecture) -> None:
     acts = run_step(trained_sae(architecture), random_activations()).feature_acts
     dense = acts.to_dense()
