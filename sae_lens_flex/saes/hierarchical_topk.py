@@ -227,9 +227,10 @@ class HierarchicalTopKTrainingSAE(RuntimeBudget, FusedTopKTrainingSAE):
         flat_map = OutputMap(*(None if m is None else m.reshape(-1, 1) for m in output_map))
         coefficients = self._decode_coefficients(acts, latents)
         code = Code(latents, coefficients)
-        levels = self._levels(k, sae_out)
+        like = sae_out.new_empty((), dtype=accumulation_dtype(self.W_dec, x))
+        levels = self._levels(k, like)
         weighted = isinstance(levels, torch.Tensor)
-        level_weights = levels if weighted else sae_out.new_full((k,), 1 / k)
+        level_weights = levels if weighted else like.new_full((k,), 1 / k)
         loss_at_k = self.mse_loss_fn(sae_out, x).sum(dim=-1).mean()
         metrics = {}
         if set(OF_DECODING) & set(self._replaced()):

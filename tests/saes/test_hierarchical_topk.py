@@ -232,6 +232,14 @@ def test_level_weights_edited_between_steps_act_at_once(use_fused_path) -> None:
         run_step(sae, random_activations())
 
 
+def test_unfused_level_weights_are_not_rounded_to_16_bits() -> None:
+    # 1 / 48 in bfloat16 is 0.2 % too large, and so would the loss be.
+    sae = trained_sae("hierarchical_topk", k=48, dtype="bfloat16")
+    fused = run_step(sae, random_activations())
+    unfused = run_step(sae, random_activations().unsqueeze(0))
+    assert_close(unfused.loss, fused.loss, 1e-3)
+
+
 @pytest.mark.parametrize("use_fused_path", [True, False], ids=["fused", "unfused"])
 def test_a_step_in_inference_mode_leaves_later_steps_differentiable(use_fused_path) -> None:
     # Level weights that no other test has: those of a step are kept for later ones.
