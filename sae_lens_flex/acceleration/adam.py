@@ -143,16 +143,16 @@ def clipping_scale(norm: torch.Tensor) -> torch.Tensor:
 
 def _can_clip_in_step(optimizer: Any, parameters: Sequence[torch.Tensor]) -> bool:
     """Return whether nobody sees that the step clips, and whether it can."""
-    if type(optimizer) is not FusedAdam:
-        return False
-    _leave_gaps_to_torch(optimizer)
     clipped = _with_gradients(parameters)
     return (
-        len(clipped) > 0
+        type(optimizer) is FusedAdam
+        and len(clipped) > 0
         # The kernel takes a scale in float32 only, on the device of all gradients.
         and all(p.grad.dtype == torch.float32 for p in clipped)
         and len({p.grad.device for p in clipped}) == 1
         and are_same(clipped, _with_gradients(_parameters(optimizer)))
+        # The unfused step of a weight with gaps does not clip.
+        and all(map(_is_without_gaps, _parameters(optimizer)))
         and is_unseen_before(optimizer)
     )
 
