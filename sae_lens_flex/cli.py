@@ -362,7 +362,7 @@ def _pretrained(argv: list[str]) -> tuple[Any, list[str]]:
 
 
 def _own_fields(saved: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of a saved training config that no other part of the run's config has."""
+    """Return the fields of a saved training config, but for those that the run decides."""
     _, config = TRAINING_CLASSES[saved["architecture"]]
     names = {field.name for field in fields(config)} - {"device", "metadata"}
     return {name: value for name, value in saved.items() if name in names}

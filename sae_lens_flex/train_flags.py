@@ -123,7 +123,7 @@ def _unknown_flags(words: list[str], architecture: str | None) -> str | None:
 
 
 def _flags_among(words: Sequence[str]) -> list[str]:
-    """Return the words that are flags. That of k has two names."""
+    """Return the words that are flags. The flag of k has two names: one is returned."""
     given = [word.partition("=")[0] for word in words if re.match(r"--\w|-k$", word)]
     return ["--k" if word == "-k" else word for word in given]
 

@@ -72,7 +72,7 @@ class ShardedTrainingRunner(LanguageModelSAETrainingRunner):
             cfg.sae.device = cfg.device = device
             processes.meet()
             whole: Any = self.sae
-            # That of `override_sae` or `from_pretrained_path` may have another config than `cfg`.
+            # The SAE of `override_sae` or `from_pretrained_path` may have another than `cfg.sae`.
             _check_normalization(whole.cfg)
             self.sae = shard(whole, processes.mesh).to(device)  # rank 0's weights
             del whole

@@ -75,7 +75,7 @@ class KnownDead(NamedTuple):
     """Dead latents that are known before the batch is encoded.
 
     Attributes:
-        mask: [F], bool; all of them are in `of_loss`.
+        mask: which latents they are, [F], bool. `of_loss` has all of them.
         of_loss: those that the loss takes, as from `padded`.
     """
 

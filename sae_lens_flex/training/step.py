@@ -324,7 +324,7 @@ def _reconstruct(
         ),
         use_triton=use_triton,
     )
-    # Copies, where they are, are not to add to the encoder's gradient at the peak of memory.
+    # They may be copies, which would add to the encoder's gradient at the peak of memory.
     del read, target
     grad_vals, grad_b_dec, grad_scale = decoded.values, decoded.bias, None
     if grad_vals is not None:
