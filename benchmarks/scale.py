@@ -14,7 +14,7 @@ within `accelerate()`, on a batch of the case's size in all, whatever the number
 
 "sharded" is `sae_lens_flex.shard`. "copies" is what DistributedDataParallel does: a whole SAE on
 every process, and gradients that are averaged. "communication" is the time that the device spends
-in collectives, where they do not overlap with computing.
+in collectives, where they do not overlap with computing; `collectives_ms` has it by kind.
 """
 
 import argparse
@@ -24,6 +24,7 @@ import gc
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -169,27 +170,39 @@ def average_gradients(sae: TrainingSAE[Any], mesh: DeviceMesh) -> None:
         parameter.register_post_accumulate_grad_hook(hook)
 
 
-def device_times(step: Callable[[], None], device: str) -> dict[str, float | None]:
+def device_times(step: Callable[[], None], device: str) -> dict[str, Any]:
     """Return how long the device works in a step, and how long in collectives, in ms."""
     if device == "cpu":
-        return {"device_ms": None, "communication_ms": None}
+        return {"device_ms": None, "communication_ms": None, "collectives_ms": {}}
     total = device_ms(step)
     n = 5
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for _ in range(n):
             step()
         torch.cuda.synchronize()
-    collectives = [event for event in profile.key_averages() if "nccl" in event.key.lower()]
-    us = sum(event.self_device_time_total for event in collectives)
-    return {"device_ms": total, "communication_ms": us / 1e3 / n}
+    by_kind: dict[str, float] = {}
+    for event in profile.key_averages():
+        # Such as ncclDevKernel_AllReduce_Sum_f32_RING_LL(ncclDevKernelArgsStorage<4096ul>).
+        if name := re.match(r"nccl\w*Kernel_([A-Za-z]+)", event.key):
+            ms = event.self_device_time_total / 1e3 / n
+            by_kind[name[1]] = by_kind.get(name[1], 0) + ms
+    communication = sum(by_kind.values())
+    return {"device_ms": total, "communication_ms": communication, "collectives_ms": by_kind}
 
 
-def of_slowest(value: float | None) -> float | None:
-    """Return the largest of the ranks' values."""
-    values: list[float | None] = [None] * dist.get_world_size()
+def of_slowest(value: Any) -> Any:
+    """Return the largest of the ranks' values; of dictionaries, the largest of each key."""
+    values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
-    numbers = [each for each in values if each is not None]
-    return max(numbers) if numbers else None
+    return largest(values)
+
+
+def largest(values: list[Any]) -> Any:
+    values = [each for each in values if each is not None]
+    if values and isinstance(values[0], dict):
+        keys = dict.fromkeys(key for each in values for key in each)
+        return {key: largest([each.get(key) for each in values]) for key in keys}
+    return max(values, default=None)
 
 
 def work(works: list[tuple[Case, str]], quick: bool) -> None:

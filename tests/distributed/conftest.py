@@ -33,8 +33,8 @@ def two_ranks(make_ranks: Callable[..., Ranks]) -> Ranks:
 
 @pytest.fixture
 def gpu_ranks(make_ranks: Callable[..., Ranks]) -> Ranks:
-    """A process for each GPU, three at most."""
+    """A process for each GPU."""
     n_gpus = torch.cuda.device_count()
     if n_gpus < 2:
         pytest.skip("needs two CUDA devices")
-    return make_ranks(min(n_gpus, 3), "cuda")
+    return make_ranks(n_gpus, "cuda")

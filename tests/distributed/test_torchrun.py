@@ -17,7 +17,8 @@ from .test_runner import D_IN, D_SAE, TINY_LM, K
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_torchrun_trains_and_saves_an_ordinary_sae(device: str, tmp_path: Path) -> None:
     # On GPUs the last steps are replayed from a CUDA graph.
-    if device == "cuda" and torch.cuda.device_count() < 2:
+    n_processes = torch.cuda.device_count() if device == "cuda" else 2
+    if n_processes < 2:
         pytest.skip("needs two GPUs")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     root = str(Path(sae_lens_flex.__file__).parents[1])
@@ -25,7 +26,7 @@ def test_torchrun_trains_and_saves_an_ordinary_sae(device: str, tmp_path: Path) 
     result = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc-per-node", "2", "-m", "sae_lens_flex"),
+            *("--nproc-per-node", str(n_processes), "-m", "sae_lens_flex"),
             *("train", "--architecture", "hierarchical_topk", "--budgets", "1", str(K)),
             *("--device", device, "--d_in", str(D_IN), "--d_sae", str(D_SAE), "--k", str(K)),
             *("--model_name", str(TINY_LM), "--model_class_name", "AutoModelForCausalLM"),
