@@ -21,7 +21,7 @@ class Case:
     """Settings of an SAE, and its batches. The samples of a batch are dealt out unevenly."""
 
     architecture: str = "hierarchical_topk"
-    d_in: int = 10
+    d_in: int = 15
     d_sae: int = 37
     k: int = 5
     n_samples: int = 11
