@@ -21,15 +21,12 @@ from .launch import Launch, results
 from .test_runner import BATCH_SIZE, D_IN, D_SAE, TINY_LM, K
 
 SECONDS = 60
-# On every GPU where there are several, else two processes on the CPU.
-DEVICE = "cuda" if torch.cuda.device_count() > 1 else "cpu"
-N_PROCESSES = torch.cuda.device_count() if DEVICE == "cuda" else 2
 
 
 def flags(directory: Path) -> list[str]:
     """Return the command line of a long run with many checkpoints."""
     return f"""
-        train --architecture flex_topk --device {DEVICE} --d_in {D_IN} --d_sae {D_SAE} --k {K}
+        train --architecture flex_topk --device cpu --d_in {D_IN} --d_sae {D_SAE} --k {K}
         --model_name {TINY_LM} --model_class_name AutoModelForCausalLM
         --hook_name transformer.h.1 --dataset_path {TINY_LM / "wordnet_glosses"}
         --is_dataset_tokenized false --context_size 32 --store_batch_size_prompts 4
@@ -89,7 +86,7 @@ def diverge(directory: Path) -> None:
 
 
 def test_training_that_diverged_on_one_process_says_so_once(tmp_path: Path) -> None:
-    launch = Launch(N_PROCESSES, diverge, tmp_path, directory=tmp_path / "processes")
+    launch = Launch(2, diverge, tmp_path, directory=tmp_path / "processes")
     assert launch.wait(SECONDS) == 0, launch.printed()
     told = re.findall("NaN or infinite values in (.*): its training", launch.printed())
     assert told == ["W_dec, W_enc, b_dec, b_enc"]
@@ -129,7 +126,7 @@ def test_a_process_waits_for_others_for_a_limited_time(tmp_path: Path) -> None:
 def test_all_processes_end_with_one_error_and_whole_checkpoints(
     kind: str, error: str, tmp_path: Path
 ) -> None:
-    launch = Launch(N_PROCESSES, fail, kind, tmp_path, directory=tmp_path / "processes")
+    launch = Launch(2, fail, kind, tmp_path, directory=tmp_path / "processes")
     if kind == "SIGTERM":
         deadline = time.monotonic() + SECONDS
         while len(checkpoints(tmp_path)) < 2:
@@ -147,4 +144,4 @@ def test_all_processes_end_with_one_error_and_whole_checkpoints(
         state = torch.load(checkpoint / "trainer_state.pt")
         assert state["n_training_samples"] == int(checkpoint.name)
         positions = load_file(checkpoint / "activations_store_state.safetensors")
-        assert positions["n_dataset_processed_by_rank"].shape == (N_PROCESSES,)
+        assert positions["n_dataset_processed_by_rank"].shape == (2,)
