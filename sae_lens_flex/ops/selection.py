@@ -23,6 +23,9 @@ from .policy import is_deterministic
 CPU_CHUNK_BYTES = 2**22
 GPU_CHUNK_BYTES = 2**28
 GPU_CHUNK_ROWS = 512
+# More latents than the kernels take are selected from in parts that hold so many times K latents
+# at least. What is selected of smaller parts would be much work to select from.
+LATENTS_OF_A_PART = 8
 
 
 class Encoder(NamedTuple):
@@ -78,6 +81,9 @@ def select(
         columns: where to leave products of some latents; None for none.
     """
     n_samples, n_latents = rows.shape[0], encoder.weight.shape[1]
+    most = kernels.most_latents(k)
+    if use_triton and columns is None and LATENTS_OF_A_PART * k <= most < n_latents:
+        return _select_of_parts(rows, encoder, k, most)
     code = empty_code(n_samples, k, rows, encoder.bias)
     n_rows = chunk_rows(n_samples, n_latents, rows.dtype, rows.device)
     weight = encoder.weight.to(rows.dtype)
@@ -91,6 +97,41 @@ def select(
 
     for_each_chunk(walk, n_samples, n_rows, rows.device)
     return code
+
+
+def _select_of_parts(rows: torch.Tensor, encoder: Encoder, k: int, most: int) -> Code:
+    """Return the code of a batch. It selects from parts of at most so many latents, one by one."""
+    n_latents = encoder.weight.shape[1]
+    size = cdiv(n_latents, cdiv(n_latents, most))
+    # The kernels compare in float32 before they round, and so are the parts' latents compared.
+    bias = encoder.bias.float() if encoder.bias.itemsize < 4 else encoder.bias
+    latents, values = [], []
+    for start in range(0, n_latents, size):
+        part = slice(start, start + size)
+        norms = None if encoder.norms is None else encoder.norms[part]
+        of_part = Encoder(encoder.weight[:, part], bias[part], norms)
+        code = select(rows, of_part, min(k, len(of_part.bias)), use_triton=True)
+        latents.append(code.latents + start)
+        values.append(code.values)
+    candidates = Code(torch.cat(latents, dim=1), torch.cat(values, dim=1))
+    code = largest_candidates(candidates, encoder.norms, k)
+    return code.with_values(code.values.to(torch.promote_types(rows.dtype, encoder.bias.dtype)))
+
+
+def largest_candidates(candidates: Code, norms: torch.Tensor | None, k: int) -> Code:
+    """Return the k largest of each sample's candidates, descending: [B, k] each.
+
+    Args:
+        candidates: [B, n] each. Of equal ones the smaller latent comes first.
+        norms: what the values are multiplied by to be compared, of all latents; None for 1.
+        k: latents to keep, at most n.
+    """
+    latents, compared = candidates.latents, candidates.values
+    if norms is not None:
+        compared = compared * norms.take(latents.long())
+    # Adding 0 makes -0 equal to 0 in every sort.
+    order = (compared + 0.0).sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    return Code(latents.gather(-1, order), candidates.values.gather(-1, order))
 
 
 def empty_code(n_samples: int, k: int, rows: torch.Tensor, bias: torch.Tensor) -> Code:
@@ -120,7 +161,7 @@ def select_from(
         is_sorted: False allows any order.
     """
     k = out.latents.shape[1]
-    if use_triton and kernels.fits(products.shape[1], k):
+    if use_triton and products.shape[1] <= kernels.most_latents(k):
         kernels.largest(
             products,
             encoder.bias,

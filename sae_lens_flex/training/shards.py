@@ -31,6 +31,7 @@ from torch.distributed.tensor import DTensor
 
 from ..ops.codes import Code, InvertedIndex
 from ..ops.policy import accumulation_dtype
+from ..ops.selection import largest_candidates
 
 # So many elements of a matrix are squared at once.
 SQUARED_ELEMENTS = 2**22
@@ -300,8 +301,10 @@ class Shards(Whole):
         split = split or self.latents
         # Each rank merges its part of the samples, whosever they are.
         samples = Split.even(len(code.latents), self.size)
-        largest = _largest(self._candidates(code, k, split, samples), norms, k)
-        merged = _unpack(self._all_rows(largest, samples), dtype)
+        # The candidates of a smaller rank are smaller latents and come first.
+        largest = largest_candidates(self._candidates(code, k, split, samples), norms, k)
+        packed = _pack(largest.latents, largest.values)
+        merged = _unpack(self._all_rows(packed, samples), dtype)
         return Code(merged.latents.long(), merged.values.contiguous())
 
     def _candidates(self, code: Code, k: int, split: Split, samples: Split) -> Code:
@@ -361,17 +364,6 @@ def _blocks(elements: torch.Tensor, shapes: Sequence[tuple[int, int]]) -> list[t
     """Return views of the blocks of these shapes that lie one after another."""
     parts = elements.split_with_sizes([rows * columns for rows, columns in shapes])
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
-
-
-def _largest(candidates: Code, norms: torch.Tensor | None, k: int) -> torch.Tensor:
-    """Return the k largest candidates of each sample, descending, as `_pack` does: [b, 2 k]."""
-    latents, compared = candidates.latents, candidates.values
-    if norms is not None:
-        compared = compared * norms.take(latents.long())
-    # The candidates of a smaller rank are smaller latents and come first, so a stable sort keeps
-    # the smaller of equal ones. Adding 0 makes -0 equal to 0 in every sort.
-    order = (compared + 0.0).sort(dim=-1, descending=True, stable=True).indices[:, :k]
-    return _pack(latents.gather(-1, order), candidates.values.gather(-1, order))
 
 
 def _pack(latents: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

@@ -297,8 +297,8 @@ def test_what_cannot_work_is_refused_on_every_rank(ranks: Ranks) -> None:
     on_rank_1 = {
         "hooked": "NotImplementedError: an SAE of several processes calls SAELens's own methods "
         "alone, but hook_sae_acts_post has hooks",
-        "width of rank 1": "ValueError: sae_in has shape [2, 9], expected [batch, 10]",
-        "no samples": "ValueError: sae_in has shape [0, 10], expected [batch, 10]",
+        "width of rank 1": "ValueError: sae_in has shape [2, 14], expected [batch, 15]",
+        "no samples": "ValueError: sae_in has shape [0, 15], expected [batch, 15]",
     }
     for rank, each in enumerate(found):
         for name, text in expected.items():

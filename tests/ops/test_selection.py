@@ -365,9 +365,83 @@ def test_chunks_are_as_equal_as_they_can_be(device) -> None:
 @every_backend
 def test_more_candidates_than_registers_hold_are_left_to_torch(on, monkeypatch) -> None:
     monkeypatch.setattr(kernels, "MAX_BLOCK", 16)
-    assert not kernels.fits(100, 3)
+    assert kernels.most_latents(3) < 100
+    monkeypatch.setattr(kernels, "largest", None)
+    monkeypatch.setattr(selection, "LATENTS_OF_A_PART", 17)
     rows, encoder = random_inputs((5, 7, 100, 3), device=on[1])
     assert_selects(rows, encoder, 3, on)
+
+
+@pytest.mark.parametrize("max_block", [1, 7, 16, 64])
+def test_registers_hold_what_the_kernels_need(max_block, monkeypatch) -> None:
+    monkeypatch.setattr(kernels, "MAX_BLOCK", max_block)
+    for k in range(1, 70):
+        for n_latents in range(k, 1500):
+            group = kernels._group_size(n_latents, k)
+            fits = max(k * group, -(-n_latents // group)) <= max_block
+            assert fits == (n_latents <= kernels.most_latents(k))
+
+
+@pytest.fixture
+def in_parts(monkeypatch) -> None:
+    """64 latents and more are too many for the kernels, for K = 3, 4 and 5."""
+    monkeypatch.setattr(kernels, "MAX_BLOCK", 16)
+    monkeypatch.setattr(selection, "LATENTS_OF_A_PART", 2)
+    assert [kernels.most_latents(k) for k in (3, 4, 5)] == [48, 64, 20]
+
+
+def choice(rows, encoder, k, *, whole: bool) -> Code:
+    """Return what the kernels choose of all latents at once, or of parts."""
+    with pytest.MonkeyPatch.context() as patch:
+        if whole:
+            patch.setattr(kernels, "MAX_BLOCK", 16384)
+        return select(rows, encoder, k, use_triton=True)
+
+
+@pytest.mark.usefixtures("in_parts")
+@pytest.mark.parametrize("device", KERNEL_DEVICES)
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("has_norms", [True, False])
+@pytest.mark.parametrize(("n_latents", "k"), [(70, 3), (97, 5), (200, 4)])
+def test_parts_of_the_latents_give_what_all_give(n_latents, k, has_norms, dtype, device) -> None:
+    rows, encoder = random_inputs((5, 9, n_latents, k), dtype, device, has_norms=has_norms)
+    # Equal latents in several parts, some of them smaller and some larger than the rest.
+    encoder.weight[:, ::7] = encoder.weight[:, 1:2]
+    encoder.bias[::7] = 1 + encoder.bias.max()
+    if encoder.norms is not None:
+        encoder.norms[::7] = 1
+    found = choice(rows, encoder, k, whole=False)
+    expected = choice(rows, encoder, k, whole=True)
+    assert torch.equal(found.latents, expected.latents)
+    # The interpreter cuts bfloat16 off where PyTorch and a GPU round.
+    is_cut = dtype == torch.bfloat16 and device == "cpu"
+    torch.testing.assert_close(found.values, expected.values, rtol=2**-7 if is_cut else 0, atol=0)
+    assert_selects(rows, encoder, k, ("triton", device), TOLERANCE[dtype])
+
+
+@pytest.mark.usefixtures("in_parts")
+@pytest.mark.parametrize("device", KERNEL_DEVICES)
+def test_parts_choose_among_zeros_of_both_signs_and_nans_as_all_do(device) -> None:
+    rows, encoder = random_inputs((5, 9, 200, 4), device=device)
+    encoder.weight.zero_()
+    encoder.bias.fill_(-1.0)
+    encoder.bias[[20, 90, 130, 131, 199]] = torch.tensor([0.0, -0.0, 0.0, -0.0, 0.0]).to(device)
+    found, expected = (choice(rows, encoder, 4, whole=whole) for whole in (False, True))
+    assert torch.equal(expected.latents[0].cpu(), torch.tensor([20, 90, 130, 131]))
+    assert torch.equal(found.latents, expected.latents)
+    encoder.bias[[60, 180]] = torch.nan
+    found, expected = (choice(rows, encoder, 4, whole=whole) for whole in (False, True))
+    assert torch.equal(expected.latents[0].cpu(), torch.tensor([60, 180, 20, 90]))
+    assert torch.equal(found.latents, expected.latents)
+
+
+@pytest.mark.usefixtures("in_parts")
+@pytest.mark.parametrize("device", KERNEL_DEVICES)
+def test_parts_are_encoded_one_by_one(device) -> None:
+    rows, encoder = random_inputs((5, 9, 200, 4), device=device)
+    with RecordLargest() as record:
+        select(rows, encoder, 4, use_triton=True)
+    assert record.n_bytes < 5 * 200 * 4  # the pre-activations of all latents
 
 
 @generated(N_EXAMPLES)

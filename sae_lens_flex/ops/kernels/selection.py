@@ -155,10 +155,12 @@ def _num_warps(block: int) -> int:
     return min(8, max(1, block // 512))
 
 
-def fits(n_latents: int, k: int) -> bool:
-    """Return whether registers can hold what the kernels need for K of F latents."""
-    group = _group_size(n_latents, k)
-    return max(k * group, cdiv(n_latents, group)) <= MAX_BLOCK
+def most_latents(k: int) -> int:
+    """Return of how many latents the kernels choose K: a row's maxima and candidates fit."""
+    group = 1
+    while 2 * group * k <= MAX_BLOCK:
+        group *= 2
+    return max(MAX_BLOCK, group * group * k) if k <= MAX_BLOCK else 0
 
 
 def group_maxima(
@@ -202,7 +204,7 @@ def largest(
         products: x @ W_enc, [B, F], contiguous.
         bias: [F].
         norms: what the pre-activations are multiplied by to be compared, [F]; None for 1.
-        latents: where the latents go, [B, K], int64, contiguous; K and F as `fits` allows.
+        latents: where the latents go, [B, K], int64, contiguous; F at most `most_latents`.
         hidden: where products + bias go, [B, K], contiguous.
         is_sorted: False allows any order.
     """
