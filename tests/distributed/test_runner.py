@@ -261,3 +261,29 @@ def test_each_process_reads_its_own_part_of_cached_activations(tmp_path: Path) -
     errors = sorted(error for _, error in by_rank)
     assert errors[0] == "1"
     assert "cached_activations_path has 7 prompts for rank" in errors[1]
+
+
+def read_a_short_text(path: Path) -> dict[str, Any]:
+    join("cpu")
+    torch.manual_seed(7)
+    runner = ShardedTrainingRunner(config(dataset_path=str(path)))
+    initial = unshard(runner.sae).state_dict()
+    sae = unshard(runner.run()).state_dict()
+    has_moved = {name: not torch.equal(initial[name], weight) for name, weight in sae.items()}
+    texts = [row["text"] for row in runner.activations_store.dataset]
+    n_read = runner.activations_store.n_dataset_processed
+    return {"texts": texts, "n_read": n_read, "sae": sae, "has moved": has_moved}
+
+
+def test_a_text_that_ends_begins_again_as_in_one_process(tmp_path: Path) -> None:
+    # 7 rows: that of rank 0 has 4, and that of rank 1 ends first.
+    text = load_dataset(str(TINY_LM / "wordnet_glosses"), split="train")["text"][:7]
+    (tmp_path / "text").mkdir()
+    Dataset.from_dict({"text": text}).to_json(tmp_path / "text" / "train.jsonl")
+    by_rank = results(2, read_a_short_text, tmp_path / "text", directory=tmp_path / "results")
+    for rank, of_rank in enumerate(by_rank):
+        assert of_rank["texts"] == text[rank::2]
+        assert of_rank["n_read"] > 3 * len(of_rank["texts"])
+        assert all(of_rank["has moved"].values())
+        for name, weight in by_rank[0]["sae"].items():
+            assert torch.equal(of_rank["sae"][name], weight)
