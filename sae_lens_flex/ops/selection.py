@@ -23,9 +23,15 @@ from .policy import is_deterministic
 CPU_CHUNK_BYTES = 2**22
 GPU_CHUNK_BYTES = 2**28
 GPU_CHUNK_ROWS = 512
+# More rows than this, 16 of which a program takes, would be too many programs for an axis of a
+# grid. `batch_selection` takes two chunks at once.
+MOST_CHUNK_ROWS = 2**18
 # More latents than the kernels take are selected from in parts that hold so many times K latents
 # at least. What is selected of smaller parts would be much work to select from.
 LATENTS_OF_A_PART = 8
+# So many parts' candidates are merged at once. Those of all parts of millions of latents would take
+# more memory than the pre-activations of a part.
+PARTS_AT_ONCE = 8
 
 
 class Encoder(NamedTuple):
@@ -60,7 +66,8 @@ def chunk_rows(n_samples: int, n_latents: int, dtype: torch.dtype, device: torch
         rows = CPU_CHUNK_BYTES // (n_latents * dtype.itemsize)
     else:
         rows = max(GPU_CHUNK_ROWS, GPU_CHUNK_BYTES // (n_latents * dtype.itemsize))
-    return cdiv(n_samples, cdiv(n_samples, max(1, rows)))
+    rows = min(max(1, rows), MOST_CHUNK_ROWS)
+    return cdiv(n_samples, cdiv(n_samples, rows))
 
 
 def select(
@@ -105,17 +112,25 @@ def _select_of_parts(rows: torch.Tensor, encoder: Encoder, k: int, most: int) ->
     size = cdiv(n_latents, cdiv(n_latents, most))
     # The kernels compare in float32 before they round, and so are the parts' latents compared.
     bias = encoder.bias.float() if encoder.bias.itemsize < 4 else encoder.bias
-    latents, values = [], []
+    # Those of a part, or the largest of several parts: the later ones have the larger latents.
+    codes: list[Code] = []
     for start in range(0, n_latents, size):
         part = slice(start, start + size)
         norms = None if encoder.norms is None else encoder.norms[part]
         of_part = Encoder(encoder.weight[:, part], bias[part], norms)
         code = select(rows, of_part, min(k, len(of_part.bias)), use_triton=True)
-        latents.append(code.latents + start)
-        values.append(code.values)
-    candidates = Code(torch.cat(latents, dim=1), torch.cat(values, dim=1))
-    code = largest_candidates(candidates, encoder.norms, k)
+        codes.append(Code(code.latents + start, code.values))
+        if len(codes) > PARTS_AT_ONCE:
+            codes = [_largest_of(codes, encoder.norms, k)]
+    code = _largest_of(codes, encoder.norms, k)
     return code.with_values(code.values.to(torch.promote_types(rows.dtype, encoder.bias.dtype)))
+
+
+def _largest_of(codes: list[Code], norms: torch.Tensor | None, k: int) -> Code:
+    """Return the k largest of each sample in any of the codes. A later one has larger latents."""
+    latents = torch.cat([code.latents for code in codes], dim=1)
+    values = torch.cat([code.values for code in codes], dim=1)
+    return largest_candidates(Code(latents, values), norms, k)
 
 
 def largest_candidates(candidates: Code, norms: torch.Tensor | None, k: int) -> Code:

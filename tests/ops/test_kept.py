@@ -6,6 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sae_lens_flex.ops.kernels import kept as kernels
+from sae_lens_flex.ops.kernels import launch
+from sae_lens_flex.ops.kernels import rows as rows_kernels
 from sae_lens_flex.ops.kernels.error import scaled_error
 from sae_lens_flex.ops.kernels.kept import at_kept, keep_largest
 from sae_lens_flex.ops.products import add_rows, sum_rows, take_rows
@@ -233,6 +235,49 @@ def test_all_rows_are_used_where_nothing_says_otherwise(on) -> None:
     assert sum_rows(matrix, latents, factors, **by).tolist() == [18, 21, 24]
     add_rows(matrix, latents, torch.ones(2, 3, device=on[1]), **by)
     assert matrix[[0, 1, 3]].tolist() == [[1, 2, 3], [3, 4, 5], [10, 11, 12]]
+
+
+def test_rows_of_six_million_latents_fit_a_grid(monkeypatch) -> None:
+    # So many latents of one of four processes were too many programs for a grid's second axis.
+    n, matrix = 6_000_000, torch.zeros(1, 8)
+    latents, factors = torch.zeros(n, dtype=torch.int64), torch.zeros(n)
+    grids = []
+
+    def check(kernel, grid, *arguments, **options):
+        launch.Launch(kernel, grid)
+        grids.append(grid)
+
+    monkeypatch.setattr(rows_kernels, "launch", check)
+    by = {"is_used": None, "use_triton": True}
+    sum_rows(matrix.expand(n, 8), latents, factors, **by)
+    take_rows(matrix.expand(n, 8), latents, torch.bfloat16, **by)
+    add_rows(torch.zeros(n, 1), latents, torch.zeros(n, 1), **by)
+    assert len(grids) == 2 + 1 + 1
+
+
+@pytest.mark.parametrize("device", KERNEL_DEVICES)
+@pytest.mark.parametrize("has_unused", [True, False])
+def test_rows_of_several_launches_are_all_summed(device, has_unused, monkeypatch) -> None:
+    monkeypatch.setattr(rows_kernels, "MOST_PROGRAMS", (1, 2))
+    n = 5 * rows_kernels.SUM_STEPS * rows_kernels.SUM_ROWS + 3
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(500, 20, generator=generator)
+    latents = torch.randint(500, (n,), generator=generator)
+    factors = torch.randn(n, generator=generator)
+    is_used = torch.rand(n, generator=generator) < 0.5 if has_unused else None
+    inputs = [matrix, latents, is_used, factors]
+    found = rows_kernels.sum_rows(*[None if x is None else x.to(device) for x in inputs])
+    if is_used is not None:
+        factors = factors * is_used
+    exact = matrix[latents].double().T @ factors.double()
+    assert relative_error(found.cpu(), exact) < 1e-6
+
+
+@pytest.mark.parametrize(("grid", "axis"), [((2**31,), 0), ((1, 65536), 1), ((1, 1, 65536), 2)])
+def test_more_programs_than_a_grid_takes_are_refused_by_name(grid, axis) -> None:
+    message = rf"_sum_rows_kernel would take {grid[axis]} programs along axis {axis}, expected at"
+    with pytest.raises(ValueError, match=message):
+        launch.launch(rows_kernels._sum_rows_kernel, grid, [torch.zeros(1)])
 
 
 @every_backend

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sae_lens_flex.ops import selection
 from sae_lens_flex.ops.codes import Code
+from sae_lens_flex.ops.kernels import kept, launch
 from sae_lens_flex.ops.kernels import selection as kernels
 from sae_lens_flex.ops.selection import (
     Columns,
@@ -362,6 +363,15 @@ def test_chunks_are_as_equal_as_they_can_be(device) -> None:
     assert chunk_rows(1, 2**40, torch.float32, device) == 1
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_rows_of_a_chunk_fit_an_axis_of_a_grid(device) -> None:
+    # A narrow dictionary's chunk could have more rows than a grid's second axis takes programs.
+    for n_latents in (1, 8, 100, 1000):
+        rows = 2 * chunk_rows(10**8, n_latents, torch.bfloat16, torch.device(device))
+        assert rows / kernels.MAXIMA_ROWS <= launch.MOST_PROGRAMS[1]
+        assert rows / kept.ROWS <= launch.MOST_PROGRAMS[1]
+
+
 @every_backend
 def test_more_candidates_than_registers_hold_are_left_to_torch(on, monkeypatch) -> None:
     monkeypatch.setattr(kernels, "MAX_BLOCK", 16)
@@ -433,6 +443,33 @@ def test_parts_choose_among_zeros_of_both_signs_and_nans_as_all_do(device) -> No
     found, expected = (choice(rows, encoder, 4, whole=whole) for whole in (False, True))
     assert torch.equal(expected.latents[0].cpu(), torch.tensor([60, 180, 20, 90]))
     assert torch.equal(found.latents, expected.latents)
+
+
+@pytest.mark.usefixtures("in_parts")
+@pytest.mark.parametrize("device", KERNEL_DEVICES)
+@pytest.mark.parametrize("is_whole_numbers", [True, False])
+def test_candidates_of_many_parts_are_merged_as_they_come(
+    is_whole_numbers, device, monkeypatch
+) -> None:
+    rows, encoder = random_inputs((5, 9, 600, 5), device=device, has_norms=not is_whole_numbers)
+    if is_whole_numbers:  # Many are then equal.
+        rows, weight, bias = rows.round(), encoder.weight.round().clamp(-1, 1), encoder.bias.round()
+        encoder = Encoder(weight, bias, None)
+    n_candidates = []
+    merge = selection.largest_candidates
+
+    def record(candidates, norms, k):
+        n_candidates.append(candidates.latents.shape[1])
+        return merge(candidates, norms, k)
+
+    monkeypatch.setattr(selection, "largest_candidates", record)
+    monkeypatch.setattr(selection, "PARTS_AT_ONCE", 3)
+    found = choice(rows, encoder, 5, whole=False)
+    assert len(n_candidates) > 5
+    assert max(n_candidates) <= (3 + 1) * 5
+    expected = choice(rows, encoder, 5, whole=True)
+    assert torch.equal(found.latents, expected.latents)
+    assert torch.equal(found.values, expected.values)
 
 
 @pytest.mark.usefixtures("in_parts")

@@ -67,6 +67,10 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+MOST_PROGRAMS = (2**31 - 1, 65535, 65535)
+"""How many programs CUDA takes along each axis of a grid."""
+
+
 class Launch:
     """A kernel with all that does not change from call to call: its grid, sizes and constants.
 
@@ -81,6 +85,9 @@ class Launch:
         num_warps: warps a program.
         max_registers: of a thread; None leaves them to the compiler.
         constants: values that are compiled in.
+
+    Raises:
+        ValueError: for more programs than CUDA takes. Its own error names neither kernel nor axis.
     """
 
     def __init__(
@@ -93,6 +100,12 @@ class Launch:
         max_registers: int | None = None,
         **constants: Any,
     ) -> None:
+        for axis, (n, most) in enumerate(zip(grid, MOST_PROGRAMS, strict=False)):
+            if n > most:
+                raise ValueError(
+                    f"{kernel.fn.__name__} would take {n} programs along axis {axis}, expected at "
+                    f"most {most}: the tensors are too large for it"
+                )
         self._kernel = kernel
         self._grid = grid
         self._ints = ints

@@ -10,7 +10,7 @@ No two of the latents that are used are equal, so no two programs of `add` write
 
 import torch
 
-from .launch import cdiv, launch, tl, triton
+from .launch import MOST_PROGRAMS, cdiv, launch, tl, triton
 
 
 @triton.jit
@@ -186,6 +186,14 @@ def sum_rows(
     """
     d_in, n_rows = matrix.shape[1], len(latents)
     n_programs = cdiv(n_rows, SUM_STEPS * SUM_ROWS)
+    if n_programs > MOST_PROGRAMS[1]:
+        n = MOST_PROGRAMS[1] * SUM_STEPS * SUM_ROWS
+        parts = [
+            (latents[part], None if is_used is None else is_used[part], factors[part])
+            for part in (slice(n), slice(n, None))
+        ]
+        first, rest = [sum_rows(matrix, *part) for part in parts]
+        return first + rest
     sums = matrix.new_empty((n_programs, d_in), dtype=torch.float32)
     if n_programs > 0:
         launch(
