@@ -16,7 +16,7 @@ from sae_lens.util import (
 # TransformerLens < 3.3 defines the class elsewhere. From here it can be imported in every version.
 from transformer_lens.HookedTransformer import HookedRootModule  # pyright: ignore
 
-from ..saes.checks import check_integer
+from ..saes.checks import check_integer, check_real
 
 N_BATCHES = 10  # that are taken of what may have no end
 
@@ -87,7 +87,8 @@ def given_batches(
 
 
 def check_shape(x: torch.Tensor, saes: Mapping[str, SAE[Any]]) -> None:
-    """Raise a ValueError if `x` is not [..., d_in] with the d_in of every SAE."""
+    """Raise if `x` is not [..., d_in] with the d_in of every SAE, or holds no real numbers."""
+    check_real("activations", x)
     for name, sae in saes.items():
         if x.ndim < 2 or x.shape[-1] != sae.cfg.d_in:
             raise ValueError(

@@ -14,7 +14,7 @@ from typing_extensions import override
 from ..ops.codes import Code
 from ..ops.losses import prefix_residuals
 from ..ops.policy import accumulation_dtype, computes_by_triton
-from .checks import check_integer, check_number, check_weights
+from .checks import check_integer, check_number, check_real, check_weights
 from .normalization import (
     MAKER,
     PER_SAMPLE,
@@ -254,8 +254,10 @@ class RuntimeBudget(OwnNormalization):
         Raises:
             ValueError: for an `x` of another width, or where `budget` is a MeanBudget, which has no
                 number of levels.
+            TypeError: for a complex `x`, or one of bools.
         """
         budget = whole_budget("encode_levels", self.budget)
+        check_real("x", x)
         width = x.shape[-2:].numel() if self.hook_z_reshaping_mode else x.shape[-1]
         d_in = self.W_dec.shape[1]
         if width != d_in:

@@ -75,6 +75,17 @@ def check_bool(name: str, value: Any) -> None:
         raise ValueError(f"{name} is {value!r}, expected true or false")
 
 
+def check_real(name: str, x: torch.Tensor) -> None:
+    """Raise a TypeError that names activations of a dtype that holds no real numbers.
+
+    Of complex ones the imaginary part would be lost.
+    """
+    if x.dtype.is_complex or x.dtype == torch.bool:
+        raise TypeError(
+            f"{name} has dtype {x.dtype}, expected one of real numbers, such as torch.float32"
+        )
+
+
 def not_finite_weights(sae: torch.nn.Module) -> list[str]:
     """Return the names of the parameters that hold NaN or infinity, in this process's part."""
     weights = sae.named_parameters()

@@ -28,7 +28,7 @@ from ..training.requests import Inputs, Spec, WantedGradients, Weights
 from ..training.shards import WHOLE, Whole
 from ..training.step import Reconstruction, begin_step, finish_step
 from ..training.threshold import Threshold
-from .checks import check_bool, check_number, warn_of_other_settings
+from .checks import check_bool, check_number, check_real, warn_of_other_settings
 from .configs import SWITCHES, FusedTopKTrainingSAEConfig, check_auxiliary_loss
 from .fused_path import METHODS, OF_SAMPLES, hooked, replaced
 from .normalization import PER_SAMPLE, OutputMap, OwnNormalization, take_output_map
@@ -163,6 +163,7 @@ class FusedTopKTrainingSAE(OwnNormalization, TopKTrainingSAE):
         if self._takes_fused_path(step_input):
             return self._fused_training_forward_pass(step_input)
         self._check_config()
+        check_real("sae_in", step_input.sae_in)
         return self._unfused_training_forward_pass(step_input)
 
     @override
@@ -207,6 +208,7 @@ class FusedTopKTrainingSAE(OwnNormalization, TopKTrainingSAE):
         """Return what a fused step is to compute. It normalizes the activations."""
         self._check_config()
         x, weights = step_input.sae_in, self._weights()
+        check_real("sae_in", x)
         d_in = self.W_dec.shape[1]
         if x.shape[0] == 0 or x.shape[1] != d_in:
             raise ValueError(

@@ -23,7 +23,7 @@ from ..ops.policy import computes_by_triton, is_deterministic, product_dtype
 from ..training.dead import Dead, dead_counts_later
 from ..training.requests import Weights
 from ..training.shards import Shards, Split, Whole, gather_rows, local_part
-from .checks import warn_of_other_settings
+from .checks import check_real, warn_of_other_settings
 from .fused_path import OF_SAMPLES, hooked, replaced
 from .fused_topk import OWN, FusedTopKTrainingSAE
 
@@ -270,6 +270,7 @@ class ShardedTrainingSAE(FusedTopKTrainingSAE):
                 f"sae_in has shape {list(x.shape)}, expected [batch, {self.cfg.d_in}] with an "
                 "activation at least"
             )
+        check_real("sae_in", x)
         if x.requires_grad and torch.is_grad_enabled():
             raise NotImplementedError(
                 "sae_in requires a gradient, which a step of several processes does not compute"

@@ -129,6 +129,7 @@ def refusals() -> dict[str, str]:
     found["deepcopy"] = message(copy.deepcopy, sae)
     found["load"] = message(sae.load_state_dict, {"b_dec": torch.zeros(CASE.d_in)})
     found["gradient"] = message(step, step_input(x.clone().requires_grad_()))
+    found["complex on rank 1"] = message(step, step_input(x + 1j if rank == 1 else x))
     found["width of rank 1"] = message(step, step_input(x[:, rank == 1 :]))
     found["no samples"] = message(step, step_input(x[:0] if rank == 1 else x))
     found["logging"] = message(step, step_input(x, is_logging_step=rank == 1))
@@ -297,6 +298,7 @@ def test_what_cannot_work_is_refused_on_every_rank(ranks: Ranks) -> None:
     on_rank_1 = {
         "hooked": "NotImplementedError: an SAE of several processes calls SAELens's own methods "
         "alone, but hook_sae_acts_post has hooks",
+        "complex on rank 1": "TypeError: sae_in has dtype torch.complex",
         "width of rank 1": "ValueError: sae_in has shape [2, 14], expected [batch, 15]",
         "no samples": "ValueError: sae_in has shape [0, 15], expected [batch, 15]",
     }

@@ -394,6 +394,8 @@ def test_progress_bar_can_be_turned_off(show, capsys) -> None:
         ("batch_size_prompts", ValueError, {"batch_size_prompts": 4}),
         ("exclude_special_tokens", ValueError, {"exclude_special_tokens": [0]}),
         ("model_kwargs", ValueError, {"model_kwargs": {"stop_at_layer": 1}}),
+        ("activations", TypeError, {"activations": torch.randn(8, D_IN).to(torch.complex64)}),
+        ("activations", TypeError, {"activations": [torch.ones(8, D_IN, dtype=torch.bool)]}),
         ("Transcoder", TypeError, {"saes": Transcoder(TRANSCODER)}),
     ],
 )

@@ -455,6 +455,32 @@ def test_dead_neuron_mask_of_another_dtype_is_an_error_that_says_so(architecture
 
 
 @every_architecture
+@pytest.mark.parametrize("path", [None, False], ids=["fused", "unfused"])
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128, torch.bool], ids=str)
+def test_activations_that_are_no_real_numbers_are_refused(architecture, path, dtype) -> None:
+    sae = trained_sae(architecture)
+    sae.use_fused_path = path
+    with pytest.raises(TypeError, match=rf"^sae_in has dtype {dtype}, expected one of real"):
+        sae.training_forward_pass(step_input(random_activations().to(dtype)))
+
+
+@every_architecture
+@pytest.mark.parametrize("path", [None, False], ids=["fused", "unfused"])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8], ids=str)
+def test_integer_activations_are_those_numbers(architecture, path, dtype) -> None:
+    x, dead = (5 * random_activations()).abs().to(dtype), dead_mask(FEW_DEAD)
+    sae, same = trained_sae(architecture), trained_sae(architecture)
+    sae.use_fused_path = path
+    losses = run_step(sae, x, dead).losses
+    assert_close(losses["mse_loss"], run_step(same, x.float(), dead).losses["mse_loss"])
+    assert_same_gradients(sae, same)
+    stock = trained_sae(STOCK[architecture])
+    expected = run_step(stock, x, dead).losses  # SAELens takes them, too
+    name = "auxiliary_reconstruction_loss" if architecture == "hierarchical_topk" else "mse_loss"
+    assert_close(losses[name], expected[name], name=name)
+
+
+@every_architecture
 @pytest.mark.parametrize("of", ["W_dec", "sae_in"])
 @pytest.mark.parametrize("device", DEVICES)
 def test_forward_mode_is_refused(architecture, of, device) -> None:

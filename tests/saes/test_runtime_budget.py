@@ -223,6 +223,15 @@ def test_what_needs_a_number_of_latents_refuses_a_mean_budget(name) -> None:
         calls[name]()
 
 
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.bool], ids=str)
+@pytest.mark.parametrize("name", ["encode_levels", "encode_adaptive"])
+def test_activations_that_are_no_real_numbers_are_refused(name, dtype) -> None:
+    sae, x = hierarchical_sae(), random_activations().to(dtype)
+    arguments = (x,) if name == "encode_levels" else (x, 0.4)
+    with pytest.raises(TypeError, match=rf"^x has dtype {dtype}, expected one of real numbers"):
+        getattr(sae, name)(*arguments)
+
+
 @pytest.mark.parametrize(
     ("mean", "threshold"), [(0, 1), (-1, 1), ("3", 1), (3, -0.1), (3, float("nan")), (3, None)]
 )
