@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 
 from .evals import BudgetSweep
 from .saes.budgets import MeanBudget, check_budget, doubling_budgets, largest_budget
-from .saes.checks import check_integer, check_weights
+from .saes.checks import check_integer, check_path, check_weights
 from .saes.hierarchical_topk import (
     HierarchicalTopKSAE,
     HierarchicalTopKTrainingSAE,
@@ -225,7 +225,7 @@ def _check_export(sae: Any, path: str | Path, kind: str) -> Path:
     _check_hierarchical(sae)
     _check_whole(sae)
     check_weights(sae)
-    path = Path(path)
+    path = check_path("path", path)
     _check_export_directory(path, kind)
     return path
 
@@ -246,11 +246,7 @@ def _origin(sae: Any, budget: dict[str, Any]) -> dict[str, Any]:
 
 def _check_export_directory(path: Path, kind: str) -> None:
     """Raise if an export of that kind, an architecture or SPARSIFY, cannot go there."""
-    existing = next(part for part in (path, *path.parents) if part.exists())
-    if not existing.is_dir():
-        raise NotADirectoryError(
-            f"path is {str(path)!r}, expected a directory: {str(existing)!r} is a file"
-        )
+    _check_is_directory("path", path)
     there = {name for name in FILES_OF_SAES if (path / name).exists()}
     exported = _kind_of_export(path)
     if exported == kind:
@@ -262,6 +258,15 @@ def _check_export_directory(path: Path, kind: str) -> None:
             what = f"an export as {exported}, not as {kind}"
         raise ValueError(
             f"path is {str(path)!r}, which holds another SAE ({what}), expected a new directory"
+        )
+
+
+def _check_is_directory(name: str, path: Path) -> None:
+    """Raise a NotADirectoryError that names a path where there can be no directory."""
+    existing = next(part for part in (path, *path.parents) if part.exists())
+    if not existing.is_dir():
+        raise NotADirectoryError(
+            f"{name} is {str(path)!r}, expected a directory: {str(existing)!r} is a file"
         )
 
 
@@ -437,6 +442,7 @@ def upload(
 
     Raises:
         ValueError, TypeError: for arguments that do not fit. Nothing has been sent then.
+        NotADirectoryError: if `folder` is a file, or lies below one.
         FileExistsError: if there is something at `{folder}/{sae_id}` already.
         ConnectionError: if the hub cannot be reached.
         HfHubHTTPError: if the hub refuses. The class is huggingface_hub's.
@@ -452,7 +458,9 @@ def upload(
         raise TypeError(f"sweep is a {type(sweep).__name__}, expected a BudgetSweep")
     card = model_card(sae, repo_id, sae_id, sweep)
     if folder is not None:
-        _write(sae, card, Path(folder), sae_id)
+        folder = check_path("folder", folder)
+        _check_is_directory("folder", folder)
+        _write(sae, card, folder, sae_id)
         return
     api = HfApi()
     with TemporaryDirectory() as directory:

@@ -455,6 +455,23 @@ def test_export_leaves_a_config_that_it_cannot_read_alone(text, tmp_path: Path) 
     assert (tmp_path / "cfg.json").read_text() == text
 
 
+@pytest.mark.parametrize("wrong", [None, 3, b"sae", ["sae"]], ids=repr)
+def test_what_is_no_path_is_refused(wrong, tmp_path: Path) -> None:
+    sae = make_sae("hierarchical")
+    expected = ", expected the path of a file or directory$"
+    for export in (export_topk, export_sparsify):
+        with pytest.raises(TypeError, match=f"^path is .*{expected}"):
+            export(sae, wrong, budget=1)
+    with pytest.raises(TypeError, match=f"^path is .*{expected}"):
+        export_jumprelu(sae, wrong, budget=MeanBudget(1, 0.5))
+    if wrong is not None:
+        with pytest.raises(TypeError, match=f"^folder is .*{expected}"):
+            upload(sae, "user/name", "sae", folder=wrong)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match=r"^folder is .*file' is a file$"):
+        upload(sae, "user/name", "sae", folder=tmp_path / "file" / "below")
+
+
 @pytest.mark.parametrize("name", ["file", "file/below", "file/far/below"])
 def test_export_into_a_file_says_so(name, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")

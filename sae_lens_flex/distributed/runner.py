@@ -60,6 +60,10 @@ class ShardedTrainingRunner(LanguageModelSAETrainingRunner):
         override_model: Any | None = None,
         override_sae: TrainingSAE[Any] | None = None,
     ) -> None:
+        if not isinstance(cfg, LanguageModelSAERunnerConfig):
+            raise TypeError(
+                f"cfg is a {type(cfg).__name__}, expected a LanguageModelSAERunnerConfig"
+            )
         self.processes = processes = join(cfg.device)
         check_settings(cfg, processes, override_dataset)
         with processes.first_error_only(), processes.one_voice():

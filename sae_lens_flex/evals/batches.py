@@ -136,6 +136,13 @@ def draw_batches(
         return given_batches(saes, activations, n_batches), n_batches
     store = activations
     model = store.model if model is None else model
+    if not hasattr(model, "run_with_cache"):
+        raise TypeError(
+            f"model is a {type(model).__name__}, expected a language model with hooks, as "
+            "SAELens's load_model returns it"
+        )
+    if not isinstance(model_kwargs, Mapping | None):
+        raise TypeError(f"model_kwargs is {model_kwargs!r}, expected a dictionary")
     ignored = tokens_to_ignore(model, exclude_special_tokens)
     runs = ModelRuns(model, ignored, with_ce, with_kl, dict(model_kwargs or {}))
     batches = (

@@ -23,12 +23,18 @@ def smallest_budget(
     Raises:
         ValueError: if no budget reaches the share. The message says how far the best one gets.
         ValueError: if `sae` is not in the sweep, or was measured at no number of latents.
+        TypeError: if `sweep` is no BudgetSweep.
         ValueError: if `explained_variance` is no number, or the sweep's are NaN.
     """
+    if not isinstance(sweep, BudgetSweep):
+        raise TypeError(
+            f"sweep is a {type(sweep).__name__}, expected a BudgetSweep, as `sweep_budgets` "
+            "returns it"
+        )
     names = list(dict.fromkeys(row.sae for row in sweep.metrics))
     if sae is None and len(names) > 1:
         raise ValueError(f"sae is None, expected one of the sweep's SAEs: {', '.join(names)}")
-    if sae is not None and sae not in names:
+    if sae is not None and (not isinstance(sae, str) or sae not in names):
         raise ValueError(f"sae is {sae!r}, expected one of the sweep's SAEs: {', '.join(names)}")
     explained_variance = plain(explained_variance)
     if not isinstance(explained_variance, Real):

@@ -8,6 +8,8 @@ from pathlib import Path
 import plotly.graph_objects as go
 from plotly.colors import DEFAULT_PLOTLY_COLORS
 
+from ..saes.checks import check_path
+
 HTML_SUFFIXES = ("", ".html")
 IMAGE_SUFFIXES = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp")  # those that plotly draws
 
@@ -96,7 +98,7 @@ def write(figure: go.Figure, path: str | Path) -> None:
 
 def check_suffix(name: str, path: str | Path) -> None:
     """Raise a ValueError, in which a path has that name, if no figure can have its suffix."""
-    if Path(path).suffix.lower() not in HTML_SUFFIXES + IMAGE_SUFFIXES:
+    if check_path(name, path).suffix.lower() not in HTML_SUFFIXES + IMAGE_SUFFIXES:
         raise ValueError(
             f"{name} is {str(path)!r}, expected a name in .html or, for an image, in one of "
             f"{', '.join(IMAGE_SUFFIXES)}"

@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import pandas as pd
@@ -13,6 +14,7 @@ from sae_lens import SAE
 from sae_lens.evals import ExplainedVarianceCalculator
 
 from ..saes.budgets import Budget, MeanBudget
+from ..saes.checks import check_integer, check_path
 from . import figures
 from .reconstruction import Reconstruction
 
@@ -76,6 +78,14 @@ class BudgetSweep:
     metrics: list[BudgetMetrics]
     n_tokens: int
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.metrics, (list, tuple)) or not self.metrics:
+            raise TypeError(f"metrics is {self.metrics!r:.60}, expected a list of BudgetMetrics")
+        for row in self.metrics:
+            if not isinstance(row, BudgetMetrics):
+                raise TypeError(f"metrics has a {type(row).__name__}, expected BudgetMetrics alone")
+        check_integer("n_tokens", self.n_tokens)
+
     def to_pandas(self) -> pd.DataFrame:
         """Return one row per SAE and budget. A metric that was not computed has no column."""
         rows = [asdict(row) for row in self.metrics]
@@ -106,15 +116,28 @@ class BudgetSweep:
         """Return the sweep as JSON. Also write it to `path`, whose missing directories are made."""
         text = json.dumps(asdict(self), indent=2)
         if path is not None:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            Path(path).write_text(text + "\n")
+            path = check_path("path", path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text + "\n")
         return text
 
     @classmethod
     def from_json(cls, text: str) -> "BudgetSweep":
-        """Read what `to_json` returned."""
-        data = json.loads(text)
-        return cls([BudgetMetrics(**row) for row in data["metrics"]], data["n_tokens"])
+        """Read what `to_json` returned.
+
+        Raises:
+            TypeError: for something else than a string.
+            ValueError: for another string. The message says what is wrong with it.
+        """
+        expected = "expected the JSON that `to_json` returned"
+        if not isinstance(text, str):
+            raise TypeError(f"text is a {type(text).__name__}, {expected}")
+        try:
+            data = json.loads(text)
+            return cls([BudgetMetrics(**row) for row in data["metrics"]], data["n_tokens"])
+        except (KeyError, TypeError, ValueError) as error:
+            why = f"{type(error).__name__}: {error}"
+            raise ValueError(f"text is {shorten(text, 60)!r}, {expected} ({why})") from error
 
     def plot(self, path: str | Path | None = None, metric: str = "explained_variance") -> go.Figure:
         """Draw a metric against the budget.
@@ -136,7 +159,7 @@ class BudgetSweep:
         """
         no_metrics = ("sae", "budget", "threshold", "mean")
         names = [field.name for field in fields(BudgetMetrics) if field.name not in no_metrics]
-        if metric not in names:
+        if not isinstance(metric, str) or metric not in names:
             raise ValueError(f"metric is {metric!r}, expected one of {', '.join(names)}")
         if all(getattr(row, metric) is None for row in self.metrics):
             raise ValueError(f"metric is {metric!r}, expected one that the sweep computed")

@@ -11,6 +11,7 @@ from sae_lens.saes.sae import SAE
 from sae_lens.saes.topk_sae import TopK, TopKSAE, TopKTrainingSAE
 from typing_extensions import override
 
+from ..ops.checks import INDEX_DTYPES
 from ..ops.codes import Code
 from ..ops.losses import prefix_residuals
 from ..ops.policy import accumulation_dtype, computes_by_triton
@@ -342,12 +343,22 @@ class RuntimeBudget(OwnNormalization):
             An iterator over each budget and its reconstruction, [..., d_in], without gradients.
 
         Raises:
+            TypeError, ValueError: for `acts` and `latents` that are not of one shape.
             ValueError: for impossible budgets. Also for a second call after one `encode_levels`
                 where activations are normalized one by one: the first has used up, as SAELens's
                 `decode` does, what undoes the normalization.
             NotImplementedError: where `decode` is not SAELens's own.
         """
         self._check_decode("decode_levels")
+        check_real("acts", acts)
+        if not isinstance(latents, torch.Tensor) or latents.dtype not in INDEX_DTYPES:
+            what = getattr(latents, "dtype", type(latents).__name__)
+            raise TypeError(f"latents is of {what}, expected a tensor of numbers of latents")
+        if acts.ndim == 0 or latents.shape != acts.shape:
+            raise ValueError(
+                f"latents has shape {list(latents.shape)} and acts {list(acts.shape)}, expected "
+                "one shape, [..., budget]"
+            )
         shape, k = acts.shape[:-1], acts.shape[-1]
         budgets = doubling_budgets(k) if budgets is None else check_budgets("budgets", budgets, k)
         output_map = take_output_map(self)

@@ -75,15 +75,34 @@ def check_bool(name: str, value: Any) -> None:
         raise ValueError(f"{name} is {value!r}, expected true or false")
 
 
+def check_config_class(sae: Any, cfg: Any, expected: type) -> None:
+    """Raise a TypeError where an SAE is to be made from what is no config of its class."""
+    if not isinstance(cfg, expected):
+        raise TypeError(
+            f"cfg is a {type(cfg).__name__}, expected a {expected.__name__} for a "
+            f"{type(sae).__name__}"
+        )
+
+
 def check_real(name: str, x: torch.Tensor) -> None:
-    """Raise a TypeError that names activations of a dtype that holds no real numbers.
+    """Raise a TypeError that names activations that are no tensor of real numbers.
 
     Of complex ones the imaginary part would be lost.
     """
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name} is a {type(x).__name__}, expected a torch.Tensor")
     if x.dtype.is_complex or x.dtype == torch.bool:
         raise TypeError(
             f"{name} has dtype {x.dtype}, expected one of real numbers, such as torch.float32"
         )
+
+
+def check_path(name: str, path: Any) -> Path:
+    """Return a path, or raise a TypeError that names it."""
+    try:
+        return Path(path)
+    except TypeError:
+        raise TypeError(f"{name} is {path!r}, expected the path of a file or directory") from None
 
 
 def not_finite_weights(sae: torch.nn.Module) -> list[str]:

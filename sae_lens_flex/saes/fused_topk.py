@@ -28,7 +28,13 @@ from ..training.requests import Inputs, Spec, WantedGradients, Weights
 from ..training.shards import WHOLE, Whole
 from ..training.step import Reconstruction, begin_step, finish_step
 from ..training.threshold import Threshold
-from .checks import check_bool, check_number, check_real, warn_of_other_settings
+from .checks import (
+    check_bool,
+    check_config_class,
+    check_number,
+    check_real,
+    warn_of_other_settings,
+)
 from .configs import SWITCHES, FusedTopKTrainingSAEConfig, check_auxiliary_loss
 from .fused_path import METHODS, OF_SAMPLES, hooked, replaced
 from .normalization import PER_SAMPLE, OutputMap, OwnNormalization, take_output_map
@@ -105,11 +111,7 @@ class FusedTopKTrainingSAE(OwnNormalization, TopKTrainingSAE):
 
     @override
     def __init__(self, cfg: Any, *args: Any, **kwargs: Any) -> None:
-        if not isinstance(cfg, self.config_class):
-            raise TypeError(
-                f"cfg is a {type(cfg).__name__}, expected a {self.config_class.__name__} for a "
-                f"{type(self).__name__}"
-            )
+        check_config_class(self, cfg, self.config_class)
         super().__init__(cfg, *args, **kwargs)
         self._normalization = self.cfg.normalize_activations
 

@@ -26,7 +26,7 @@ from .budgets import (
     check_trained_budgets,
     doubling_budgets,
 )
-from .checks import check_integer
+from .checks import check_config_class, check_integer
 from .configs import CheckedTopKSAEConfig, FusedTopKTrainingSAEConfig
 from .fused_path import OF_DECODING
 from .fused_topk import FusedTopKTrainingSAE
@@ -59,6 +59,11 @@ class HierarchicalTopKSAE(RuntimeBudget, TopKSAE):
     """
 
     cfg: HierarchicalTopKSAEConfig  # type: ignore[assignment]
+
+    @override
+    def __init__(self, cfg: Any, *args: Any, **kwargs: Any) -> None:
+        check_config_class(self, cfg, HierarchicalTopKSAEConfig)
+        super().__init__(cfg, *args, **kwargs)
 
 
 @dataclass

@@ -67,7 +67,7 @@ def shard(sae: T, mesh: DeviceMesh | None = None) -> T:
         mesh (DeviceMesh | None): One dimension. None takes all processes of the default group.
 
     Raises:
-        TypeError: for another SAE, or one that has been sharded.
+        TypeError: for another SAE, or one that has been sharded, or for what is no mesh.
         ValueError: for a mesh of more dimensions, or where a rank would hold no latent or no part
             of the width, or where the ranks' configs or versions differ.
         NotImplementedError: for an SAE with methods, functions or hooks that are not SAELens's own;
@@ -88,6 +88,8 @@ def shard(sae: T, mesh: DeviceMesh | None = None) -> T:
     if mesh is None:
         is_nccl = "nccl" in dist.get_backend()
         mesh = init_device_mesh("cuda" if is_nccl else "cpu", (dist.get_world_size(),))
+    if not isinstance(mesh, DeviceMesh):
+        raise TypeError(f"mesh is a {type(mesh).__name__}, expected a DeviceMesh or None")
     if mesh.ndim != 1:
         raise ValueError(f"mesh has {mesh.ndim} dimensions, expected 1")
     group, size, rank = mesh.get_group(), mesh.size(), mesh.get_local_rank()

@@ -113,6 +113,8 @@ def refusals() -> dict[str, str]:
         "few latents": message(sae_lens_flex.shard, Case(d_sae=1, k=1).sae()),
         "config": message(sae_lens_flex.shard, Case(k=5 - (rank == 1)).sae()),
     }
+    found["no mesh"] = message(sae_lens_flex.shard, CASE.sae(), "cpu")
+    found["no cfg"] = message(sae_lens_flex.ShardedTrainingRunner, None)
     plane = init_device_mesh("cpu", (1, dist.get_world_size()))
     found["mesh"] = message(sae_lens_flex.shard, CASE.sae(), plane)
     hooked: Any = CASE.sae()
@@ -288,6 +290,8 @@ def test_what_cannot_work_is_refused_on_every_rank(ranks: Ranks) -> None:
         "fold_W_dec_norm": "NotImplementedError: fold_W_dec_norm needs the whole SAE",
         "deepcopy": "TypeError: a sharded SAE cannot be copied",
         "load": "TypeError: b_dec is a Tensor, expected a DTensor",
+        "no mesh": "TypeError: mesh is a str, expected a DeviceMesh or None",
+        "no cfg": "TypeError: cfg is a NoneType, expected a LanguageModelSAERunnerConfig",
         "gradient": "NotImplementedError: sae_in requires a gradient",
         "logging": "ValueError: ranks differ, expected the same on all: is_logging_step is False",
         "mask": "ValueError: ranks differ, expected the same on all: dead_neuron_mask is ",

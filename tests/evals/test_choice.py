@@ -58,3 +58,15 @@ def test_smallest_budget_of_a_sweep_without_numbers_raises() -> None:
     nan = BudgetSweep([replace(row, explained_variance=float("nan")) for row in sweep.metrics], 10)
     with pytest.raises(ValueError, match=r"^sweep has explained variance NaN at budgets 1, 3"):
         smallest_budget(nan, explained_variance=0.5)
+
+
+@pytest.mark.parametrize("wrong", [None, "sweep", [], {"metrics": []}, 3], ids=repr)
+def test_what_is_no_sweep_is_refused(wrong) -> None:
+    with pytest.raises(TypeError, match=rf"^sweep is a {type(wrong).__name__}, expected a Budget"):
+        smallest_budget(wrong, explained_variance=0.5)
+
+
+@pytest.mark.parametrize("wrong", [0, True, ["hierarchical"], torch.zeros(2)], ids=repr)
+def test_an_sae_that_is_no_name_is_refused(wrong, sweep) -> None:
+    with pytest.raises(ValueError, match=r"^sae is .*, expected one of the sweep's SAEs"):
+        smallest_budget(sweep, explained_variance=0.5, sae=wrong)

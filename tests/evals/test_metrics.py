@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pandas as pd
+import pytest
 
 from sae_lens_flex import BudgetSweep
 
@@ -48,3 +49,42 @@ def test_json_keeps_every_value(sweep, tmp_path: Path) -> None:
     path = tmp_path / "new" / "far" / "sweep.json"
     assert sweep.to_json(path) == text
     assert BudgetSweep.from_json(path.read_text()) == sweep
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "sweep.json", "{}", "[]", "3", "null", '{"metrics": []}'),
+        *('{"metrics": [], "n_tokens": 3}', '{"metrics": {}, "n_tokens": 3}'),
+        *('{"metrics": [{}], "n_tokens": 3}', '{"metrics": [3], "n_tokens": 3}'),
+        '{"metrics": [{"sae": "sae", "unknown": 1}], "n_tokens": 3}',
+    ],
+)
+def test_json_of_no_sweep_is_refused(text) -> None:
+    with pytest.raises(ValueError, match=r"^text is '.*', expected the JSON that `to_json` ret"):
+        BudgetSweep.from_json(text)
+
+
+def test_json_with_an_impossible_number_of_tokens_is_refused(sweep) -> None:
+    text = sweep.to_json().replace('"n_tokens": 1000', '"n_tokens": null')
+    with pytest.raises(ValueError, match=r"^text is .* \(ValueError: n_tokens is missing"):
+        BudgetSweep.from_json(text)
+
+
+@pytest.mark.parametrize("wrong", [None, 3, b"{}", {}, Path("sweep.json")], ids=repr)
+def test_what_is_no_json_is_refused(wrong) -> None:
+    with pytest.raises(TypeError, match=rf"^text is a {type(wrong).__name__}, expected the JSON"):
+        BudgetSweep.from_json(wrong)
+
+
+@pytest.mark.parametrize("wrong", [None, [], "rows", {}, [3], [{"sae": "sae"}]], ids=repr)
+def test_metrics_that_are_none_are_refused(wrong) -> None:
+    with pytest.raises(TypeError, match=r"^metrics (is|has) .*, expected (a list of )?BudgetMetr"):
+        BudgetSweep(wrong, 3)
+
+
+@pytest.mark.parametrize("wrong", [3, b"sweep", ["sweep"]], ids=repr)
+@pytest.mark.parametrize("method", ["to_json", "plot"])
+def test_what_is_no_path_is_refused(method, wrong, sweep) -> None:
+    with pytest.raises(TypeError, match=r"^path is .*, expected the path of a file"):
+        getattr(sweep, method)(wrong)

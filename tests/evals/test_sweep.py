@@ -396,6 +396,9 @@ def test_progress_bar_can_be_turned_off(show, capsys) -> None:
         ("model_kwargs", ValueError, {"model_kwargs": {"stop_at_layer": 1}}),
         ("activations", TypeError, {"activations": torch.randn(8, D_IN).to(torch.complex64)}),
         ("activations", TypeError, {"activations": [torch.ones(8, D_IN, dtype=torch.bool)]}),
+        ("compute_ce_loss", ValueError, {"compute_ce_loss": "no"}),
+        ("compute_kl", ValueError, {"compute_kl": None}),
+        ("show_progress", ValueError, {"show_progress": 1}),
         ("Transcoder", TypeError, {"saes": Transcoder(TRANSCODER)}),
     ],
 )
@@ -407,6 +410,19 @@ def test_impossible_arguments_raise_and_are_named(name, error, arguments) -> Non
     } | arguments
     with pytest.raises(error, match=rf"\b{name}\b"):
         sweep_budgets(arguments.pop("saes"), arguments.pop("activations"), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [("model", "gpt2"), ("model", 3), ("model_kwargs", "no"), ("model_kwargs", 3)],
+)
+def test_impossible_arguments_beside_a_store_raise_and_are_named(name, wrong, make_store) -> None:
+    sae = make_sae()
+    options: Any = {name: wrong, "n_batches": 1}
+    with pytest.raises(TypeError, match=rf"^{name} is "):
+        sweep_budgets(sae, make_store(sae), show_progress=False, **options)
+    with pytest.raises(TypeError, match=rf"^{name} is "):
+        mean_budget(sae, make_store(sae), 2, **options)
 
 
 def test_sae_without_a_hook_name_raises(make_store) -> None:

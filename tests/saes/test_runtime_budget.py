@@ -3,6 +3,7 @@
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from comparison import (
@@ -230,6 +231,36 @@ def test_activations_that_are_no_real_numbers_are_refused(name, dtype) -> None:
     arguments = (x,) if name == "encode_levels" else (x, 0.4)
     with pytest.raises(TypeError, match=rf"^x has dtype {dtype}, expected one of real numbers"):
         getattr(sae, name)(*arguments)
+
+
+@pytest.mark.parametrize("wrong", [None, "x", [[1.0]], np.zeros((2, D_IN))], ids=repr)
+def test_what_is_no_tensor_is_refused(wrong) -> None:
+    sae = hierarchical_sae()
+    acts, latents = sae.encode_levels(random_activations())
+    calls = {
+        "x": [lambda: sae.encode_levels(wrong), lambda: sae.encode_adaptive(wrong, 0.4)],
+        "acts": [lambda: sae.decode_levels(wrong, latents)],
+        "latents": [lambda: sae.decode_levels(acts, wrong)],
+    }
+    for name, each in calls.items():
+        for call in each:
+            with pytest.raises(TypeError, match=rf"^{name} is .*, expected a (torch.T|t)ensor"):
+                call()
+
+
+def test_decode_levels_refuses_what_encode_levels_does_not_return() -> None:
+    sae = hierarchical_sae()
+    acts, latents = sae.encode_levels(random_activations())
+    with pytest.raises(TypeError, match=r"^latents is of torch.float32, expected a tensor of num"):
+        sae.decode_levels(latents, acts)
+    with pytest.raises(ValueError, match=r"^latents has shape .* and acts .*, expected one shape"):
+        sae.decode_levels(acts[:, 1:], latents)
+
+
+@pytest.mark.parametrize("wrong", [None, "cfg", {}], ids=repr)
+def test_an_sae_of_no_config_is_refused(wrong) -> None:
+    with pytest.raises(TypeError, match=r"^cfg is a \w+, expected a HierarchicalTopKSAEConfig for"):
+        HierarchicalTopKSAE(wrong)
 
 
 @pytest.mark.parametrize(
