@@ -11,6 +11,7 @@ import re
 import signal
 import sys
 import textwrap
+import traceback
 import warnings
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import fields, replace
@@ -23,10 +24,11 @@ import huggingface_hub
 import torch
 import torch.distributed as dist
 import transformers
-from sae_lens import SAE, ActivationsStore
+from sae_lens import SAE, ActivationsStore, TrainingSAE
 from sae_lens.load_model import load_model
 from sae_lens.saes.topk_sae import TopKSAE
 from sae_lens.training._interruption import InterruptedException
+from sae_lens.util import str_to_dtype
 
 from . import __version__, train_flags
 from .acceleration import accelerate
@@ -224,6 +226,33 @@ def _naming(what: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _naming_what_is_made(cfg: Any) -> Iterator[None]:
+    """Put before the message of an error in the block what SAELens's runner was making.
+
+    It makes the language model, the text and the SAE in one function. The message of an error of
+    anything else stays as it is.
+    """
+    try:
+        yield
+    except Exception as error:
+        codes = {frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)}
+        model = f"model {cfg.model_name}"
+        if cfg.model_class_name == "AutoModelForCausalLM" and not Path(cfg.model_name).is_dir():
+            model += " (not a directory here)"
+        makers: dict[str, Any] = {
+            model: load_model,
+            f"dataset {cfg.dataset_path}": ActivationsStore.from_config.__func__,
+            f"an SAE with d_in {cfg.sae.d_in} and d_sae {cfg.sae.d_sae} on {cfg.sae.device}": (
+                TrainingSAE.from_dict.__func__
+            ),
+        }
+        for what, function in makers.items():
+            if function.__code__ in codes:
+                raise ValueError(f"{what}: {_in_one_line(error)}") from error
+        raise
+
+
+@contextlib.contextmanager
 def _quietly() -> Iterator[None]:
     """Silence what libraries log and warn while they load something.
 
@@ -271,12 +300,13 @@ def train(argv: list[str]) -> int:
         runner_class = ShardedTrainingRunner
         processes = join(cfg.device)  # From here on "cuda" is this process's GPU.
         check_settings(cfg, processes)
-    uses_triton(getattr(cfg.sae, "backend", "auto"), _device(cfg.device))  # It may raise.
+    str_to_dtype(cfg.dtype)  # It may raise, as do the next ones.
+    uses_triton(getattr(cfg.sae, "backend", "auto"), _device(cfg.device))
+    if processes is None:  # Those of several have been checked, and each holds its own GPU alone.
+        _device(cfg.llm_device, "llm_device")
+        _device(cfg.act_store_device, "act_store_device")
     with _quietly(), accelerate():
-        names = [f"model {cfg.model_name}", f"dataset {cfg.dataset_path}"]
-        if cfg.model_class_name == "AutoModelForCausalLM" and not Path(cfg.model_name).is_dir():
-            names[0] += " (not a directory here)"
-        with _naming(", ".join(names)), _offering_hook_names(cfg):
+        with _offering_hook_names(cfg), _naming_what_is_made(cfg):
             runner = runner_class(cfg, override_sae=sae)
         _check_activations(runner)
     if cfg.output_path is not None and is_rank_0():
@@ -795,8 +825,8 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _device(name: str) -> torch.device:
-    with _naming(f"device {name}"):
+def _device(name: str, argument: str = "device") -> torch.device:
+    with _naming(f"{argument} {name}"):
         return torch.empty(0, device=name).device
 
 

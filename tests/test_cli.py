@@ -682,6 +682,36 @@ def test_wrong_training_flags_are_refused(
 
 
 @pytest.mark.parametrize(
+    ("flags", "begin"),
+    [
+        ({"--model_name": "MISSING"}, "model MISSING (not a directory here): "),
+        ({"--model_class_name": "Transformer"}, "model MODEL: Unknown model class"),
+        ({"--dataset_path": "MISSING"}, "dataset MISSING: "),
+        ({"--hook_name": "transformer.h.9"}, "hook_name is 'transformer.h.9', expected"),
+        ({"--d_sae": 10**13}, f"an SAE with d_in {D_IN} and d_sae 10000000000000 on cpu: Runtime"),
+        ({"--d_in": D_IN + 1}, "d_in is 17, expected 16"),
+        ({"--dtype": "float99"}, "Invalid dtype: float99"),
+        ({"--device": "gpu"}, "device gpu: RuntimeError: "),
+        ({"--llm_device": "gpu"}, "llm_device gpu: RuntimeError: "),
+        ({"--act_store_device": "gpu"}, "act_store_device gpu: RuntimeError: "),
+    ],
+    ids=str,
+)
+def test_an_error_of_training_begins_with_what_it_is_about(
+    flags: dict[str, Any], begin: str, train_flags, run, tmp_path: Path
+) -> None:
+    places = {"MISSING": str(tmp_path / "missing"), "MODEL": str(train_flags["--model_name"])}
+    result = run(
+        "train",
+        *as_arguments(train_flags | {flag: places.get(each, each) for flag, each in flags.items()}),
+    )
+    for name, path in places.items():
+        begin = begin.replace(name, path)
+    assert_refused(result)
+    assert result.err.startswith(f"sae-lens-flex train: error: {begin}")
+
+
+@pytest.mark.parametrize(
     ("arguments", "name"),
     [
         (["sweep", ""], "PATH_OR_REPO"),
