@@ -131,6 +131,28 @@ An earlier such export in DIR is replaced; any other SAE there is left alone, an
 MESSAGE_WIDTH = 400
 
 
+# The lowest number that a flag of `train` can mean, where SAELens itself takes lower ones.
+LOWEST = {
+    "training_tokens": 1,
+    "train_batch_size_tokens": 1,
+    "store_batch_size_prompts": 1,
+    "feature_sampling_window": 1,
+    "dead_feature_window": 0,
+    "dead_feature_threshold": 0,
+    "lr_warm_up_steps": 0,
+    "lr_decay_steps": 0,
+    "lr_end": 0,
+    "n_restart_cycles": 1,
+    "n_batches_for_norm_estimate": 1,
+    "n_checkpoints": 0,
+    "eval_batch_size_prompts": 1,
+    "wandb_log_frequency": 1,
+    "eval_every_n_wandb_logs": 1,
+    "exclude_special_tokens": 0,  # where it is a number, as the next
+    "sequence_separator_token": 0,
+}
+
+
 class OneLineParser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, and which takes whole flags only."""
 
@@ -278,14 +300,7 @@ def train(argv: list[str]) -> int:
     pretrained, flags = _pretrained(argv)
     cfg = train_flags.parse([*flags, *argv])
     _fit_buffer(cfg, argv)
-    for name in (
-        "training_tokens",
-        "train_batch_size_tokens",
-        "store_batch_size_prompts",
-        "feature_sampling_window",
-    ):
-        if getattr(cfg, name) < 1:
-            raise ValueError(f"--{name} is {getattr(cfg, name)}, expected at least 1")
+    _check_numbers(cfg)
     if cfg.resume_from_checkpoint is not None:
         check_checkpoint(cfg.resume_from_checkpoint)
     sae = None if pretrained is None else _start(pretrained, cfg)
@@ -429,6 +444,22 @@ def _start(pretrained: Any, cfg: Any) -> Any:
     cfg.sae = replace(cfg.sae, normalize_activations=normalization)
     with _naming(cfg.from_pretrained_path):
         return start_training(pretrained, cfg.sae)
+
+
+def _check_numbers(cfg: Any) -> None:
+    """Raise a ValueError for a number that SAELens takes and does something else with, or nothing.
+
+    Some of them end its run much later.
+    """
+    if not 0 < cfg.lr < math.inf:
+        raise ValueError(f"--lr is {cfg.lr}, expected a finite number above 0")
+    given = vars(cfg.logger) | vars(cfg)
+    evaluates = cfg.logger.log_to_wandb
+    for name, lowest in (LOWEST | {"n_eval_batches": 1 if evaluates else 0}).items():
+        number = given[name]
+        if isinstance(number, (int, float)) and not lowest <= number < math.inf:
+            kind = "a finite number of " if isinstance(number, float) else ""
+            raise ValueError(f"--{name} is {number}, expected {kind}at least {lowest}")
 
 
 def _fit_buffer(cfg: Any, argv: list[str]) -> None:

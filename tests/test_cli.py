@@ -32,7 +32,7 @@ from sae_lens_flex import (
     HierarchicalTopKTrainingSAEConfig,
     MeanBudget,
 )
-from sae_lens_flex.cli import _fit_buffer, main
+from sae_lens_flex.cli import LOWEST, _fit_buffer, main
 from sae_lens_flex.train_flags import parse
 
 hf_model_dir, text_dir, step_losses = toy.hf_model_dir, toy.text_dir, toy.step_losses
@@ -655,9 +655,22 @@ def test_sae_that_does_not_say_what_it_reads_is_refused(
         ({"--budgets": "1,4,8"}, ["--budgets is '1,4,8'", "--budgets 1 4 8"]),
         ({"--budgets": "1 4 8"}, ["--budgets is '1 4 8'", "without quotes: --budgets 1 4 8"]),
         ({"--level_weights": "1, 0.5"}, ["--level_weights 1 0.5"]),
-        ({"--training_tokens": 0}, ["--training_tokens is 0, expected at least 1"]),
-        ({"--store_batch_size_prompts": 0}, ["--store_batch_size_prompts is 0, expected at least"]),
-        ({"--feature_sampling_window": 0}, ["--feature_sampling_window is 0, expected at least 1"]),
+        *(
+            ({f"--{name}": lowest - 1}, [f"--{name} is {lowest - 1}", f"at least {lowest}"])
+            for name, lowest in LOWEST.items()
+        ),
+        ({"--n_eval_batches": -1}, ["--n_eval_batches is -1, expected at least 0"]),
+        (
+            {"--n_eval_batches": 0, "--log_to_wandb": "true"},
+            ["--n_eval_batches is 0, expected at least 1"],
+        ),
+        ({"--lr_end": "nan"}, ["--lr_end is nan, expected a finite number of at least 0"]),
+        ({"--lr": 0}, ["--lr is 0.0, expected a finite number above 0"]),
+        ({"--lr": "inf"}, ["--lr is inf, expected a finite number above 0"]),
+        *(
+            ({f"--{name}": 0, "--verbose": "true"}, [f"--{name} is 0, expected at least 1"])
+            for name in ("train_batch_size_tokens", "wandb_log_frequency")
+        ),
         ({"--k": None}, ["--k is missing"]),
         ({"--d_sae": None, "--hook_name": None}, ["--hook_name, --d_sae are missing"]),
         ({"--architecture": "standard", "--k": None, "--d_in": None}, ["--d_in is missing"]),
