@@ -42,7 +42,13 @@ from .evals.calibration import mean_budgets
 from .evals.figures import check_can_write, check_suffix
 from .interruption import InterruptibleRunner, Stop, catching_signals, telling_what_is_saved
 from .ops.policy import uses_triton
-from .saes.budgets import MeanBudget, RuntimeBudget, check_budgets, doubling_budgets
+from .saes.budgets import (
+    MeanBudget,
+    RuntimeBudget,
+    check_budgets,
+    check_trained_budgets,
+    doubling_budgets,
+)
 from .saes.checks import check_number, not_finite_weights
 from .saes.registration import TOPK_TRAINING_CLASSES, TRAINING_CLASSES
 from .sharing import (
@@ -259,8 +265,11 @@ def _naming_what_is_made(cfg: Any) -> Iterator[None]:
     except Exception as error:
         codes = {frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)}
         model = f"model {cfg.model_name}"
-        if cfg.model_class_name == "AutoModelForCausalLM" and not Path(cfg.model_name).is_dir():
+        is_here = Path(cfg.model_name).is_dir()
+        if cfg.model_class_name == "AutoModelForCausalLM" and not is_here:
             model += " (not a directory here)"
+        elif cfg.model_class_name == "HookedTransformer" and is_here:
+            model += " (a directory, which --model_class_name AutoModelForCausalLM takes)"
         makers: dict[str, Any] = {
             model: load_model,
             f"dataset {cfg.dataset_path}": ActivationsStore.from_config.__func__,
@@ -394,15 +403,17 @@ def _pretrained(argv: list[str]) -> tuple[Any, list[str]]:
             raise ValueError(f"it holds a {type(sae).__name__}, expected a TopKSAE")
         known = trained_with(sae, TOPK_TRAINING_CLASSES[architecture][1])
     known |= {name: getattr(sae.cfg, name) for name in SETTLED}
-    if budgets is not None and level_weights is None:
-        budgets = [int(level) if level.isdecimal() else level for level in budgets]
-        drop_weights_of_other_budgets(known, budgets, stacklevel=1)
     # These flags come first. With a wrong one of them, the error might name another flag.
     for name, text in given.items():
         if text is not None and text != str(known[name]):
             raise ValueError(
                 f"{name} is {text}, expected {known[name]} as the SAE in {path!r} has it"
             )
+    if budgets is not None and level_weights is None:
+        budgets = [int(level) if level.isdecimal() else level for level in budgets]
+        if all(isinstance(level, int) for level in budgets):  # Others are refused by the parser.
+            check_trained_budgets(budgets, known["k"])
+        drop_weights_of_other_budgets(known, budgets, stacklevel=1)
     return sae, ["--architecture", architecture, *_as_flags(known)]
 
 
@@ -519,7 +530,13 @@ def _offering_hook_names(cfg: Any) -> Iterator[None]:
                 )
         except Exception:
             raise error from None
-        raise ValueError(_wrong_hook_name(cfg.hook_name, dict(model.named_modules()))) from error
+        raise ValueError(_wrong_hook_name(cfg.hook_name, _called_modules(model))) from error
+
+
+def _called_modules(model: torch.nn.Module) -> list[str]:
+    """Return the names of a model's modules, but for lists of layers, which no model calls."""
+    lists = torch.nn.ModuleList, torch.nn.ModuleDict
+    return [name for name, module in model.named_modules() if not isinstance(module, lists)]
 
 
 def _wrong_hook_name(name: str, known: Collection[str]) -> str:
@@ -548,7 +565,9 @@ def _check_activations(runner: Any) -> None:
             tokens, names_filter=[cfg.hook_name], **runner.activations_store.model_kwargs
         )
     if cfg.hook_name not in cache:
-        raise ValueError(_wrong_hook_name(cfg.hook_name, model.hook_dict))
+        # SAELens hooks that module alone of Hugging Face's model, which is the attribute.
+        known = _called_modules(model.model) if hasattr(model, "model") else model.hook_dict
+        raise ValueError(_wrong_hook_name(cfg.hook_name, known))
     width = flat_activations(cache[cfg.hook_name], cfg.hook_name, cfg.hook_head_index).shape[-1]
     if width != cfg.sae.d_in:
         raise ValueError(

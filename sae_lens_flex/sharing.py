@@ -24,7 +24,13 @@ from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig, TopKTrainingSAE
 from safetensors.torch import save_file
 
 from .evals import BudgetSweep
-from .saes.budgets import MeanBudget, check_budget, doubling_budgets, largest_budget
+from .saes.budgets import (
+    MeanBudget,
+    check_budget,
+    check_trained_budgets,
+    doubling_budgets,
+    largest_budget,
+)
 from .saes.checks import check_integer, check_path, check_weights
 from .saes.hierarchical_topk import (
     HierarchicalTopKSAE,
@@ -329,6 +335,8 @@ def from_topk(
             raise ValueError(f"{name} is given, expected the SAE's own: {getattr(sae.cfg, name)!r}")
     known = trained_with(sae, HierarchicalTopKTrainingSAEConfig)
     if "budgets" in training_fields and "level_weights" not in training_fields:
+        if training_fields["budgets"] is not None:
+            check_trained_budgets(training_fields["budgets"], own["k"])
         drop_weights_of_other_budgets(known, training_fields["budgets"], stacklevel=2)
     cfg = HierarchicalTopKTrainingSAEConfig(**own, **(known | training_fields))
     return cast(HierarchicalTopKTrainingSAE, start_training(sae, cfg))

@@ -699,8 +699,18 @@ def test_wrong_training_flags_are_refused(
     [
         ({"--model_name": "MISSING"}, "model MISSING (not a directory here): "),
         ({"--model_class_name": "Transformer"}, "model MODEL: Unknown model class"),
+        (
+            {"--model_class_name": "HookedTransformer"},
+            "model MODEL (a directory, which --model_class_name AutoModelForCausalLM takes): ",
+        ),
         ({"--dataset_path": "MISSING"}, "dataset MISSING: "),
         ({"--hook_name": "transformer.h.9"}, "hook_name is 'transformer.h.9', expected"),
+        # a list of layers, which no model calls
+        (
+            {"--hook_name": "transformer.h"},
+            "hook_name is 'transformer.h', expected a hook point of the model, such as "
+            "transformer.h.1, transformer.h.0, transformer, ",
+        ),
         ({"--d_sae": 10**13}, f"an SAE with d_in {D_IN} and d_sae 10000000000000 on cpu: Runtime"),
         ({"--d_in": D_IN + 1}, "d_in is 17, expected 16"),
         ({"--dtype": "float99"}, "Invalid dtype: float99"),

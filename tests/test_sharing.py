@@ -575,6 +575,13 @@ def test_from_topk_refuses_what_the_sae_settles(field) -> None:
         from_topk(make_sae("topk"), **{field: 1})
 
 
+@pytest.mark.filterwarnings("error")
+def test_from_topk_refuses_impossible_budgets_without_a_warning_of_their_weights() -> None:
+    source = from_topk(make_sae("topk"), budgets=[1, K], level_weights=[1, 2])
+    with pytest.raises(ValueError, match=rf"^budgets is \[1\], expected its last to be k \({K}\)"):
+        from_topk(source, budgets=[1])
+
+
 def test_from_topk_refuses_other_architectures_and_unknown_fields() -> None:
     with pytest.raises(TypeError, match=r"^sae is a StandardSAE"):
         from_topk(StandardSAE(StandardSAEConfig(d_in=D_IN, d_sae=D_SAE)))  # type: ignore[arg-type]

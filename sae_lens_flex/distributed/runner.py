@@ -1,6 +1,7 @@
 """SAELens's training run, in each of several processes that train one SAE together."""
 
 import copy
+import hashlib
 import json
 import signal
 from contextlib import closing, nullcontext
@@ -296,6 +297,9 @@ def _settings(cfg: LanguageModelSAERunnerConfig[Any], dataset: HfDataset | None)
     }
     if isinstance(dataset, Dataset):
         settings["override_dataset"] = f"{len(dataset)} rows of {dataset.column_names}"
+        for row in sorted({0, len(dataset) // 2, len(dataset) - 1}) if len(dataset) > 0 else ():
+            digest = hashlib.sha256(repr(dataset[row]).encode()).hexdigest()[:8]
+            settings[f"a hash of row {row} of override_dataset"] = digest
     if cfg.resume_from_checkpoint is not None:
         files = Path(cfg.resume_from_checkpoint).glob("*")
         settings["resume_from_checkpoint"] = sorted((f.name, f.stat().st_size) for f in files)

@@ -43,6 +43,8 @@ def refusals() -> dict[str, str]:
     errors |= {name: _error(config(**fields)) for name, fields in settings.items()}
     texts = Dataset.from_dict({"text": ["a"] * (10 + rank)})
     errors["other data"] = _error(config(), override_dataset=texts)
+    texts = Dataset.from_dict({"text": ["a", "b" if rank == 0 else "c", "d"]})
+    errors["other rows"] = _error(config(), override_dataset=texts)
     one_text = Dataset.from_dict({"text": ["a"]})
     stream = one_text.to_iterable_dataset()
     errors["no text in a stream"] = _error(config(), override_dataset=stream)
@@ -77,6 +79,7 @@ EXPECTED = {
     "act_store_device": "act_store_device is 'cuda', expected one of",
     "other lr": "lr is 0.001 on rank 0 and 0.002 on rank 1",
     "other sae": "sae.k is 4 on rank 0 and 5 on rank 1",
+    "other rows": "a hash of row 1 of override_dataset is ",
     "other data": "override_dataset is \"10 rows of ['text']\" on rank 0",
     "other version": "version of torch is 'torch 0' on rank 0 and 'torch 1' on rank 1",
 }
