@@ -425,6 +425,13 @@ def test_impossible_arguments_beside_a_store_raise_and_are_named(name, wrong, ma
         mean_budget(sae, make_store(sae), 2, **options)
 
 
+def test_switches_may_be_bools_of_numpy() -> None:
+    sae, x = make_sae(), torch.randn(8, D_IN)
+    no = np.bool_(False)
+    switches: Any = {"compute_ce_loss": no, "compute_kl": no, "show_progress": no}
+    assert sweep_budgets(sae, x, **switches) == sweep_budgets(sae, x, show_progress=False)
+
+
 def test_sae_without_a_hook_name_raises(make_store) -> None:
     sae = make_sae()
     store = make_store(sae)
