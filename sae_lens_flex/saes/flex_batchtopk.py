@@ -17,7 +17,7 @@ from typing_extensions import override
 from ..training.node import Losses
 from ..training.threshold import Threshold
 from .budgets import WithoutBudget
-from .checks import check_number, plain
+from .checks import check_number
 from .configs import FusedTopKTrainingSAEConfig
 from .fused_path import METHODS, OF_BATCHES, replaced
 from .fused_topk import FusedTopKTrainingSAE
@@ -74,29 +74,13 @@ class FlexBatchTopKTrainingSAEConfig(FusedTopKTrainingSAEConfig, BatchTopKTraini
     def _check_k(self) -> None:
         self.k = check_mean_k("k", self.k, self.d_sae)
 
-    @override
-    def to_dict(self) -> dict[str, Any]:
-        return super().to_dict() | {"k": plain(self.k)}
 
-    @override
-    def get_training_architecture_details(self) -> dict[str, Any]:
-        return super().get_training_architecture_details() | {"k": plain(self.k)}
-
-
-def check_mean_k(name: str, k: Any, n_latents: int) -> Any:
-    """Return a mean number of latents, or raise a ValueError that names it.
-
-    It is an int or a float. A number of NumPy or torch below float64 is returned as it is: as in
-    SAELens, its product with a batch is rounded to its own dtype. float32's 2.3 is a little less,
-    but 10 times as much is 23 in float32.
-    """
+def check_mean_k(name: str, k: Any, n_latents: int) -> float:
+    """Return a mean number of latents, an int as an int, or raise a ValueError that names it."""
     number = check_number(name, k, is_positive=True)
     if number > n_latents:
         raise ValueError(f"{name} is {k!r}, expected a number up to d_sae ({n_latents})")
-    value = plain(k)
-    if isinstance(value, Integral):
-        return int(value)
-    return k if hasattr(k, "dtype") and k.dtype.itemsize < 8 else number
+    return int(k) if isinstance(k, Integral) else number
 
 
 class FlexBatchTopKTrainingSAE(WithoutBudget, FusedTopKTrainingSAE, BatchTopKTrainingSAE):

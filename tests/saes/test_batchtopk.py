@@ -4,11 +4,9 @@ import copy
 import dataclasses
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from comparison import (
-    D_IN,
     D_SAE,
     DEVICES,
     FEW_DEAD,
@@ -178,26 +176,6 @@ def test_k_is_a_mean_that_need_not_be_whole(architecture, k) -> None:
     output = assert_same_step(stock, flex, dead_mask(FEW_DEAD))
     n_positive = int((output.feature_acts.to_dense() > 0).sum())
     assert n_positive == int(k * len(random_activations())) or k == D_SAE
-
-
-@pytest.mark.parametrize(
-    "k",
-    [
-        *(np.float32(2.3), np.float16(2.3), np.array(2.3, dtype=np.float32), np.float64(2.3)),
-        *(torch.tensor(2.3), torch.tensor(2.3, dtype=torch.bfloat16), torch.tensor(3)),
-    ],
-    ids=repr,
-)
-@every_architecture
-def test_k_times_the_batch_is_rounded_as_in_stock(architecture, k) -> None:
-    x = random_activations(10, D_IN)
-    n_kept = int(k * 10)  # of float32's 2.3 it is 23, and 22 of the same number in float64
-    for sae in (*same_sae(architecture, k=k), *same_sae(architecture, k=7)):
-        sae.activation_fn.k = k
-        assert int((run_step(sae, x).feature_acts.to_dense() > 0).sum()) == n_kept
-    stock, flex = same_sae(architecture, k=k)
-    assert_same_losses(run_step(flex, x), run_step(stock, x))
-    assert_same_gradients(flex, stock)
 
 
 @every_architecture

@@ -159,9 +159,7 @@ def test_edited_numbers_of_numpy_and_torch_are_saved(architecture, fields, path,
         assert getattr(saved, field) == expected
 
 
-@pytest.mark.parametrize(
-    "k", [np.int64(3), np.float32(2.3), np.array(2.3), torch.tensor(2.3)], ids=repr
-)
+@pytest.mark.parametrize("k", [np.int64(3), np.float32(2.5)], ids=repr)
 @pytest.mark.parametrize("architecture", ["flex_batchtopk", "flex_matryoshka_batchtopk"])
 def test_a_mean_k_of_numpy_is_saved(architecture, k, tmp_path) -> None:
     sae = trained_sae(architecture, k=k)
