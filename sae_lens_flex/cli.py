@@ -148,12 +148,10 @@ LOWEST = {
     "lr_warm_up_steps": 0,
     "lr_decay_steps": 0,
     "lr_end": 0,
-    "n_restart_cycles": 1,
-    "n_batches_for_norm_estimate": 1,
     "n_checkpoints": 0,
     "eval_batch_size_prompts": 1,
+    "n_eval_batches": 0,
     "wandb_log_frequency": 1,
-    "eval_every_n_wandb_logs": 1,
     "exclude_special_tokens": 0,  # where it is a number, as the next
     "sequence_separator_token": 0,
 }
@@ -270,9 +268,13 @@ def _naming_what_is_made(cfg: Any) -> Iterator[None]:
             model += " (not a directory here)"
         elif cfg.model_class_name == "HookedTransformer" and is_here:
             model += " (a directory, which --model_class_name AutoModelForCausalLM takes)"
+        text = f"dataset {cfg.dataset_path}"
+        if cfg.use_cached_activations:
+            text = f"cached activations {cfg.cached_activations_path}"
         makers: dict[str, Any] = {
+            f"the SAE in {cfg.from_pretrained_path}": TrainingSAE.load_from_disk.__func__,
             model: load_model,
-            f"dataset {cfg.dataset_path}": ActivationsStore.from_config.__func__,
+            text: ActivationsStore.from_config.__func__,
             f"an SAE with d_in {cfg.sae.d_in} and d_sae {cfg.sae.d_sae} on {cfg.sae.device}": (
                 TrainingSAE.from_dict.__func__
             ),
@@ -411,7 +413,8 @@ def _pretrained(argv: list[str]) -> tuple[Any, list[str]]:
             )
     if budgets is not None and level_weights is None:
         budgets = [int(level) if level.isdecimal() else level for level in budgets]
-        if all(isinstance(level, int) for level in budgets):  # Others are refused by the parser.
+        # Others, and the budgets of another architecture, are refused by the parser.
+        if "budgets" in known and all(isinstance(level, int) for level in budgets):
             check_trained_budgets(budgets, known["k"])
         drop_weights_of_other_budgets(known, budgets, stacklevel=1)
     return sae, ["--architecture", architecture, *_as_flags(known)]
@@ -465,8 +468,14 @@ def _check_numbers(cfg: Any) -> None:
     if not 0 < cfg.lr < math.inf:
         raise ValueError(f"--lr is {cfg.lr}, expected a finite number above 0")
     given = vars(cfg.logger) | vars(cfg)
-    evaluates = cfg.logger.log_to_wandb
-    for name, lowest in (LOWEST | {"n_eval_batches": 1 if evaluates else 0}).items():
+    lowest_of = dict(LOWEST)
+    if cfg.lr_scheduler_name == "cosineannealingwarmrestarts":
+        lowest_of["n_restart_cycles"] = 1
+    if cfg.sae.normalize_activations == "expected_average_only_in":
+        lowest_of["n_batches_for_norm_estimate"] = 1
+    if cfg.logger.log_to_wandb:
+        lowest_of |= {"eval_every_n_wandb_logs": 1, "n_eval_batches": 1}
+    for name, lowest in lowest_of.items():
         number = given[name]
         if isinstance(number, (int, float)) and not lowest <= number < math.inf:
             kind = "a finite number of " if isinstance(number, float) else ""

@@ -659,10 +659,18 @@ def test_sae_that_does_not_say_what_it_reads_is_refused(
             ({f"--{name}": lowest - 1}, [f"--{name} is {lowest - 1}", f"at least {lowest}"])
             for name, lowest in LOWEST.items()
         ),
-        ({"--n_eval_batches": -1}, ["--n_eval_batches is -1, expected at least 0"]),
-        (
-            {"--n_eval_batches": 0, "--log_to_wandb": "true"},
-            ["--n_eval_batches is 0, expected at least 1"],
+        # These have an effect with the other flag alone.
+        *(
+            ({f"--{name}": 0} | used, [f"--{name} is 0, expected at least 1"])
+            for name, used in (
+                ("n_eval_batches", {"--log_to_wandb": "true"}),
+                ("eval_every_n_wandb_logs", {"--log_to_wandb": "true"}),
+                ("n_restart_cycles", {"--lr_scheduler_name": "cosineannealingwarmrestarts"}),
+                (
+                    "n_batches_for_norm_estimate",
+                    {"--normalize_activations": "expected_average_only_in"},
+                ),
+            )
         ),
         ({"--lr_end": "nan"}, ["--lr_end is nan, expected a finite number of at least 0"]),
         ({"--lr": 0}, ["--lr is 0.0, expected a finite number above 0"]),

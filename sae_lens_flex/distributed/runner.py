@@ -297,8 +297,11 @@ def _settings(cfg: LanguageModelSAERunnerConfig[Any], dataset: HfDataset | None)
     }
     if isinstance(dataset, Dataset):
         settings["override_dataset"] = f"{len(dataset)} rows of {dataset.column_names}"
+        # As they are stored: without a transform, and images before they are decoded.
+        stored: Any = dataset.with_format("arrow")
         for row in sorted({0, len(dataset) // 2, len(dataset) - 1}) if len(dataset) > 0 else ():
-            digest = hashlib.sha256(repr(dataset[row]).encode()).hexdigest()[:8]
+            content = repr(stored[row : row + 1].to_pylist())
+            digest = hashlib.sha256(content.encode()).hexdigest()[:8]
             settings[f"a hash of row {row} of override_dataset"] = digest
     if cfg.resume_from_checkpoint is not None:
         files = Path(cfg.resume_from_checkpoint).glob("*")

@@ -79,12 +79,11 @@ class BudgetSweep:
     n_tokens: int
 
     def __post_init__(self) -> None:
-        if not isinstance(self.metrics, (list, tuple)) or not self.metrics:
+        if not isinstance(self.metrics, (list, tuple)):
             raise TypeError(f"metrics is {self.metrics!r:.60}, expected a list of BudgetMetrics")
         for row in self.metrics:
             if not isinstance(row, BudgetMetrics):
                 raise TypeError(f"metrics has a {type(row).__name__}, expected BudgetMetrics alone")
-        check_integer("n_tokens", self.n_tokens)
 
     def to_pandas(self) -> pd.DataFrame:
         """Return one row per SAE and budget. A metric that was not computed has no column."""
@@ -126,18 +125,19 @@ class BudgetSweep:
         """Read what `to_json` returned.
 
         Raises:
-            TypeError: for something else than a string.
+            TypeError: for something else than a string or bytes.
             ValueError: for another string. The message says what is wrong with it.
         """
         expected = "expected the JSON that `to_json` returned"
-        if not isinstance(text, str):
+        if not isinstance(text, (str, bytes, bytearray)):
             raise TypeError(f"text is a {type(text).__name__}, {expected}")
         try:
             data = json.loads(text)
-            return cls([BudgetMetrics(**row) for row in data["metrics"]], data["n_tokens"])
+            n_tokens = check_integer("n_tokens", data["n_tokens"])
+            return cls([BudgetMetrics(**row) for row in data["metrics"]], n_tokens)
         except (KeyError, TypeError, ValueError) as error:
             why = f"{type(error).__name__}: {error}"
-            raise ValueError(f"text is {shorten(text, 60)!r}, {expected} ({why})") from error
+            raise ValueError(f"text is {shorten(str(text), 60)!r}, {expected} ({why})") from error
 
     def plot(self, path: str | Path | None = None, metric: str = "explained_variance") -> go.Figure:
         """Draw a metric against the budget.

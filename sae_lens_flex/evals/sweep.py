@@ -21,7 +21,7 @@ from ..saes.budgets import (
     doubling_budgets,
     largest_budget,
 )
-from ..saes.checks import check_bool, not_finite_weights, plain
+from ..saes.checks import not_finite_weights, plain
 from .batches import activations_of, draw_batches, no_store
 from .metrics import BudgetMetrics, BudgetSweep, Totals
 from .reconstruction import reconstruct
@@ -92,10 +92,10 @@ def sweep_budgets(
                 f"saes has a {type(sae).__name__}, expected SAEs that reconstruct what they read"
             )
     budgets_of = _choose_budgets(named, budgets)
-    if compute_ce_loss is not None:
-        check_bool("compute_ce_loss", plain(compute_ce_loss))
-    check_bool("compute_kl", plain(compute_kl))
-    check_bool("show_progress", plain(show_progress))
+    switches = {"compute_ce_loss": compute_ce_loss, "compute_kl": compute_kl}
+    for name, value in (switches | {"show_progress": show_progress}).items():
+        if not isinstance(plain(value), int | None):  # "no" would count as true
+            raise ValueError(f"{name} is {value!r}, expected true or false")
     is_store = isinstance(activations, ActivationsStore)
     for name, is_given in (("compute_ce_loss", compute_ce_loss), ("compute_kl", compute_kl)):
         if is_given and not is_store:

@@ -11,7 +11,6 @@ from sae_lens.saes.sae import SAE
 from sae_lens.saes.topk_sae import TopK, TopKSAE, TopKTrainingSAE
 from typing_extensions import override
 
-from ..ops.checks import INDEX_DTYPES
 from ..ops.codes import Code
 from ..ops.losses import prefix_residuals
 from ..ops.policy import accumulation_dtype, computes_by_triton
@@ -351,14 +350,16 @@ class RuntimeBudget(OwnNormalization):
         """
         self._check_decode("decode_levels")
         check_real("acts", acts)
-        if not isinstance(latents, torch.Tensor) or latents.dtype not in INDEX_DTYPES:
+        is_tensor = isinstance(latents, torch.Tensor) and latents.dtype != torch.bool
+        if not is_tensor or latents.is_floating_point() or latents.is_complex():
             what = getattr(latents, "dtype", type(latents).__name__)
-            raise TypeError(f"latents is of {what}, expected a tensor of numbers of latents")
+            raise TypeError(f"latents is of {what}, expected a tensor of integers")
         if acts.ndim == 0 or latents.shape != acts.shape:
             raise ValueError(
                 f"latents has shape {list(latents.shape)} and acts {list(acts.shape)}, expected "
                 "one shape, [..., budget]"
             )
+        latents = latents.long()  # As an index uint8 is a mask, and others are none.
         shape, k = acts.shape[:-1], acts.shape[-1]
         budgets = doubling_budgets(k) if budgets is None else check_budgets("budgets", budgets, k)
         output_map = take_output_map(self)

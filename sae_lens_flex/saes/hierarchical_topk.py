@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput, _disable_hooks
-from sae_lens.saes.topk_sae import TopKSAE
+from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
 from typing_extensions import override
 
 from ..ops.codes import Code
@@ -62,7 +62,7 @@ class HierarchicalTopKSAE(RuntimeBudget, TopKSAE):
 
     @override
     def __init__(self, cfg: Any, *args: Any, **kwargs: Any) -> None:
-        check_config_class(self, cfg, HierarchicalTopKSAEConfig)
+        check_config_class(self, cfg, TopKSAEConfig)
         super().__init__(cfg, *args, **kwargs)
 
 

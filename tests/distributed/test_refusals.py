@@ -115,3 +115,20 @@ def test_the_normalization_of_a_given_sae_counts(by_rank: list[dict[str, str]]) 
 def test_without_a_launcher_the_runner_says_what_to_type() -> None:
     with pytest.raises(ValueError, match="RANK is not set: start the processes by torchrun"):
         ShardedTrainingRunner(config())
+
+
+def test_rows_are_compared_as_they_are_stored() -> None:
+    rows = [[row * 5000 + token for token in range(3000)] for row in range(5)]
+    tokens = Dataset.from_dict({"tokens": rows})
+    rows[2][1500] = -1  # which a tensor's repr leaves out
+    others = Dataset.from_dict({"tokens": rows})
+    settings = runner._settings(config(), tokens)
+    formats = tokens.with_format("torch"), tokens.with_transform(lambda batch: {"a": [object()]})
+    for same in formats:
+        assert settings == runner._settings(config(), same) | {
+            "override_dataset": settings["override_dataset"]
+        }
+    found = runner._settings(config(), others.with_format("torch"))
+    different = [name for name, value in settings.items() if found[name] != value]
+    assert different == ["a hash of row 2 of override_dataset"]
+    assert runner._settings(config(), tokens.select([]))["override_dataset"].startswith("0 rows")

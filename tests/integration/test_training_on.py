@@ -322,6 +322,13 @@ def test_command_line_applies_the_flags_that_are_given(train, hierarchical: Path
     assert torch.equal(result.started_with, SAE.load_from_disk(hierarchical).W_dec)
 
 
+def test_command_line_names_budgets_of_another_architecture(train, tmp_path: Path) -> None:
+    make_sae("flex_topk").save_inference_model(tmp_path / "flex")
+    result = train(tmp_path / "flex", "--architecture flex_topk --budgets 2 4")
+    assert result.code != 0
+    assert "--budgets is a flag of hierarchical_topk, not of --architecture flex_topk" in result.err
+
+
 def test_command_line_keeps_level_weights_with_the_same_budgets(train, hierarchical: Path) -> None:
     result = train(hierarchical, f"--budgets {' '.join(map(str, FIELDS['budgets']))}")
     assert result.code == 0, result.err

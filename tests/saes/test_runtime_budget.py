@@ -251,7 +251,11 @@ def test_what_is_no_tensor_is_refused(wrong) -> None:
 def test_decode_levels_refuses_what_encode_levels_does_not_return() -> None:
     sae = hierarchical_sae()
     acts, latents = sae.encode_levels(random_activations())
-    with pytest.raises(TypeError, match=r"^latents is of torch.float32, expected a tensor of num"):
+    for dtype in (torch.int16, torch.uint8):
+        narrow = sae.decode_levels(acts, latents.to(dtype))
+        for (_, found), (_, expected) in zip(narrow, sae.decode_levels(acts, latents), strict=True):
+            assert torch.equal(found, expected)
+    with pytest.raises(TypeError, match=r"^latents is of torch.float32, expected a tensor of int"):
         sae.decode_levels(latents, acts)
     with pytest.raises(ValueError, match=r"^latents has shape .* and acts .*, expected one shape"):
         sae.decode_levels(acts[:, 1:], latents)
@@ -259,7 +263,7 @@ def test_decode_levels_refuses_what_encode_levels_does_not_return() -> None:
 
 @pytest.mark.parametrize("wrong", [None, "cfg", {}], ids=repr)
 def test_an_sae_of_no_config_is_refused(wrong) -> None:
-    with pytest.raises(TypeError, match=r"^cfg is a \w+, expected a HierarchicalTopKSAEConfig for"):
+    with pytest.raises(TypeError, match=r"^cfg is a \w+, expected a TopKSAEConfig for a"):
         HierarchicalTopKSAE(wrong)
 
 
