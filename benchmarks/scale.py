@@ -201,6 +201,7 @@ def of_slowest(value: Any) -> Any:
 
 
 def largest(values: list[Any]) -> Any:
+    """Return the largest of numbers, or of each key's numbers; None where all are."""
     values = [each for each in values if each is not None]
     if values and isinstance(values[0], dict):
         keys = dict.fromkeys(key for each in values for key in each)

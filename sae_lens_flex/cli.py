@@ -574,7 +574,7 @@ def _check_activations(runner: Any) -> None:
             tokens, names_filter=[cfg.hook_name], **runner.activations_store.model_kwargs
         )
     if cfg.hook_name not in cache:
-        # SAELens hooks that module alone of Hugging Face's model, which is the attribute.
+        # Of Hugging Face's model, which `model.model` is, SAELens hooks the one module alone.
         known = _called_modules(model.model) if hasattr(model, "model") else model.hook_dict
         raise ValueError(_wrong_hook_name(cfg.hook_name, known))
     width = flat_activations(cache[cfg.hook_name], cfg.hook_name, cfg.hook_head_index).shape[-1]

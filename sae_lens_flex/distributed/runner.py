@@ -77,7 +77,7 @@ class ShardedTrainingRunner(LanguageModelSAETrainingRunner):
             cfg.sae.device = cfg.device = device
             processes.meet()
             whole: Any = self.sae
-            # The SAE of `override_sae` or `from_pretrained_path` may have another than `cfg.sae`.
+            # The SAE of `override_sae` or `from_pretrained_path` has a config of its own.
             _check_normalization(whole.cfg)
             self.sae = shard(whole, processes.mesh).to(device)  # rank 0's weights
             del whole

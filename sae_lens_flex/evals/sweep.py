@@ -92,8 +92,11 @@ def sweep_budgets(
                 f"saes has a {type(sae).__name__}, expected SAEs that reconstruct what they read"
             )
     budgets_of = _choose_budgets(named, budgets)
-    switches = {"compute_ce_loss": compute_ce_loss, "compute_kl": compute_kl}
-    for name, value in (switches | {"show_progress": show_progress}).items():
+    for name, value in (
+        ("compute_ce_loss", compute_ce_loss),
+        ("compute_kl", compute_kl),
+        ("show_progress", show_progress),
+    ):
         if not isinstance(plain(value), int | None):  # "no" would count as true
             raise ValueError(f"{name} is {value!r}, expected true or false")
     is_store = isinstance(activations, ActivationsStore)

@@ -26,11 +26,11 @@ GPU_CHUNK_ROWS = 512
 # More rows than this, 16 of which a program takes, would be too many programs for an axis of a
 # grid. `batch_selection` takes two chunks at once.
 MOST_CHUNK_ROWS = 2**18
-# More latents than the kernels take are selected from in parts that hold so many times K latents
-# at least. What is selected of smaller parts would be much work to select from.
+# A dictionary that is too long for the kernels is cut into parts. K of each part are selected from
+# once more, which is little work where a part holds at least so many times K latents.
 LATENTS_OF_A_PART = 8
-# So many parts' candidates are merged at once. Those of all parts of millions of latents would take
-# more memory than the pre-activations of a part.
+# The candidates of so many parts are merged at once. Of millions of latents, the candidates of all
+# parts would take more memory than the pre-activations of one.
 PARTS_AT_ONCE = 8
 
 
@@ -112,7 +112,7 @@ def _select_of_parts(rows: torch.Tensor, encoder: Encoder, k: int, most: int) ->
     size = cdiv(n_latents, cdiv(n_latents, most))
     # The kernels compare in float32 before they round, and so are the parts' latents compared.
     bias = encoder.bias.float() if encoder.bias.itemsize < 4 else encoder.bias
-    # Those of a part, or the largest of several parts: the later ones have the larger latents.
+    # Each is of one part, or the largest of several parts. Later ones have larger latents.
     codes: list[Code] = []
     for start in range(0, n_latents, size):
         part = slice(start, start + size)
