@@ -30,7 +30,14 @@ from .kernels.launch import Launch, cdiv
 from .kernels.sums import sum_by_latent
 from .kernels.tiles import COPIES, SLOTS, Batch, Sizes, slice_width, table_size
 from .policy import CHECKS_INDICES, in_dtype
-from .requests import DecoderLoss, LossAndGradients, Wanted, are_of_samples, weighted_sum
+from .requests import (
+    DecoderLoss,
+    LossAndGradients,
+    UnfinishedLoss,
+    Wanted,
+    are_of_samples,
+    weighted_sum,
+)
 
 # B K D from which an index is worth its launches. To the device alone it mostly is from 2^24 on: at
 # B=4096, K=64, F=24576, D=768 an H200 takes 0.29 ms with it, and 0.36 with the one kernel (with
@@ -41,6 +48,10 @@ FEWEST_ELEMENTS = 2**27
 # the loss. That spares a launch, and a small batch waits for the host.
 BIAS_ROWS = 64
 SMALL_BATCH = 1024
+# Where a backward pass finishes the gradients, the kernel adds up the parts of the loss, too. Its
+# programs then wait until their additions are done. Up to so many programs that is little beside
+# the launch that it spares.
+MOST_UNFINISHED = 2**15
 PLANS = 1024  # kept: one a set of sizes, dtypes and wishes
 
 
@@ -50,20 +61,42 @@ def decoder_loss(request: DecoderLoss) -> LossAndGradients:
     Raises:
         IndexError: for such a latent, where SAE_LENS_FLEX_CHECK_INDICES is 1.
     """
-    if CHECKS_INDICES and request.code.latents.numel() > 0:
-        check_range(request.code.latents, request.weight.shape[0])
+    _check_indices(request)
     if request.widths is not None:
         return _by_width(request)
-    n_elements = request.code.latents.numel() * request.weight.shape[1]
-    by_index = (
-        n_elements >= FEWEST_ELEMENTS
+    if _takes_index(request):
+        return _by_latent(request)
+    return (_by_walk_slice_by_slice if request.deterministic else _by_walk)(request)
+
+
+def unfinished_decoder_loss(request: DecoderLoss) -> UnfinishedLoss | None:
+    """Compute the loss, and what the gradients are made of once their factor is known.
+
+    A small batch waits for the host, and this takes one launch less than `decoder_loss` and a
+    multiplication by the factor. Return None where it does not: nothing is computed then.
+    """
+    n_samples, d_in = request.target.shape
+    n_programs = cdiv(n_samples, 2) * cdiv(d_in, hierarchical.BLOCK_D)
+    is_walk = request.widths is None and not request.deterministic and not _takes_index(request)
+    if n_programs > MOST_UNFINISHED or not is_walk:
+        return None
+    _check_indices(request)
+    walk = _Walk(request, is_finished_later=True)
+    return UnfinishedLoss(walk.loss, lambda factor: walk.finished(factor).gradients)
+
+
+def _check_indices(request: DecoderLoss) -> None:
+    if CHECKS_INDICES and request.code.latents.numel() > 0:
+        check_range(request.code.latents, request.weight.shape[0])
+
+
+def _takes_index(request: DecoderLoss) -> bool:
+    return _is_last_level(request) and (
+        request.code.latents.numel() * request.weight.shape[1] >= FEWEST_ELEMENTS
         or request.index is not None
         or request.deterministic
         or request.code.starts is not None  # the walk knows no last level of each sample
     )
-    if _is_last_level(request) and by_index:
-        return _by_latent(request)
-    return (_by_walk_slice_by_slice if request.deterministic else _by_walk)(request)
 
 
 def _batch(request: DecoderLoss) -> Batch:
@@ -124,6 +157,7 @@ def _plan_walk(
     wanted: Wanted,
     has_copies: bool,
     is_small: bool,
+    is_finished_later: bool,
     is_ragged: bool,
     *_: object,
 ) -> _WalkPlan:
@@ -155,7 +189,8 @@ def _plan_walk(
     )
     dtypes = {wanted.weight, wanted.values, wanted.bias}
     finish_walk = None
-    if not is_small or has_copies or not dtypes <= {None, torch.float32}:
+    is_left = not is_small or has_copies or not dtypes <= {None, torch.float32}
+    if is_left or is_finished_later:
         finish_walk = finish(
             sizes,
             n_sums=hierarchical.LOSS_SUMS,
@@ -163,6 +198,8 @@ def _plan_walk(
             casts_weight=wanted.weight not in (None, torch.float32),
             n_values=n_values,
             bias_rows=bias_rows if wanted.bias else 0,
+            has_factor=is_finished_later,
+            n_target=sizes.n_samples * d_in if is_finished_later and wanted.target else 0,
         )
     present = {name: size for name, size in parts.items() if size > 0}
     return _WalkPlan(list(present), list(present.values()), choose, walk, finish_walk)
@@ -172,62 +209,90 @@ def _to_16_bytes(n_floats: int) -> int:
     return cdiv(n_floats, 4) * 4
 
 
-def _by_walk(request: DecoderLoss) -> LossAndGradients:
-    batch, wanted, level_weights = _batch(request), request.wanted, _level_weights(request)
-    sizes, n_pairs = batch.sizes(), batch.latents.numel()
-    n_samples, _, n_latents, d_in = sizes[:4]
-    of_samples = are_of_samples(request.levels, request.code)
-    plan = _plan_walk(
-        sizes,
-        n_pairs,
-        _is_last_level(request),
-        of_samples,
-        wanted,
-        wanted.weight is not None and copies.is_worth_copies(n_pairs),
-        n_samples <= SMALL_BATCH,
-        batch.starts is not None,
-        request.target.device,
-        *_dtypes(*batch, level_weights),
-    )
-    new = request.target.new_empty
-    zeros = request.target.new_zeros(sum(plan.parts), dtype=torch.float32)
-    part = dict(zip(plan.names, zeros.split_with_sizes(plan.parts), strict=True))
-    table = None
-    if plan.choose is not None:
-        table = part["table"].view(torch.int32)
-        plan.choose((batch.latents, table))
-    loss = new((), dtype=torch.float32)
-    outputs = hierarchical.Outputs(
-        loss_sums=part["loss"],
-        loss=loss if plan.finish is None else None,
-        residual=new((n_samples, d_in), dtype=torch.float32) if wanted.residual else None,
-        grad_weight=zeros if wanted.weight else None,
-        grad_values=part.get("values"),
-        grad_bias=part.get("bias"),
-        grad_target=new((n_samples, d_in), dtype=wanted.target) if wanted.target else None,
-    )
-    plan.walk((*batch, level_weights, table, *outputs), (_scale(request),))
-    weight, values, bias = part.get("weight"), part.get("values"), part.get("bias")
-    if weight is not None:
-        weight = weight.view(n_latents, d_in)
-    shape = request.code.values.shape
-    if plan.finish is None:
-        if wanted.values:
-            values = new(shape, dtype=torch.float32) if values is None else values.view(shape)
-    else:
-        cast = None
-        if wanted.weight not in (None, torch.float32):
-            weight = cast = new((n_latents, d_in), dtype=wanted.weight)
-        values = new(shape, dtype=wanted.values) if wanted.values else None
-        bias = new((d_in,), dtype=wanted.bias) if wanted.bias else None
-        is_left = table is not None or cast is not None
-        plan.finish(
-            (
-                *(part["loss"], loss, zeros if is_left else None, table, cast),
-                *(part.get("values"), values, part.get("bias"), bias),
-            )
+class _Walk:
+    """What a walk has computed: the loss, and gradients that are still to be finished.
+
+    Args:
+        request: what is asked for.
+        is_finished_later: whether a factor comes with the call of `finished`. The walk itself then
+            adds up the loss. Without one it may be that `finished` adds it up.
+    """
+
+    def __init__(self, request: DecoderLoss, *, is_finished_later: bool = False) -> None:
+        batch, wanted, level_weights = _batch(request), request.wanted, _level_weights(request)
+        sizes, n_pairs = batch.sizes(), batch.latents.numel()
+        n_samples, d_in = sizes.n_samples, sizes.d_in
+        self._plan = plan = _plan_walk(
+            sizes,
+            n_pairs,
+            _is_last_level(request),
+            are_of_samples(request.levels, request.code),
+            wanted,
+            wanted.weight is not None and copies.is_worth_copies(n_pairs),
+            n_samples <= SMALL_BATCH,
+            is_finished_later,
+            batch.starts is not None,
+            request.target.device,
+            *_dtypes(*batch, level_weights),
         )
-    return LossAndGradients(loss, outputs.residual, weight, values, bias, outputs.grad_target)
+        new = request.target.new_empty
+        zeros = request.target.new_zeros(sum(plan.parts), dtype=torch.float32)
+        part = dict(zip(plan.names, zeros.split_with_sizes(plan.parts), strict=True))
+        self._zeros, self._part = zeros, part
+        table = None
+        if plan.choose is not None:
+            table = part["table"].view(torch.int32)
+            plan.choose((batch.latents, table))
+        self.loss = new((), dtype=torch.float32)
+        self._is_loss_left = plan.finish is not None and not is_finished_later
+        self._outputs = hierarchical.Outputs(
+            loss_sums=part["loss"],
+            loss=None if self._is_loss_left else self.loss,
+            residual=new((n_samples, d_in), dtype=torch.float32) if wanted.residual else None,
+            grad_weight=zeros if wanted.weight else None,
+            grad_values=part.get("values"),
+            grad_bias=part.get("bias"),
+            grad_target=new((n_samples, d_in), dtype=wanted.target) if wanted.target else None,
+        )
+        plan.walk((*batch, level_weights, table, *self._outputs), (_scale(request),))
+        self._table = table
+        self._wanted, self._shape = wanted, request.code.values.shape
+        self._n_latents, self._d_in = sizes.n_latents, d_in
+
+    def finished(self, factor: torch.Tensor | None = None) -> LossAndGradients:
+        """Return all that was wanted, the gradients times a scalar, float32; None for 1."""
+        wanted, part, shape = self._wanted, self._part, self._shape
+        n_latents, d_in, new = self._n_latents, self._d_in, self._zeros.new_empty
+        weight, values, bias = part.get("weight"), part.get("values"), part.get("bias")
+        target = self._outputs.grad_target
+        if weight is not None:
+            weight = weight.view(n_latents, d_in)
+        if self._plan.finish is None:
+            if wanted.values:
+                values = new(shape) if values is None else values.view(shape)
+        else:
+            cast = None
+            if wanted.weight not in (None, torch.float32):
+                weight = cast = new((n_latents, d_in), dtype=wanted.weight)
+            values = new(shape, dtype=wanted.values) if wanted.values else None
+            bias = new((d_in,), dtype=wanted.bias) if wanted.bias else None
+            self._plan.finish(
+                (
+                    part["loss"],
+                    self.loss if self._is_loss_left else None,
+                    factor,
+                    None if weight is None else self._zeros,
+                    self._table,
+                    cast,
+                    *(part.get("values"), values, part.get("bias"), bias),
+                    None if factor is None else target,
+                )
+            )
+        return LossAndGradients(self.loss, self._outputs.residual, weight, values, bias, target)
+
+
+def _by_walk(request: DecoderLoss) -> LossAndGradients:
+    return _Walk(request).finished()
 
 
 @lru_cache(PLANS)
@@ -374,7 +439,7 @@ def _by_latent(request: DecoderLoss) -> LossAndGradients:
         loss = new((), dtype=torch.float32)
         grad_bias = new((d_in,), dtype=wanted.bias) if wanted.bias else None
         _plan_finish(sizes, bias_rows, request.target.device, wanted.bias)(
-            (loss_sums, loss, None, None, None, None, None, bias_sums, grad_bias)
+            (loss_sums, loss, *(None,) * 6, bias_sums, grad_bias, None)
         )
     return LossAndGradients(
         loss=loss,

@@ -26,7 +26,7 @@ from .policy import (
     is_traced,
 )
 from .products import gather
-from .requests import DecoderLoss, Levels, LossAndGradients, Wanted
+from .requests import DecoderLoss, Levels, LossAndGradients, UnfinishedLoss, Wanted
 
 # "sae_lens_flex", or the name by which the package `kernels` imports a copy of `ops`. Each copy has
 # an operator of its own, because it may be of another version.
@@ -41,6 +41,20 @@ def decoder_loss(request: DecoderLoss, *, use_triton: bool) -> LossAndGradients:
             SAE_LENS_FLEX_CHECK_INDICES is 1.
     """
     return (by_triton if use_triton else by_torch).decoder_loss(request)
+
+
+def unfinished_decoder_loss(request: DecoderLoss, *, use_triton: bool) -> UnfinishedLoss:
+    """Compute what `decoder_loss` does, for gradients that are still to be multiplied."""
+    unfinished = by_triton.unfinished_decoder_loss(request) if use_triton else None
+    if unfinished is not None:
+        return unfinished
+    result = decoder_loss(request, use_triton=use_triton)
+
+    def gradients(factor: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        scale_in_place(result.gradients, factor)
+        return result.gradients
+
+    return UnfinishedLoss(result.loss, gradients)
 
 
 def prefix_residuals(
@@ -117,14 +131,14 @@ def differentiable_loss(
         return getattr(torch.ops, NAMESPACE).decoder_loss(indices, *arguments)[0]
     check_has_no_tangent(name, *inputs)
 
-    def compute(
+    def request(
         weight: torch.Tensor,
         vals: torch.Tensor,
         bias: torch.Tensor | None,
         target: torch.Tensor,
-    ) -> LossAndGradients:
+    ) -> DecoderLoss:
         tensors = (weight, vals, bias, target)
-        request = DecoderLoss(
+        return DecoderLoss(
             code=Code(indices, vals, starts),
             weight=weight,
             bias=bias,
@@ -134,14 +148,13 @@ def differentiable_loss(
             wanted=Wanted(False, *_dtypes(tensors, flags)),
             deterministic=is_deterministic(),
         )
-        return decoder_loss(request, use_triton=use_triton)
 
     if not any(flags):
-        return compute(*inputs).loss
-    held: list[LossAndGradients] = []
+        return decoder_loss(request(*inputs), use_triton=use_triton).loss
+    held: list[UnfinishedLoss] = []
 
     def compute_and_hold() -> tuple[torch.Tensor, ...]:
-        held.append(compute(*inputs))
+        held.append(unfinished_decoder_loss(request(*inputs), use_triton=use_triton))
         return (held[0].loss,)
 
     def give(grad_outputs: Sequence[torch.Tensor | None], saved: Any) -> Sequence[Any]:
@@ -149,16 +162,15 @@ def differentiable_loss(
         if factor is None:  # Nothing depends on the loss.
             return (None,) * len(inputs)
         if held:
-            gradients = held.pop().gradients
+            unfinished = held.pop()
         elif repeats:
-            gradients = compute(*saved()).gradients
+            unfinished = unfinished_decoder_loss(request(*saved()), use_triton=use_triton)
         else:
             raise RuntimeError(
                 f"{name} has been differentiated already, and its gradients were given away: "
                 "compute the loss once more, or ask for all gradients at once"
             )
-        scale_in_place(gradients, factor)
-        return gradients
+        return unfinished.gradients(factor)
 
     return attach(name, compute_and_hold, inputs, give, saves=repeats)[0]
 

@@ -22,6 +22,7 @@ L is a scalar, so all of them are known in the forward pass, up to the factor th
 backward pass.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -115,3 +116,16 @@ class LossAndGradients(NamedTuple):
     def gradients(self) -> tuple[torch.Tensor | None, ...]:
         """Those of weight, values, bias and target."""
         return self.weight, self.values, self.bias, self.target
+
+
+class UnfinishedLoss(NamedTuple):
+    """A loss whose gradients wait for their factor, which arrives in the backward pass.
+
+    Attributes:
+        loss: scalar, float32 (float64 for float64 inputs).
+        gradients: returns those of weight, values, bias and target, times a scalar tensor of the
+            loss's dtype. It is called once.
+    """
+
+    loss: torch.Tensor
+    gradients: Callable[[torch.Tensor], tuple[torch.Tensor | None, ...]]

@@ -124,17 +124,19 @@ for n_weights in (1, 4):
     ):
         compile_adam(n_weights, **settings)
 
-# With copies and without, as for small batches and for others: of these four, two with each dtype.
+# With copies and without, as for small batches and for others, with gradients that the backward
+# pass finishes and without: of these eight, four with each dtype.
 VARIANTS = {
-    torch.float32: ((0, 0), (2**16, 1024)),
-    torch.bfloat16: ((0, 1024), (2**16, 0)),
+    torch.float32: ((0, 0, 0), (0, 0, 2**15), (2**16, 1024, 0), (2**16, 1024, 2**15)),
+    torch.bfloat16: ((0, 1024, 0), (0, 1024, 2**15), (2**16, 0, 0), (2**16, 0, 2**15)),
 }
 
 for dtype, variants in VARIANTS.items():
     for is_deterministic in (False, True):
         torch.use_deterministic_algorithms(is_deterministic)
         for loss in (ops.triton_hierarchical_sae_loss, ops.triton_topk_sae_loss):
-            for copies.FEWEST_PAIRS, by_triton.SMALL_BATCH in variants:
+            for variant in variants:
+                copies.FEWEST_PAIRS, by_triton.SMALL_BATCH, by_triton.MOST_UNFINISHED = variant
                 compile_loss(loss, dtype)
         copies.FEWEST_PAIRS = 0
         for rescales in (False, True):

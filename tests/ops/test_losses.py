@@ -177,6 +177,25 @@ def test_copies_of_frequent_latents(implementation, monkeypatch, n_latents) -> N
     assert_matches_definition(implementation, valid, inputs)
 
 
+@pytest.mark.pairs
+@pytest.mark.parametrize("factor", [0.0, 1.0, -2.5])
+@pytest.mark.parametrize("d_in", [70, finish.BLOCK + 6], ids=lambda n: f"D{n}")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_with_copies_times_a_factor(
+    implementation, dtype, d_in, factor, monkeypatch
+) -> None:
+    # Some latents have copies, others none, and some do not fire. There are fewer programs than
+    # parts of rows.
+    monkeypatch.setattr(copies, "FEWEST_PAIRS", 0)
+    monkeypatch.setattr(copies, "HOT", 0.1)
+    monkeypatch.setattr(finish, "SCALING_PROGRAMS", 3)
+    for module in (by_triton, copies, finish, hierarchical, tiles):
+        monkeypatch.setattr(module, "SLOTS", 8)
+    indices, inputs = random_inputs((7, 5, 30, d_in), dtype, implementation.device)
+    indices[:, :2] = torch.tensor([3, 11])
+    assert_matches_definition(implementation, indices, inputs, factor)
+
+
 @pytest.mark.parametrize("wanted", ARGUMENTS)
 def test_only_the_gradient_asked_for_is_returned(implementation, wanted) -> None:
     indices, inputs = random_inputs((6, 5, 20, 33), device=implementation.device)

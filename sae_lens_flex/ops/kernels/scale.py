@@ -14,7 +14,8 @@ from .launch import cdiv, launch, tl, triton
 
 
 @triton.jit
-def _scale_part(gradient, scale, n_elements, BLOCK: tl.constexpr):
+def scale_part(gradient, scale, n_elements, BLOCK: tl.constexpr):
+    """Multiply a program's part of a gradient; the parts of all programs are the whole."""
     wide = tl.float64 if gradient.dtype.element_ty == tl.float64 else tl.float32
     stride = tl.num_programs(0).to(tl.int64) * BLOCK
     for start in range(tl.program_id(0).to(tl.int64) * BLOCK, n_elements, stride):
@@ -28,10 +29,10 @@ def _scale_part(gradient, scale, n_elements, BLOCK: tl.constexpr):
 def _scale_kernel(factor, a, b, c, d, n_a, n_b, n_c, n_d, BLOCK: tl.constexpr):
     scale = tl.load(factor)
     if scale != 1.0:
-        _scale_part(a, scale, n_a, BLOCK)
-        _scale_part(b, scale, n_b, BLOCK)
-        _scale_part(c, scale, n_c, BLOCK)
-        _scale_part(d, scale, n_d, BLOCK)
+        scale_part(a, scale, n_a, BLOCK)
+        scale_part(b, scale, n_b, BLOCK)
+        scale_part(c, scale, n_c, BLOCK)
+        scale_part(d, scale, n_d, BLOCK)
 
 
 BLOCK = 8192
