@@ -130,6 +130,7 @@ def differentiable_loss(
         arguments = (*inputs, level_weights, starts, is_last, scale, use_triton, flags)
         return getattr(torch.ops, NAMESPACE).decoder_loss(indices, *arguments)[0]
     check_has_no_tangent(name, *inputs)
+    wanted = Wanted(False, *_dtypes(inputs, flags))
 
     def request(
         weight: torch.Tensor,
@@ -137,7 +138,6 @@ def differentiable_loss(
         bias: torch.Tensor | None,
         target: torch.Tensor,
     ) -> DecoderLoss:
-        tensors = (weight, vals, bias, target)
         return DecoderLoss(
             code=Code(indices, vals, starts),
             weight=weight,
@@ -145,7 +145,7 @@ def differentiable_loss(
             target=target,
             levels=levels if level_weights is None else level_weights,
             scale=scale,
-            wanted=Wanted(False, *_dtypes(tensors, flags)),
+            wanted=wanted,
             deterministic=is_deterministic(),
         )
 

@@ -127,18 +127,18 @@ for n_weights in (1, 4):
 # With copies and without, as for small batches and for others, with gradients that the backward
 # pass finishes and without: of these eight, four with each dtype.
 VARIANTS = {
-    torch.float32: ((0, 0, 0), (0, 0, 2**15), (2**16, 1024, 0), (2**16, 1024, 2**15)),
-    torch.bfloat16: ((0, 1024, 0), (0, 1024, 2**15), (2**16, 0, 0), (2**16, 0, 2**15)),
+    torch.float32: ((True, 0, 0), (True, 0, 2**14), (False, 1024, 0), (False, 1024, 2**14)),
+    torch.bfloat16: ((True, 1024, 0), (True, 1024, 2**14), (False, 0, 0), (False, 0, 2**14)),
 }
 
 for dtype, variants in VARIANTS.items():
     for is_deterministic in (False, True):
         torch.use_deterministic_algorithms(is_deterministic)
         for loss in (ops.triton_hierarchical_sae_loss, ops.triton_topk_sae_loss):
-            for variant in variants:
-                copies.FEWEST_PAIRS, by_triton.SMALL_BATCH, by_triton.MOST_UNFINISHED = variant
+            for has_copies, by_triton.SMALL_BATCH, by_triton.MOST_UNFINISHED in variants:
+                copies.is_worth_copies = lambda *_, it_is=has_copies: it_is
                 compile_loss(loss, dtype)
-        copies.FEWEST_PAIRS = 0
+        copies.is_worth_copies = lambda *_: True
         for rescales in (False, True):
             compile_step(dtype, is_deterministic, rescales)
         compile_step(dtype, is_deterministic, True, over_batch=True)

@@ -159,7 +159,7 @@ def test_many_latents_span_runs(implementation, monkeypatch) -> None:
 @pytest.mark.parametrize("n_latents", [3, 40, 600], ids=lambda n: f"{n}-latents")
 def test_copies_of_frequent_latents(implementation, monkeypatch, n_latents) -> None:
     # Every latent is frequent, 40 and 600 are more than there are copies for.
-    monkeypatch.setattr(copies, "FEWEST_PAIRS", 0)
+    monkeypatch.setattr(copies, "is_worth_copies", lambda *_: True)
     monkeypatch.setattr(copies, "HOT", 0.0)
     for module in (by_triton, copies, finish, hierarchical, tiles):
         monkeypatch.setattr(module, "SLOTS", 8)
@@ -186,7 +186,7 @@ def test_gradients_with_copies_times_a_factor(
 ) -> None:
     # Some latents have copies, others none, and some do not fire. There are fewer programs than
     # parts of rows.
-    monkeypatch.setattr(copies, "FEWEST_PAIRS", 0)
+    monkeypatch.setattr(copies, "is_worth_copies", lambda *_: True)
     monkeypatch.setattr(copies, "HOT", 0.1)
     monkeypatch.setattr(finish, "SCALING_PROGRAMS", 3)
     for module in (by_triton, copies, finish, hierarchical, tiles):

@@ -13,7 +13,10 @@ import math
 from .launch import Launch, cdiv, tl, triton
 from .tiles import SLOTS
 
-FEWEST_PAIRS = 2**16  # With fewer pairs few additions meet, and copies cost more than they save.
+# With fewer pairs few additions meet, and with fewer samples few are to one row, since a latent
+# mostly comes once in a sample. Copies then cost more than they save.
+FEWEST_PAIRS = 2**16
+FEWEST_SAMPLES = 2048
 HOT = 1 / 1024  # A latent gets copies from this share of the batch's pairs on.
 BLOCK = 1024
 
@@ -32,9 +35,9 @@ def _choose_kernel(latents, table, threshold, n_pairs, F, SLOTS: tl.constexpr, B
     tl.store(table + F + f, slot + 1, mask=has_slot)
 
 
-def is_worth_copies(n_pairs: int) -> bool:
+def is_worth_copies(n_samples: int, n_pairs: int) -> bool:
     """Return whether a batch is large enough to gain by copies."""
-    return n_pairs >= FEWEST_PAIRS
+    return n_pairs >= FEWEST_PAIRS and n_samples >= FEWEST_SAMPLES
 
 
 def choose(n_pairs: int, n_latents: int) -> Launch:
