@@ -26,7 +26,9 @@ class _Node(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         check_is_first_derivative(ctx.name)
-        return None, None, None, None, *ctx.give(grad_outputs, lambda: ctx.saved_tensors)
+        # A kernel reads what lies in memory. Of a conjugate's imaginary part it has the other sign.
+        factors = [None if grad is None else grad.resolve_neg() for grad in grad_outputs]
+        return None, None, None, None, *ctx.give(factors, lambda: ctx.saved_tensors)
 
 
 def attach(

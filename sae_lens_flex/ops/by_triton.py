@@ -16,6 +16,7 @@ Of nested dictionaries all pairs of a part of a sample's row share one S. So the
 latent by latent as samples are in the loss of level K alone.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
@@ -52,6 +53,9 @@ SMALL_BATCH = 1024
 # program then waits until its additions are done. That took an H100 12 us of 190 at B=2048, D=768
 # (12,288 programs), where the host mostly needs longer, and 30 of 330 at B=4096.
 MOST_UNFINISHED = 2**14
+# The sums of a gradient are float32. So one in 16 bits holds twice its memory until then. With more
+# elements it is finished at once.
+MOST_HELD = 2**25
 PLANS = 1024  # kept: one a set of sizes, dtypes and wishes
 
 
@@ -70,19 +74,25 @@ def decoder_loss(request: DecoderLoss) -> LossAndGradients:
 
 
 def unfinished_decoder_loss(request: DecoderLoss) -> UnfinishedLoss | None:
-    """Compute the loss, and what the gradients are made of once their factor is known.
+    """Compute the loss, and sums of which the gradients are made once their factor is known.
 
-    A small batch waits for the host, and this takes one launch less than `decoder_loss` and a
-    multiplication by the factor. Return None where it does not: nothing is computed then.
+    Of some small batches, which wait for the host, this takes a launch less than `decoder_loss` and
+    a multiplication by the factor. Return None for others: nothing is computed then.
     """
-    n_samples, d_in = request.target.shape
-    n_programs = cdiv(n_samples, 2) * cdiv(d_in, hierarchical.BLOCK_D)
-    is_walk = request.widths is None and not request.deterministic and not _takes_index(request)
-    if n_programs > MOST_UNFINISHED or not is_walk:
+    if not _is_finished_later(request):
         return None
     _check_indices(request)
-    walk = _Walk(request, is_finished_later=True)
-    return UnfinishedLoss(walk.loss, lambda factor: walk.finished(factor).gradients)
+    walked = _walk(request, is_finished_later=True)
+    return UnfinishedLoss(walked.loss, walked.finish)
+
+
+def _is_finished_later(request: DecoderLoss) -> bool:
+    wanted, (n_samples, d_in) = request.wanted, request.target.shape
+    is_left = n_samples > SMALL_BATCH or not {*wanted[1:4]} <= {None, torch.float32}
+    n_programs = cdiv(n_samples, 2) * cdiv(d_in, hierarchical.BLOCK_D)
+    is_light = wanted.weight in (None, torch.float32) or request.weight.numel() <= MOST_HELD
+    is_walk = request.widths is None and not request.deterministic and not _takes_index(request)
+    return is_left and n_programs <= MOST_UNFINISHED and is_light and is_walk
 
 
 def _check_indices(request: DecoderLoss) -> None:
@@ -103,17 +113,22 @@ def _batch(request: DecoderLoss) -> Batch:
     code = request.code
     return Batch(
         code.latents.contiguous(),
-        code.values.contiguous(),
-        request.weight,
-        None if request.bias is None else request.bias.contiguous(),
-        request.target.contiguous(),
+        _contiguous(code.values),
+        request.weight.resolve_neg(),
+        None if request.bias is None else _contiguous(request.bias),
+        _contiguous(request.target),
         code.starts,
     )
 
 
+def _contiguous(tensor: torch.Tensor) -> torch.Tensor:
+    # A kernel reads what lies in memory. Of a conjugate's imaginary part that has the other sign.
+    return tensor.resolve_neg().contiguous()
+
+
 def _level_weights(request: DecoderLoss) -> torch.Tensor | None:
     levels = request.levels
-    return levels.contiguous() if isinstance(levels, torch.Tensor) else None
+    return _contiguous(levels) if isinstance(levels, torch.Tensor) else None
 
 
 def _is_last_level(request: DecoderLoss) -> bool:
@@ -211,61 +226,76 @@ def _to_16_bytes(n_floats: int) -> int:
     return cdiv(n_floats, 4) * 4
 
 
-class _Walk:
-    """What a walk has computed: the loss, and gradients that are still to be finished.
+class _Walked(NamedTuple):
+    """What a walk has computed.
+
+    Attributes:
+        loss: a scalar, which is still to be added up where `is_loss_left`.
+        residual: r_K, or None.
+        finish: returns the gradients of weight, values, bias and target. It takes a factor of them,
+            a scalar, float32, or None and where to add up the loss. It does not hold the loss: with
+            its node the loss would hold itself.
+    """
+
+    loss: torch.Tensor
+    residual: torch.Tensor | None
+    finish: Callable[..., tuple[torch.Tensor | None, ...]]
+    is_loss_left: bool
+
+
+def _walk(request: DecoderLoss, *, is_finished_later: bool = False) -> _Walked:
+    """Walk, and return gradients that are still to be finished.
 
     Args:
         request: what is asked for.
-        is_finished_later: whether a factor comes with the call of `finished`. The walk itself then
-            adds up the loss. Without one it may be that `finished` adds it up.
+        is_finished_later: whether `finish` is called with a factor. The walk then adds up the loss.
     """
+    batch, wanted, level_weights = _batch(request), request.wanted, _level_weights(request)
+    sizes, n_pairs = batch.sizes(), batch.latents.numel()
+    n_samples, d_in = sizes.n_samples, sizes.d_in
+    plan = _plan_walk(
+        sizes,
+        n_pairs,
+        _is_last_level(request),
+        are_of_samples(request.levels, request.code),
+        wanted,
+        wanted.weight is not None and copies.is_worth_copies(n_samples, n_pairs),
+        n_samples <= SMALL_BATCH,
+        is_finished_later,
+        batch.starts is not None,
+        request.target.device,
+        *_dtypes(*batch, level_weights),
+    )
+    new = request.target.new_empty
+    zeros = request.target.new_zeros(plan.n_floats, dtype=torch.float32)
+    part = dict(zip(plan.names, zeros.split_with_sizes(plan.parts), strict=True))
+    table = None
+    if plan.choose is not None:
+        table = part["table"].view(torch.int32)
+        plan.choose((batch.latents, table))
+    loss = new((), dtype=torch.float32)
+    is_loss_left = plan.finish is not None and not is_finished_later
+    sums = part["loss"]
+    weight_sums, value_sums, bias_sums = part.get("weight"), part.get("values"), part.get("bias")
+    target = new((n_samples, d_in), dtype=wanted.target) if wanted.target else None
+    outputs = hierarchical.Outputs(
+        loss_sums=sums,
+        loss=None if is_loss_left else loss,
+        residual=new((n_samples, d_in), dtype=torch.float32) if wanted.residual else None,
+        grad_weight=weight_sums,
+        grad_values=value_sums,
+        grad_bias=bias_sums,
+        grad_target=target,
+    )
+    plan.walk((*batch, level_weights, table, *outputs), (_scale(request),))
+    shape, shape_of_values = request.weight.shape, request.code.values.shape
 
-    def __init__(self, request: DecoderLoss, *, is_finished_later: bool = False) -> None:
-        batch, wanted, level_weights = _batch(request), request.wanted, _level_weights(request)
-        sizes, n_pairs = batch.sizes(), batch.latents.numel()
-        n_samples, d_in = sizes.n_samples, sizes.d_in
-        self._plan = plan = _plan_walk(
-            sizes,
-            n_pairs,
-            _is_last_level(request),
-            are_of_samples(request.levels, request.code),
-            wanted,
-            wanted.weight is not None and copies.is_worth_copies(n_samples, n_pairs),
-            n_samples <= SMALL_BATCH,
-            is_finished_later,
-            batch.starts is not None,
-            request.target.device,
-            *_dtypes(*batch, level_weights),
-        )
-        new = request.target.new_empty
-        zeros = request.target.new_zeros(plan.n_floats, dtype=torch.float32)
-        part = dict(zip(plan.names, zeros.split_with_sizes(plan.parts), strict=True))
-        table = None
-        if plan.choose is not None:
-            table = part["table"].view(torch.int32)
-            plan.choose((batch.latents, table))
-        self.loss = new((), dtype=torch.float32)
-        is_loss_left = plan.finish is not None and not is_finished_later
-        self._outputs = hierarchical.Outputs(
-            loss_sums=part["loss"],
-            loss=None if is_loss_left else self.loss,
-            residual=new((n_samples, d_in), dtype=torch.float32) if wanted.residual else None,
-            grad_weight=part.get("weight"),
-            grad_values=part.get("values"),
-            grad_bias=part.get("bias"),
-            grad_target=new((n_samples, d_in), dtype=wanted.target) if wanted.target else None,
-        )
-        plan.walk((*batch, level_weights, table, *self._outputs), (_scale(request),))
-        self._table = table
-        self._wanted, self._shapes = wanted, (request.weight.shape, request.code.values.shape)
-
-    def finished(self, factor: torch.Tensor | None = None) -> LossAndGradients:
-        """Return all that was wanted, the gradients times a scalar, float32; None for 1."""
-        wanted, outputs, (shape, shape_of_values) = self._wanted, self._outputs, self._shapes
-        sums, new = outputs.loss_sums, outputs.loss_sums.new_empty
-        weight_sums, value_sums, bias_sums, target = outputs[3:7]
+    def finish(
+        factor: torch.Tensor | None = None, loss: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor | None, ...]:
+        new = sums.new_empty
         weight, values, bias = weight_sums, value_sums, bias_sums
-        if self._plan.finish is None:
+        if plan.finish is None:
             if wanted.values and value_sums is not None:
                 values = value_sums[: shape_of_values.numel()].view(shape_of_values)
             elif wanted.values:
@@ -276,20 +306,23 @@ class _Walk:
                 weight = cast = new(shape, dtype=wanted.weight)
             values = new(shape_of_values, dtype=wanted.values) if wanted.values else None
             bias = new(shape[1:], dtype=wanted.bias) if wanted.bias else None
-            loss, of_target = (self.loss, None) if factor is None else (None, target)
-            self._plan.finish(
+            plan.finish(
                 (
-                    *(sums, loss, factor, weight_sums, self._table, cast),
-                    *(value_sums, values, bias_sums, bias, of_target),
+                    *(sums, loss, factor, weight_sums, table, cast),
+                    *(value_sums, values, bias_sums, bias, None if factor is None else target),
                 )
             )
         if weight is not None and weight is weight_sums:
             weight = weight.as_strided(shape, (shape[1], 1))
-        return LossAndGradients(self.loss, outputs.residual, weight, values, bias, target)
+        return weight, values, bias, target
+
+    return _Walked(loss, outputs.residual, finish, is_loss_left)
 
 
 def _by_walk(request: DecoderLoss) -> LossAndGradients:
-    return _Walk(request).finished()
+    loss, residual, finish, is_loss_left = _walk(request)
+    gradients = finish(loss=loss if is_loss_left else None)
+    return LossAndGradients(loss, residual, *gradients)
 
 
 @lru_cache(PLANS)

@@ -38,14 +38,10 @@ def check_arguments(
         names, tensors = (*names, "level_weights"), [*tensors, level_weights]
     if starts is not None:
         names, tensors = (*names, "starts"), [*tensors, starts]
-    try:
-        forms = tuple([(t.dtype, t.layout, t.device, t.shape) for t in tensors])
-    except AttributeError:
-        for name, tensor in zip(names, tensors, strict=True):
-            if not isinstance(tensor, torch.Tensor):
-                kind = type(tensor).__name__
-                raise TypeError(f"{name} is a {kind}, expected a torch.Tensor") from None
-        raise
+    for name, tensor in zip(names, tensors, strict=True):
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name} is a {type(tensor).__name__}, expected a torch.Tensor")
+    forms = tuple([(t.dtype, t.layout, t.device, t.shape) for t in tensors])
     if is_traced(*tensors):  # A shape may then be unknown yet.
         _check_forms(names, forms, float_dtypes)
     else:

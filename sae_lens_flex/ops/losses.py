@@ -26,7 +26,7 @@ from .policy import (
     is_traced,
 )
 from .products import gather
-from .requests import DecoderLoss, Levels, LossAndGradients, UnfinishedLoss, Wanted
+from .requests import DecoderLoss, Levels, LossAndGradients, Times, UnfinishedLoss, Wanted
 
 # "sae_lens_flex", or the name by which the package `kernels` imports a copy of `ops`. Each copy has
 # an operator of its own, because it may be of another version.
@@ -49,12 +49,13 @@ def unfinished_decoder_loss(request: DecoderLoss, *, use_triton: bool) -> Unfini
     if unfinished is not None:
         return unfinished
     result = decoder_loss(request, use_triton=use_triton)
+    gradients = result.gradients  # Not the result: the loss would hold itself through its node.
 
-    def gradients(factor: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        scale_in_place(result.gradients, factor)
-        return result.gradients
+    def times(factor: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        scale_in_place(gradients, factor)
+        return gradients
 
-    return UnfinishedLoss(result.loss, gradients)
+    return UnfinishedLoss(result.loss, times)
 
 
 def prefix_residuals(
@@ -151,26 +152,28 @@ def differentiable_loss(
 
     if not any(flags):
         return decoder_loss(request(*inputs), use_triton=use_triton).loss
-    held: list[UnfinishedLoss] = []
+    held: list[Times] = []
 
     def compute_and_hold() -> tuple[torch.Tensor, ...]:
-        held.append(unfinished_decoder_loss(request(*inputs), use_triton=use_triton))
-        return (held[0].loss,)
+        unfinished = unfinished_decoder_loss(request(*inputs), use_triton=use_triton)
+        held.append(unfinished.gradients)
+        return (unfinished.loss,)
 
     def give(grad_outputs: Sequence[torch.Tensor | None], saved: Any) -> Sequence[Any]:
         (factor,) = grad_outputs
         if factor is None:  # Nothing depends on the loss.
-            return (None,) * len(inputs)
+            return (None,) * 4
         if held:
-            unfinished = held.pop()
+            gradients = held.pop()
         elif repeats:
-            unfinished = unfinished_decoder_loss(request(*saved()), use_triton=use_triton)
+            again = unfinished_decoder_loss(request(*saved()), use_triton=use_triton)
+            gradients = again.gradients
         else:
             raise RuntimeError(
                 f"{name} has been differentiated already, and its gradients were given away: "
                 "compute the loss once more, or ask for all gradients at once"
             )
-        return unfinished.gradients(factor)
+        return gradients(factor)
 
     return attach(name, compute_and_hold, inputs, give, saves=repeats)[0]
 
@@ -217,7 +220,7 @@ def triton_hierarchical_sae_loss(
 
     Returns:
         The loss, a float32 scalar, differentiable in weight, vals, bias and target by one backward
-        pass, which gives away the gradients that the forward pass computed.
+        pass, which gives away what the forward pass has computed of the gradients.
 
     Raises:
         TypeError, ValueError: for an argument of the wrong type, dtype, shape or device.
@@ -227,6 +230,7 @@ def triton_hierarchical_sae_loss(
     """
     check_arguments(indices, weight, vals, bias, target, level_weights, starts)
     starts = _checked(starts, indices)
+    indices, vals = _of_samples(indices, vals, starts)
     if starts is not None and level_weights is None:
         level_weights = _equal_weights(starts, indices)
     return differentiable_loss(
@@ -245,6 +249,16 @@ def _checked(starts: torch.Tensor | None, indices: torch.Tensor) -> torch.Tensor
     if not is_traced(starts) and (CHECKS_INDICES or not starts.is_cuda):
         check_starts(starts, len(indices))
     return starts.long().contiguous()
+
+
+def _of_samples(
+    indices: torch.Tensor, vals: torch.Tensor, starts: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return latents and values as a `Code` has them: 0 of pairs that belong to no sample."""
+    if starts is None:
+        return indices, vals
+    is_spare = torch.arange(len(indices), device=indices.device) >= starts[-1]
+    return indices.masked_fill(is_spare, 0), vals.masked_fill(is_spare, 0)
 
 
 def _equal_weights(starts: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
@@ -275,12 +289,14 @@ def triton_topk_sae_loss(
     `triton_hierarchical_sae_loss`.
     """
     check_arguments(indices, weight, vals, bias, target, None, starts)
+    starts = _checked(starts, indices)
+    indices, vals = _of_samples(indices, vals, starts)
     return differentiable_loss(
         *(indices, weight, vals, bias, target),
         levels="last",
         backend="triton",
         name="triton_topk_sae_loss",
-        starts=_checked(starts, indices),
+        starts=starts,
     )
 
 
@@ -351,7 +367,7 @@ def _differentiate(ctx, *grad_outputs):
     elif type(factor) is not torch.Tensor:  # It is traced, and memory is the compiler's affair.
         gradients = [None if gradient is None else gradient * factor for gradient in gradients]
     else:
-        scale_in_place(gradients, factor)
+        scale_in_place(gradients, factor.resolve_neg())
         # Autograd does not see what a kernel writes. Told of it, it raises in a second backward
         # pass through the same graph.
         some = [gradient for gradient in gradients if gradient is not None]

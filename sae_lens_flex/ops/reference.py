@@ -110,12 +110,13 @@ def _residuals_of_samples(
 ) -> Iterator[tuple[int, torch.Tensor]]:
     # Of each sample: where its level weights begin, and x_hat_j - target from level 0 on,
     # [l + 1, D].
-    terms = _terms(indices, weight, vals, dtype)  # [n, D], or [B, K, D]
     if starts is None:
-        rows = list(terms)
+        rows = list(_terms(indices, weight, vals, dtype))  # of [B, K, D]
     else:
         check_starts(starts, len(indices))
-        rows = [terms[start:end] for start, end in pairwise(starts.tolist())]
+        *_, n_pairs = bounds = starts.tolist()
+        terms = _terms(indices[:n_pairs], weight, vals[:n_pairs], dtype)  # [n, D]
+        rows = [terms[start:end] for start, end in pairwise(bounds)]
     first = 0
     for row, x in zip(rows, target.to(dtype), strict=True):
         x_hat = torch.cat((torch.zeros_like(x).unsqueeze(0), row.cumsum(0))) + bias.to(dtype)

@@ -118,14 +118,18 @@ class LossAndGradients(NamedTuple):
         return self.weight, self.values, self.bias, self.target
 
 
+Times = Callable[[torch.Tensor], tuple[torch.Tensor | None, ...]]
+"""Returns the gradients of weight, values, bias and target, times a scalar tensor of the loss's
+dtype. It is called once."""
+
+
 class UnfinishedLoss(NamedTuple):
-    """A loss whose gradients wait for their factor, which arrives in the backward pass.
+    """A loss, and what makes its gradients once their factor arrives in the backward pass.
 
     Attributes:
         loss: scalar, float32 (float64 for float64 inputs).
-        gradients: returns those of weight, values, bias and target, times a scalar tensor of the
-            loss's dtype. It is called once.
+        gradients: of them. It does not hold the loss.
     """
 
     loss: torch.Tensor
-    gradients: Callable[[torch.Tensor], tuple[torch.Tensor | None, ...]]
+    gradients: Times

@@ -1,6 +1,8 @@
 """Every implementation of the losses against the definitions in float64."""
 
+import gc
 import importlib.util
+import weakref
 from types import ModuleType
 from typing import Any
 
@@ -20,7 +22,7 @@ from sae_lens_flex.ops import (
     triton_topk_sae_loss,
 )
 from sae_lens_flex.ops.codes import Code
-from sae_lens_flex.ops.kernels import copies, finish, hierarchical, sums, tiles
+from sae_lens_flex.ops.kernels import copies, finish, hierarchical, launch, sums, tiles
 from sae_lens_flex.ops.kernels.norms import norms_and_copy
 from sae_lens_flex.ops.kernels.tiles import Sizes
 from sae_lens_flex.ops.losses import decoder_loss
@@ -262,6 +264,108 @@ def test_a_loss_on_which_nothing_depends_gives_no_gradient(
     assert inputs["weight"].grad is None
     loss.backward()  # the gradients are still there
     assert inputs["weight"].grad is not None
+
+
+@pytest.mark.parametrize(
+    ("dtype", "fields", "is_later"),
+    [
+        (torch.bfloat16, {}, True),
+        (torch.float32, {}, False),  # nothing is left after the walk
+        (torch.float32, {"SMALL_BATCH": 5}, True),
+        (torch.bfloat16, {"MOST_HELD": 20 * 130 - 1}, False),
+        (torch.float32, {"SMALL_BATCH": 5, "MOST_HELD": 20 * 130 - 1}, True),
+        (torch.bfloat16, {"MOST_UNFINISHED": 9}, True),  # 3 pairs of samples, 3 slices of D
+        (torch.bfloat16, {"MOST_UNFINISHED": 8}, False),
+    ],
+)
+@pytest.mark.parametrize("loss", [triton_hierarchical_sae_loss, triton_topk_sae_loss])
+@pytest.mark.parametrize("device", KERNEL_DEVICES)
+def test_gradients_that_the_backward_pass_finishes_take_a_launch_less(
+    device, loss, dtype, fields, is_later, monkeypatch
+) -> None:
+    launches: list[str] = []
+    call = launch.Launch.__call__
+
+    def recorded(self: launch.Launch, *arguments: Any) -> None:
+        launches.append(self._kernel.fn.__name__)
+        call(self, *arguments)
+
+    monkeypatch.setattr(launch.Launch, "__call__", recorded)
+    for name, value in fields.items():
+        monkeypatch.setattr(by_triton, name, value)
+    indices, inputs = random_inputs((6, 5, 20, 130), dtype, device)
+    value = loss(indices, **inputs)
+    is_finished = "_finish_walk_kernel" in launches
+    value.backward()
+    assert is_later == (not is_finished and "_finish_walk_kernel" in launches)
+    assert len(launches) == 2 + is_finished
+
+
+def test_deterministic_gradients_are_finished_at_once(monkeypatch) -> None:
+    monkeypatch.setattr(by_triton, "_walk", None)
+    indices, inputs = random_inputs((6, 5, 20, 33), torch.bfloat16)
+    request = DecoderLoss(
+        code=Code(indices, inputs["vals"]),
+        weight=inputs["weight"],
+        bias=inputs["bias"],
+        target=inputs["target"],
+        levels="every",
+        scale=1.0,
+        wanted=Wanted(False, *4 * [torch.bfloat16]),
+        deterministic=True,
+    )
+    assert by_triton.unfinished_decoder_loss(request) is None
+
+
+def test_batches_that_are_worth_copies() -> None:
+    assert copies.is_worth_copies(2048, 2**16)
+    assert not copies.is_worth_copies(2047, 2**20)
+    assert not copies.is_worth_copies(4096, 2**16 - 1)
+
+
+def test_a_loss_that_is_dropped_frees_its_gradients_at_once(implementation) -> None:
+    indices, inputs = random_inputs((6, 5, 20, 33), device=implementation.device)
+    loss = implementation.loss(indices, **inputs)
+    dropped = weakref.ref(loss)
+    gc.disable()  # which would find a loss that holds itself
+    try:
+        del loss
+        assert dropped() is None
+    finally:
+        gc.enable()
+
+
+def test_a_loss_that_is_kept_holds_no_input(implementation) -> None:
+    indices, inputs = random_inputs((6, 5, 20, 33), device=implementation.device)
+    copied = {name: value * 1 for name, value in inputs.items()}
+    held = [weakref.ref(value) for value in copied.values()]
+    loss = implementation.loss(indices, **copied)
+    loss.backward(retain_graph=True)
+    del copied
+    assert [value() for value in held] == [None] * 4
+
+
+@pytest.mark.parametrize("of_what", [*ARGUMENTS, "the factor"])
+def test_the_sign_of_a_conjugates_imaginary_part(implementation, of_what) -> None:
+    indices, inputs = random_inputs((6, 5, 20, 33), device=implementation.device)
+    exact = in_float64(inputs)
+
+    def loss(function: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        if of_what == "the factor":
+            return negated(function(indices.to(inputs["vals"].device), **inputs))
+        changed = {**inputs, of_what: negated(inputs[of_what])}
+        assert changed[of_what].is_neg()
+        return function(indices.to(inputs["vals"].device), **changed)
+
+    loss(implementation.loss, inputs).backward()
+    loss(implementation.definition, exact).backward()
+    for name in ARGUMENTS:
+        assert relative_error(inputs[name].grad, exact[name].grad) < TOLERANCE[torch.float32]
+
+
+def negated(x: torch.Tensor) -> torch.Tensor:
+    """-x, which lies in memory as x."""
+    return torch.complex(torch.zeros_like(x), x).conj().imag
 
 
 def test_second_derivative_raises(implementation) -> None:

@@ -251,7 +251,10 @@ def test_a_latent_outside_is_an_error_that_says_so() -> None:
 # --- the public functions
 
 
-def arguments_of(code: Code, request) -> dict[str, torch.Tensor]:
+def arguments_of(code: Code, request, n_spare: int = 0) -> dict[str, torch.Tensor]:
+    if n_spare > 0:  # What pairs of no sample hold does not matter.
+        code.latents[-n_spare:] = torch.tensor([F + 3, 1])[:n_spare]
+        code.values[-n_spare:] = torch.tensor([torch.nan, 3.0])[:n_spare]
     names = {"weight": request.weight, "bias": request.bias, "target": request.target}
     return {
         "indices": code.latents,
@@ -284,17 +287,26 @@ def assert_same_as_the_definition(loss, definition, arguments) -> None:
 @pytest.mark.parametrize("device", KERNEL_DEVICES)
 def test_public_hierarchical_loss(device, lengths, weights) -> None:
     code = ragged_code(lengths, F, device=device, n_spare=2)
-    arguments = arguments_of(code, ragged_request(code, n_latents=F, d_in=D))
+    arguments = arguments_of(code, ragged_request(code, n_latents=F, d_in=D), n_spare=2)
     if weights == "of_samples":
         arguments["level_weights"] = random_level_weights(code)
     assert_same_as_the_definition(triton_hierarchical_sae_loss, hierarchical_sae_loss, arguments)
+
+
+@pytest.mark.parametrize("device", KERNEL_DEVICES)
+def test_rows_without_any_pair_have_no_gradient_of_values(device) -> None:
+    code = ragged_code((0, 0, 0), F, device=device)
+    arguments = arguments_of(code, ragged_request(code, n_latents=F, d_in=D))
+    assert_same_as_the_definition(triton_hierarchical_sae_loss, hierarchical_sae_loss, arguments)
+    assert arguments["vals"].grad is not None
+    assert arguments["vals"].grad.shape == (0,)
 
 
 @every_length
 @pytest.mark.parametrize("device", KERNEL_DEVICES)
 def test_public_topk_loss(device, lengths) -> None:
     code = ragged_code(lengths, F, device=device, n_spare=2)
-    arguments = arguments_of(code, ragged_request(code, n_latents=F, d_in=D))
+    arguments = arguments_of(code, ragged_request(code, n_latents=F, d_in=D), n_spare=2)
     assert_same_as_the_definition(triton_topk_sae_loss, topk_sae_loss, arguments)
 
 

@@ -4,10 +4,10 @@
     grad_values = factor * value_sums,     grad_bias = factor * the sum of bias_sums
     grad_target <- factor * grad_target,   loss = the sum of loss_sums
 
-One launch does all. Its first programs each take a row of the gradient of weight, or a part of one;
-the next ones values, then columns of the bias, and one the loss. The factor is 1 in a forward pass.
-In a backward pass it lies on the device. What the walk itself has stored as a gradient is only
-touched where the factor is not 1. All programs then do that together.
+One launch does all. Its first programs each take a row of the gradient of weight, or part of one;
+the next ones values, then columns of the bias, and one the loss. A backward pass has a factor. It
+lies on the device. What the walk has stored as a gradient is only touched where the factor is not
+1, by all programs together. Without a factor it is 1.
 """
 
 from .launch import Launch, cdiv, tl, triton
@@ -124,7 +124,7 @@ def _finish_walk_kernel(
 
 BLOCK = 1024
 BIAS_BLOCK = 64
-SCALING_PROGRAMS = 1024  # where there is a factor and that much to scale
+SCALING_PROGRAMS = 1024  # at most, to scale what is already there
 
 
 def finish(
