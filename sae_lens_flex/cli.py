@@ -332,8 +332,10 @@ def train(argv: list[str]) -> int:
         _device(cfg.llm_device, "llm_device")
         _device(cfg.act_store_device, "act_store_device")
     with _quietly(), accelerate():
+        text = None if cfg.use_cached_activations else _local_text(cfg.dataset_path, cfg.streaming)
         with _offering_hook_names(cfg), _naming_what_is_made(cfg):
-            runner = runner_class(cfg, override_sae=sae)
+            warnings.filterwarnings("ignore", "The training dataset contains fewer samples")
+            runner = runner_class(cfg, override_dataset=text, override_sae=sae)
         _check_activations(runner)
     if cfg.output_path is not None and is_rank_0():
         Path(cfg.output_path).mkdir(parents=True, exist_ok=True)
@@ -523,6 +525,18 @@ def _make_paths_absolute(cfg: Any) -> None:
             setattr(cfg, name, str(Path(path).absolute()))
 
 
+def _local_text(path: str, streaming: bool) -> Any:
+    """Return the dataset in a local directory, or None where there is no such directory.
+
+    SAELens asks the hub for the tokenizer of tokens that it finds under a path, which fails for a
+    directory.
+    """
+    if not path or not Path(path).is_dir():
+        return None
+    with _naming(f"dataset {path}"):
+        return datasets.load_dataset(path, split="train", streaming=streaming)
+
+
 @contextlib.contextmanager
 def _offering_hook_names(cfg: Any) -> Iterator[None]:
     """Name modules of Hugging Face's model where SAELens says that `hook_name` is none of them."""
@@ -568,7 +582,7 @@ def _check_activations(runner: Any) -> None:
     cfg, model = runner.cfg, runner.model
     if runner.activations_store.cached_activations_path is not None:
         return
-    with _naming(f"{cfg.model_name} on {cfg.context_size} tokens"), torch.no_grad():
+    with _naming(f"{cfg.model_name} on context_size {cfg.context_size} tokens"), torch.no_grad():
         tokens = torch.zeros(1, cfg.context_size, dtype=torch.int64, device=cfg.llm_device)
         _, cache = model.run_with_cache(
             tokens, names_filter=[cfg.hook_name], **runner.activations_store.model_kwargs
@@ -685,7 +699,7 @@ def sweep(argv: list[str]) -> int:
         ):
             # Of a name SAELens takes the split train, and checks the tokenizer of its tokens.
             text = dataset
-            if args.split != "train":
+            if args.split != "train" or Path(dataset).is_dir():
                 text = datasets.load_dataset(dataset, split=args.split, streaming=True)
             store = ActivationsStore.from_sae(
                 model,

@@ -125,6 +125,30 @@ def test_train_saves_an_sae_from_flags_alone(trained: Path) -> None:
     assert sae.cfg.metadata.hook_name == HOOK_NAME
 
 
+@pytest.mark.parametrize("streaming", ["true", "false"])
+def test_pretokenized_text_in_a_local_directory(
+    train_flags, run, streaming: str, tmp_path: Path
+) -> None:
+    tokens = torch.randint(1, toy.N_WORDS + 1, (256, toy.CONTEXT_SIZE))
+    (tmp_path / "tokens").mkdir()
+    text = Dataset.from_dict({"input_ids": tokens.tolist()})
+    text.to_parquet(tmp_path / "tokens" / "train.parquet")
+    flags = train_flags | {
+        "--dataset_path": tmp_path / "tokens",
+        "--is_dataset_tokenized": "true",
+        "--streaming": streaming,
+        "--output_path": tmp_path / "sae",
+    }
+    result = run("train", *as_arguments(flags))
+    assert result.code == 0, result.err
+    assert "fewer samples" not in result.err
+    sae = SAE.load_from_disk(tmp_path / "sae")
+    assert sae.cfg.metadata.dataset_path == str(tmp_path / "tokens")
+    result = run("sweep", tmp_path / "sae", "--n-batches", 1)
+    assert result.code == 0, result.err
+    assert f"text: {tmp_path / 'tokens'}" in result.out
+
+
 def test_sweep_prints_and_writes_every_budget(
     trained: Path, run, tmp_path: Path, text_dir: Path
 ) -> None:

@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from typing_extensions import override
 
 from ..acceleration.prefetch import PrefetchingIterator
+from ..saes.checks import check_sizes
 from ..saes.registration import TOPK_TRAINING_CLASSES
 from ..saes.sharded import shard, unshard
 from .processes import Processes, join
@@ -139,6 +140,7 @@ class ShardedTrainingRunner(LanguageModelSAETrainingRunner):
                 save_checkpoint_fn=self.save_checkpoint,
             )
             if cfg.resume_from_checkpoint is not None:
+                check_sizes(self.sae.cfg, cfg.resume_from_checkpoint)
                 trainer.load_trainer_state(cfg.resume_from_checkpoint)
                 self.sae.load_weights_from_checkpoint(cfg.resume_from_checkpoint)
                 self._resume_data(Path(cfg.resume_from_checkpoint))

@@ -120,22 +120,31 @@ def check_weights(sae: torch.nn.Module) -> None:
         )
 
 
+def check_sizes(cfg: Any, checkpoint_path: Path | str) -> None:
+    """Raise a ValueError where the SAE in a checkpoint has another size."""
+    theirs = _config_of(checkpoint_path)
+    for name in ("d_in", "d_sae"):
+        size = getattr(cfg, name)
+        if theirs.get(name, size) != size:
+            raise ValueError(
+                f"{name} is {size}, expected that of the checkpoint, {theirs[name]}: "
+                f"{checkpoint_path}"
+            )
+
+
+def _config_of(checkpoint_path: Path | str) -> dict[str, Any]:
+    path = Path(checkpoint_path, SAE_CFG_FILENAME)
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def warn_of_other_settings(cfg: Any, checkpoint_path: Path | str) -> None:
     """Warn where a run goes on from a checkpoint with other settings than that was trained with.
 
     Raises:
         ValueError: where the SAE has another size.
     """
-    path = Path(checkpoint_path, SAE_CFG_FILENAME)
-    if not path.exists():
-        return
-    theirs = json.loads(path.read_text())
-    for name in ("d_in", "d_sae"):
-        size = getattr(cfg, name)
-        if theirs.get(name, size) != size:
-            raise ValueError(
-                f"{name} is {size}, expected that of the checkpoint, {theirs[name]}: {path.parent}"
-            )
+    check_sizes(cfg, checkpoint_path)
+    theirs = _config_of(checkpoint_path)
     ours = json.loads(json.dumps({name: cfg.to_dict().get(name) for name in SETTINGS}))
     changed = [
         f"{name} is {value!r}, and was {theirs[name]!r}"

@@ -1,6 +1,7 @@
 """SAELens's runner in several processes: data, files, logs, refusals."""
 
 import json
+import re
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,13 @@ def run_and_resume(directory: Path, checkpoint_of_one: Path) -> dict[str, Any]:
     resumed_sae = resumed.run()
     of_one = ShardedTrainingRunner(resuming_config(checkpoint_of_one))
     of_one.run()
+    other = resuming_config(last_checkpoint(directory))
+    other.sae.d_sae += 1
+    # The second process that fails is silent.
+    with pytest.raises((ValueError, SystemExit)) as refused:
+        ShardedTrainingRunner(other).run()
     return {
+        "refused": str(refused.value),
         "initial": initial,
         "texts": texts,
         "logged": logged,
@@ -246,6 +253,11 @@ def read_cached_activations(path: Path) -> tuple[list[float], str]:
     with pytest.raises((ValueError, SystemExit)) as caught:
         ShardedTrainingRunner(config(**cached, store_batch_size_prompts=8))
     return numbers, str(caught.value)
+
+
+def test_a_checkpoint_of_another_size_is_refused_by_name(by_rank: list[dict[str, Any]]) -> None:
+    *_, error = sorted(of_rank["refused"] for of_rank in by_rank)
+    assert re.match(r"d_sae is \d+, expected that of the checkpoint, \d+: ", error)
 
 
 def test_each_process_reads_its_own_part_of_cached_activations(tmp_path: Path) -> None:
