@@ -492,7 +492,7 @@ def _sum_by_latent(
         rows: what `scale` makes S of, [n_rows, D].
         scale: multiplies the rows.
     """
-    wanted, weight = request.wanted, request.weight
+    wanted, weight = request.wanted, request.weight.resolve_neg()
     index = request.index
     if index is None:
         index = code.by_latent(len(weight), use_triton=True, deterministic=request.deterministic)
@@ -503,7 +503,7 @@ def _sum_by_latent(
         grad_weight = rows.new_empty(weight.shape, dtype=wanted.weight)
     grad_values = sum_by_latent(
         index,
-        code.values.contiguous(),
+        _contiguous(code.values),
         rows,
         sums=grad_weight,
         weight=weight if wanted.values else None,
