@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from sae_lens import SAE, ActivationsStore, TrainingSAE
+from sae_lens import logger as sae_lens_logger
 from sae_lens.load_model import load_model
 from sae_lens.saes.topk_sae import TopKSAE
 from sae_lens.training._interruption import InterruptedException
@@ -332,10 +333,9 @@ def train(argv: list[str]) -> int:
         _device(cfg.llm_device, "llm_device")
         _device(cfg.act_store_device, "act_store_device")
     with _quietly(), accelerate():
-        text = None if cfg.use_cached_activations else _local_text(cfg.dataset_path, cfg.streaming)
-        with _offering_hook_names(cfg), _naming_what_is_made(cfg):
-            warnings.filterwarnings("ignore", "The training dataset contains fewer samples")
-            runner = runner_class(cfg, override_dataset=text, override_sae=sae)
+        tokens = None if cfg.use_cached_activations else _local_tokens(cfg)
+        with _offering_hook_names(cfg), _naming_what_is_made(cfg), _dataset_is_the_configs():
+            runner = runner_class(cfg, override_dataset=tokens, override_sae=sae)
         _check_activations(runner)
     if cfg.output_path is not None and is_rank_0():
         Path(cfg.output_path).mkdir(parents=True, exist_ok=True)
@@ -525,16 +525,33 @@ def _make_paths_absolute(cfg: Any) -> None:
             setattr(cfg, name, str(Path(path).absolute()))
 
 
-def _local_text(path: str, streaming: bool) -> Any:
-    """Return the dataset in a local directory, or None where there is no such directory.
+def _local_tokens(cfg: Any) -> Any:
+    """Return the dataset of a config, if it holds tokens and lies in a local directory.
 
-    SAELens asks the hub for the tokenizer of tokens that it finds under a path, which fails for a
-    directory.
+    SAELens asks the hub for the tokenizer of tokens under a path, and fails for a directory.
     """
+    path = cfg.dataset_path
     if not path or not Path(path).is_dir():
         return None
     with _naming(f"dataset {path}"):
-        return datasets.load_dataset(path, split="train", streaming=streaming)
+        text = datasets.load_dataset(path, split="train", streaming=cfg.streaming)
+        return text if {"tokens", "input_ids"} & next(iter(text), {}).keys() else None
+
+
+@contextlib.contextmanager
+def _dataset_is_the_configs() -> Iterator[None]:
+    """Silence what SAELens says of a dataset that is handed over and not the config's."""
+
+    def is_true(record: logging.LogRecord) -> bool:
+        return "You just passed in a dataset" not in record.getMessage()
+
+    sae_lens_logger.addFilter(is_true)
+    # It compares rows with tokens.
+    warnings.filterwarnings("ignore", "The training dataset contains fewer samples")
+    try:
+        yield
+    finally:
+        sae_lens_logger.removeFilter(is_true)
 
 
 @contextlib.contextmanager

@@ -127,7 +127,7 @@ def test_train_saves_an_sae_from_flags_alone(trained: Path) -> None:
 
 @pytest.mark.parametrize("streaming", ["true", "false"])
 def test_pretokenized_text_in_a_local_directory(
-    train_flags, run, streaming: str, tmp_path: Path
+    train_flags, run, streaming: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     tokens = torch.randint(1, toy.N_WORDS + 1, (256, toy.CONTEXT_SIZE))
     (tmp_path / "tokens").mkdir()
@@ -142,6 +142,7 @@ def test_pretokenized_text_in_a_local_directory(
     result = run("train", *as_arguments(flags))
     assert result.code == 0, result.err
     assert "fewer samples" not in result.err
+    assert "override" not in result.err + caplog.text
     sae = SAE.load_from_disk(tmp_path / "sae")
     assert sae.cfg.metadata.dataset_path == str(tmp_path / "tokens")
     result = run("sweep", tmp_path / "sae", "--n-batches", 1)
