@@ -333,9 +333,9 @@ def train(argv: list[str]) -> int:
         _device(cfg.llm_device, "llm_device")
         _device(cfg.act_store_device, "act_store_device")
     with _quietly(), accelerate():
-        tokens = None if cfg.use_cached_activations else _local_tokens(cfg)
+        text = None if cfg.use_cached_activations else _local_dataset(cfg)
         with _offering_hook_names(cfg), _naming_what_is_made(cfg), _dataset_is_the_configs():
-            runner = runner_class(cfg, override_dataset=tokens, override_sae=sae)
+            runner = runner_class(cfg, override_dataset=text, override_sae=sae)
         _check_activations(runner)
     if cfg.output_path is not None and is_rank_0():
         Path(cfg.output_path).mkdir(parents=True, exist_ok=True)
@@ -525,8 +525,8 @@ def _make_paths_absolute(cfg: Any) -> None:
             setattr(cfg, name, str(Path(path).absolute()))
 
 
-def _local_tokens(cfg: Any) -> Any:
-    """Return the dataset of a config, if it holds tokens and lies in a local directory.
+def _local_dataset(cfg: Any) -> Any:
+    """Return the dataset of a config, or None where it lies in no local directory.
 
     SAELens asks the hub for the tokenizer of tokens under a path, and fails for a directory.
     """
@@ -534,8 +534,12 @@ def _local_tokens(cfg: Any) -> Any:
     if not path or not Path(path).is_dir():
         return None
     with _naming(f"dataset {path}"):
-        text = datasets.load_dataset(path, split="train", streaming=cfg.streaming)
-        return text if {"tokens", "input_ids"} & next(iter(text), {}).keys() else None
+        return datasets.load_dataset(
+            path,
+            split="train",
+            streaming=cfg.streaming,
+            trust_remote_code=cfg.dataset_trust_remote_code,
+        )
 
 
 @contextlib.contextmanager

@@ -152,7 +152,6 @@ class _WalkPlan(NamedTuple):
         names: of the parts of the one tensor that is zeroed, float32. A part is at least as long as
             what it holds.
         parts: their sizes.
-        n_floats: the sum of the sizes.
         choose: the launch that gives copies to latents, or None.
         walk: the launch of the walk.
         finish: the launch that makes results of the sums. None where the sums are the results.
@@ -160,7 +159,6 @@ class _WalkPlan(NamedTuple):
 
     names: list[str]
     parts: list[int]
-    n_floats: int
     choose: Launch | None
     walk: Launch
     finish: Launch | None
@@ -217,9 +215,7 @@ def _plan_walk(
             n_target=sizes.n_samples * d_in if is_finished_later and wanted.target else 0,
         )
     present = {name: size for name, size in parts.items() if size > 0}
-    sizes_of_parts = list(present.values())
-    n_floats = sum(sizes_of_parts)
-    return _WalkPlan(list(present), sizes_of_parts, n_floats, choose, walk, finish_walk)
+    return _WalkPlan(list(present), list(present.values()), choose, walk, finish_walk)
 
 
 def _to_16_bytes(n_floats: int) -> int:
@@ -267,7 +263,7 @@ def _walk(request: DecoderLoss, *, is_finished_later: bool = False) -> _Walked:
         *_dtypes(*batch, level_weights),
     )
     new = request.target.new_empty
-    zeros = request.target.new_zeros(plan.n_floats, dtype=torch.float32)
+    zeros = request.target.new_zeros(sum(plan.parts), dtype=torch.float32)
     part = dict(zip(plan.names, zeros.split_with_sizes(plan.parts), strict=True))
     table = None
     if plan.choose is not None:

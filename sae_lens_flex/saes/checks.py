@@ -120,9 +120,14 @@ def check_weights(sae: torch.nn.Module) -> None:
         )
 
 
-def check_sizes(cfg: Any, checkpoint_path: Path | str) -> None:
-    """Raise a ValueError where the SAE in a checkpoint has another size."""
-    theirs = _config_of(checkpoint_path)
+def check_sizes(cfg: Any, checkpoint_path: Path | str) -> dict[str, Any]:
+    """Return the config of the SAE in a checkpoint, which is empty where there is none.
+
+    Raises:
+        ValueError: where the SAE has another size.
+    """
+    path = Path(checkpoint_path, SAE_CFG_FILENAME)
+    theirs = json.loads(path.read_text()) if path.exists() else {}
     for name in ("d_in", "d_sae"):
         size = getattr(cfg, name)
         if theirs.get(name, size) != size:
@@ -130,11 +135,7 @@ def check_sizes(cfg: Any, checkpoint_path: Path | str) -> None:
                 f"{name} is {size}, expected that of the checkpoint, {theirs[name]}: "
                 f"{checkpoint_path}"
             )
-
-
-def _config_of(checkpoint_path: Path | str) -> dict[str, Any]:
-    path = Path(checkpoint_path, SAE_CFG_FILENAME)
-    return json.loads(path.read_text()) if path.exists() else {}
+    return theirs
 
 
 def warn_of_other_settings(cfg: Any, checkpoint_path: Path | str) -> None:
@@ -143,8 +144,7 @@ def warn_of_other_settings(cfg: Any, checkpoint_path: Path | str) -> None:
     Raises:
         ValueError: where the SAE has another size.
     """
-    check_sizes(cfg, checkpoint_path)
-    theirs = _config_of(checkpoint_path)
+    theirs = check_sizes(cfg, checkpoint_path)
     ours = json.loads(json.dumps({name: cfg.to_dict().get(name) for name in SETTINGS}))
     changed = [
         f"{name} is {value!r}, and was {theirs[name]!r}"
