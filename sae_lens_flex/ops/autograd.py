@@ -26,7 +26,7 @@ class _Node(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         check_is_first_derivative(ctx.name)
-        # A kernel reads what lies in memory. Of a conjugate's imaginary part it has the other sign.
+        # A kernel reads what lies in memory. With a negative bit that has the other sign.
         factors = [None if grad is None else grad.resolve_neg() for grad in grad_outputs]
         return None, None, None, None, *ctx.give(factors, lambda: ctx.saved_tensors)
 

@@ -122,7 +122,8 @@ def _batch(request: DecoderLoss) -> Batch:
 
 
 def _contiguous(tensor: torch.Tensor) -> torch.Tensor:
-    # A kernel reads what lies in memory. Of a conjugate's imaginary part that has the other sign.
+    # A kernel reads what lies in memory, which has the other sign where the negative bit is set. A
+    # conjugate's imaginary part has that bit.
     return tensor.resolve_neg().contiguous()
 
 
@@ -229,8 +230,8 @@ class _Walked(NamedTuple):
         loss: a scalar, which is still to be added up where `is_loss_left`.
         residual: r_K, or None.
         finish: returns the gradients of weight, values, bias and target. It takes a factor of them,
-            a scalar, float32, or None and where to add up the loss. It does not hold the loss: with
-            its node the loss would hold itself.
+            a scalar, float32, or None and where to add up the loss. It does not hold the loss,
+            whose node holds it.
     """
 
     loss: torch.Tensor

@@ -49,7 +49,7 @@ def unfinished_decoder_loss(request: DecoderLoss, *, use_triton: bool) -> Unfini
     if unfinished is not None:
         return unfinished
     result = decoder_loss(request, use_triton=use_triton)
-    gradients = result.gradients  # Not the result: the loss would hold itself through its node.
+    gradients = result.gradients  # Not the result with the loss, whose node holds `times`.
 
     def times(factor: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         scale_in_place(gradients, factor)

@@ -128,7 +128,7 @@ class UnfinishedLoss(NamedTuple):
 
     Attributes:
         loss: scalar, float32 (float64 for float64 inputs).
-        gradients: of them. It does not hold the loss.
+        gradients: makes them. It does not hold the loss, whose node holds it.
     """
 
     loss: torch.Tensor
