@@ -76,23 +76,18 @@ def decoder_loss(request: DecoderLoss) -> LossAndGradients:
 def unfinished_decoder_loss(request: DecoderLoss) -> UnfinishedLoss | None:
     """Compute the loss, and sums of which the gradients are made once their factor is known.
 
-    Of some small batches, which wait for the host, this takes a launch less than `decoder_loss` and
-    a multiplication by the factor. Return None for others: nothing is computed then.
+    Of a small batch, which waits for the host, this takes a launch less than `decoder_loss` and a
+    multiplication by the factor, or two. Return None for others: nothing is computed then.
     """
-    if not _is_finished_later(request):
+    if request.widths is not None or request.deterministic or _takes_index(request):
+        return None
+    batch = _batch(request)
+    plan = _plan(request, batch, is_finished_later=True)
+    if plan.is_heavy:
         return None
     _check_indices(request)
-    walked = _walk(request, is_finished_later=True)
+    walked = _walk(request, batch, plan)
     return UnfinishedLoss(walked.loss, walked.finish)
-
-
-def _is_finished_later(request: DecoderLoss) -> bool:
-    wanted, (n_samples, d_in) = request.wanted, request.target.shape
-    is_left = n_samples > SMALL_BATCH or not {*wanted[1:4]} <= {None, torch.float32}
-    n_programs = cdiv(n_samples, 2) * cdiv(d_in, hierarchical.BLOCK_D)
-    is_light = wanted.weight in (None, torch.float32) or request.weight.numel() <= MOST_HELD
-    is_walk = request.widths is None and not request.deterministic and not _takes_index(request)
-    return is_left and n_programs <= MOST_UNFINISHED and is_light and is_walk
 
 
 def _check_indices(request: DecoderLoss) -> None:
@@ -150,73 +145,105 @@ class _WalkPlan(NamedTuple):
     """What a walk takes that depends on sizes and dtypes alone.
 
     Attributes:
-        names: of the parts of the one tensor that is zeroed, float32. A part is at least as long as
-            what it holds.
-        parts: their sizes.
+        parts: of the one tensor that is zeroed, float32: sums of the gradients of weight and
+            values, those of the loss, the table of copies, and sums of the gradient of bias. Each
+            is at least as long as what it holds, and 0 for what is not wanted.
+        n_zeros: the sum of the parts.
         choose: the launch that gives copies to latents, or None.
         walk: the launch of the walk.
         finish: the launch that makes results of the sums. None where the sums are the results.
+        is_loss_left: whether `finish` adds up the loss.
+        is_heavy: whether it takes too long, or too much memory, to leave gradients for later.
     """
 
-    names: list[str]
     parts: list[int]
+    n_zeros: int
     choose: Launch | None
     walk: Launch
     finish: Launch | None
+    is_loss_left: bool
+    is_heavy: bool
+
+
+def _plan(request: DecoderLoss, batch: Batch, *, is_finished_later: bool) -> _WalkPlan:
+    levels = request.levels
+    of_level = None if isinstance(levels, str) else levels.dtype
+    return _plan_walk(
+        batch.sizes(),
+        batch.latents.numel(),
+        levels if isinstance(levels, str) else levels.ndim,
+        request.wanted,
+        is_finished_later,
+        batch.starts is not None,
+        request.target.device,
+        of_level,
+        *[None if tensor is None else tensor.dtype for tensor in batch],
+    )
 
 
 @lru_cache(PLANS)
 def _plan_walk(
     sizes: Sizes,
     n_pairs: int,
-    is_last_level: bool,
-    of_samples: bool,
+    levels: str | int,
     wanted: Wanted,
-    has_copies: bool,
-    is_small: bool,
     is_finished_later: bool,
     is_ragged: bool,
     *_: object,
 ) -> _WalkPlan:
-    """Make a plan, another one for each device and for each set of dtypes, the last arguments."""
-    n_latents, d_in = sizes.n_latents, sizes.d_in
+    """Make a plan, another one for each device and for each set of dtypes, the last arguments.
+
+    Args:
+        levels: "every" or "last", or the number of dimensions of level weights.
+    """
+    n_samples, n_latents, d_in = sizes.n_samples, sizes.n_latents, sizes.d_in
+    is_small = n_samples <= SMALL_BATCH
+    has_copies = wanted.weight is not None and copies.is_worth_copies(n_samples, n_pairs)
+    casts_weight = wanted.weight not in (None, torch.float32)
     n_rows = n_latents + (SLOTS * COPIES if has_copies else 0) + 1 if wanted.weight else 0
     bias_rows = 1 if is_small else BIAS_ROWS
     n_values = n_pairs if wanted.values else 0
     # The address of each part is a multiple of 16 bytes.
-    parts = {
-        "weight": _to_16_bytes(n_rows * d_in),
-        "values": _to_16_bytes(n_values),
-        "loss": _to_16_bytes(hierarchical.LOSS_SUMS + 1),
-        "table": _to_16_bytes(table_size(n_latents)) if has_copies else 0,
-        "bias": bias_rows * d_in if wanted.bias else 0,
-    }
-    choose = copies.choose(n_pairs, n_latents) if has_copies else None
+    parts = [
+        _to_16_bytes(n_rows * d_in),
+        _to_16_bytes(n_values),
+        _to_16_bytes(hierarchical.LOSS_SUMS + 1),
+        _to_16_bytes(table_size(n_latents)) if has_copies else 0,
+        bias_rows * d_in if wanted.bias else 0,
+    ]
     walk = hierarchical.walk(
         sizes,
-        last_level_alone=is_last_level,
+        last_level_alone=levels == "last",
         walks_down=any(wanted[1:]),
-        of_samples=of_samples,
+        of_samples=levels == 2 or (is_ragged and levels == 1),
         is_ragged=is_ragged,
         n_rows=n_rows,
         bias_rows=bias_rows,
     )
-    dtypes = {wanted.weight, wanted.values, wanted.bias}
+    is_cast = not {wanted.weight, wanted.values, wanted.bias} <= {None, torch.float32}
+    is_left = is_finished_later or not is_small or has_copies or is_cast
     finish_walk = None
-    is_left = not is_small or has_copies or not dtypes <= {None, torch.float32}
-    if is_left or is_finished_later:
+    if is_left:
         finish_walk = finish(
             sizes,
             n_sums=hierarchical.LOSS_SUMS,
             has_copies=has_copies,
-            casts_weight=wanted.weight not in (None, torch.float32),
+            casts_weight=casts_weight,
             n_values=n_values,
             bias_rows=bias_rows if wanted.bias else 0,
             has_factor=is_finished_later,
-            n_target=sizes.n_samples * d_in if is_finished_later and wanted.target else 0,
+            n_target=n_samples * d_in if is_finished_later and wanted.target else 0,
         )
-    present = {name: size for name, size in parts.items() if size > 0}
-    return _WalkPlan(list(present), list(present.values()), choose, walk, finish_walk)
+    n_programs = cdiv(n_samples, 2) * cdiv(d_in, hierarchical.BLOCK_D)
+    return _WalkPlan(
+        parts,
+        sum(parts),
+        copies.choose(n_pairs, n_latents) if has_copies else None,
+        walk,
+        finish_walk,
+        is_loss_left=is_left and not is_finished_later,
+        is_heavy=n_programs > MOST_UNFINISHED or (casts_weight and n_latents * d_in > MOST_HELD),
+    )
 
 
 def _to_16_bytes(n_floats: int) -> int:
@@ -227,7 +254,7 @@ class _Walked(NamedTuple):
     """What a walk has computed.
 
     Attributes:
-        loss: a scalar, which is still to be added up where `is_loss_left`.
+        loss: a scalar, which is still to be added up where the plan's `is_loss_left`.
         residual: r_K, or None.
         finish: returns the gradients of weight, values, bias and target. It takes a factor of them,
             a scalar, float32, or None and where to add up the loss. It does not hold the loss,
@@ -237,60 +264,38 @@ class _Walked(NamedTuple):
     loss: torch.Tensor
     residual: torch.Tensor | None
     finish: Callable[..., tuple[torch.Tensor | None, ...]]
-    is_loss_left: bool
 
 
-def _walk(request: DecoderLoss, *, is_finished_later: bool = False) -> _Walked:
-    """Walk, and return gradients that are still to be finished.
-
-    Args:
-        request: what is asked for.
-        is_finished_later: whether `finish` is called with a factor. The walk then adds up the loss.
-    """
-    batch, wanted, level_weights = _batch(request), request.wanted, _level_weights(request)
-    sizes, n_pairs = batch.sizes(), batch.latents.numel()
-    n_samples, d_in = sizes.n_samples, sizes.d_in
-    plan = _plan_walk(
-        sizes,
-        n_pairs,
-        _is_last_level(request),
-        are_of_samples(request.levels, request.code),
-        wanted,
-        wanted.weight is not None and copies.is_worth_copies(n_samples, n_pairs),
-        n_samples <= SMALL_BATCH,
-        is_finished_later,
-        batch.starts is not None,
-        request.target.device,
-        *_dtypes(*batch, level_weights),
-    )
-    new = request.target.new_empty
-    zeros = request.target.new_zeros(sum(plan.parts), dtype=torch.float32)
-    part = dict(zip(plan.names, zeros.split_with_sizes(plan.parts), strict=True))
-    table = None
-    if plan.choose is not None:
-        table = part["table"].view(torch.int32)
+def _walk(request: DecoderLoss, batch: Batch, plan: _WalkPlan) -> _Walked:
+    """Walk, and return gradients that are still to be finished."""
+    wanted, new, n_and_d = request.wanted, request.target.new_empty, request.target.shape
+    zeros = request.target.new_zeros(plan.n_zeros, dtype=torch.float32)
+    weight_sums, value_sums, loss_sums, table, bias_sums = [
+        part if size else None
+        for part, size in zip(zeros.split_with_sizes(plan.parts), plan.parts, strict=True)
+    ]
+    assert loss_sums is not None
+    if plan.choose is not None and table is not None:
+        table = table.view(torch.int32)
         plan.choose((batch.latents, table))
     loss = new((), dtype=torch.float32)
-    is_loss_left = plan.finish is not None and not is_finished_later
-    sums = part["loss"]
-    weight_sums, value_sums, bias_sums = part.get("weight"), part.get("values"), part.get("bias")
-    target = new((n_samples, d_in), dtype=wanted.target) if wanted.target else None
+    target = new(n_and_d, dtype=wanted.target) if wanted.target else None
     outputs = hierarchical.Outputs(
-        loss_sums=sums,
-        loss=None if is_loss_left else loss,
-        residual=new((n_samples, d_in), dtype=torch.float32) if wanted.residual else None,
+        loss_sums=loss_sums,
+        loss=None if plan.is_loss_left else loss,
+        residual=new(n_and_d, dtype=torch.float32) if wanted.residual else None,
         grad_weight=weight_sums,
         grad_values=value_sums,
         grad_bias=bias_sums,
         grad_target=target,
     )
-    plan.walk((*batch, level_weights, table, *outputs), (_scale(request),))
+    plan.walk((*batch, _level_weights(request), table, *outputs), (_scale(request),))
     shape, shape_of_values = request.weight.shape, request.code.values.shape
 
     def finish(
         factor: torch.Tensor | None = None, loss: torch.Tensor | None = None
     ) -> tuple[torch.Tensor | None, ...]:
-        new = sums.new_empty
+        new = loss_sums.new_empty
         weight, values, bias = weight_sums, value_sums, bias_sums
         if plan.finish is None:
             if wanted.values and value_sums is not None:
@@ -305,7 +310,7 @@ def _walk(request: DecoderLoss, *, is_finished_later: bool = False) -> _Walked:
             bias = new(shape[1:], dtype=wanted.bias) if wanted.bias else None
             plan.finish(
                 (
-                    *(sums, loss, factor, weight_sums, table, cast),
+                    *(loss_sums, loss, factor, weight_sums, table, cast),
                     *(value_sums, values, bias_sums, bias, None if factor is None else target),
                 )
             )
@@ -313,13 +318,15 @@ def _walk(request: DecoderLoss, *, is_finished_later: bool = False) -> _Walked:
             weight = weight.as_strided(shape, (shape[1], 1))
         return weight, values, bias, target
 
-    return _Walked(loss, outputs.residual, finish, is_loss_left)
+    return _Walked(loss, outputs.residual, finish)
 
 
 def _by_walk(request: DecoderLoss) -> LossAndGradients:
-    loss, residual, finish, is_loss_left = _walk(request)
-    gradients = finish(loss=loss if is_loss_left else None)
-    return LossAndGradients(loss, residual, *gradients)
+    batch = _batch(request)
+    plan = _plan(request, batch, is_finished_later=False)
+    walked = _walk(request, batch, plan)
+    gradients = walked.finish(loss=walked.loss if plan.is_loss_left else None)
+    return LossAndGradients(walked.loss, walked.residual, *gradients)
 
 
 @lru_cache(PLANS)

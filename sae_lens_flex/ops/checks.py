@@ -11,6 +11,7 @@ INDEX_DTYPES = (torch.int32, torch.int64)
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ARGUMENTS = ("indices", "weight", "vals", "bias", "target")
 INTEGERS = ("indices", "starts")
+TENSORS = frozenset((torch.Tensor, torch.nn.Parameter))
 
 
 class Form(NamedTuple):
@@ -38,9 +39,10 @@ def check_arguments(
         names, tensors = (*names, "level_weights"), [*tensors, level_weights]
     if starts is not None:
         names, tensors = (*names, "starts"), [*tensors, starts]
-    for name, tensor in zip(names, tensors, strict=True):
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name} is a {type(tensor).__name__}, expected a torch.Tensor")
+    if not TENSORS.issuperset(map(type, tensors)):
+        for name, tensor in zip(names, tensors, strict=True):
+            if not isinstance(tensor, torch.Tensor):
+                raise TypeError(f"{name} is a {type(tensor).__name__}, expected a torch.Tensor")
     forms = tuple([(t.dtype, t.layout, t.device, t.shape) for t in tensors])
     if is_traced(*tensors):  # A shape may then be unknown yet.
         _check_forms(names, forms, float_dtypes)

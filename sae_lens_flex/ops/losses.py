@@ -123,15 +123,17 @@ def differentiable_loss(
     use_triton = computes_by_triton(backend, weight, vals, target)
     scale = 1 / target.numel() if scale is None else scale
     inputs = (weight, vals, bias, target)
+    if isinstance(levels, torch.Tensor):
+        levels = levels.detach()
     is_enabled = torch.is_grad_enabled()
     flags = [is_enabled and t is not None and t.requires_grad for t in inputs]
-    level_weights = levels.detach() if isinstance(levels, torch.Tensor) else None
     if is_traced(indices, *inputs):
+        level_weights = None if isinstance(levels, str) else levels
         is_last = isinstance(levels, str) and levels == "last"
         arguments = (*inputs, level_weights, starts, is_last, scale, use_triton, flags)
         return getattr(torch.ops, NAMESPACE).decoder_loss(indices, *arguments)[0]
     check_has_no_tangent(name, *inputs)
-    wanted = Wanted(False, *_dtypes(inputs, flags))
+    wanted = _wanted(inputs, flags)
 
     def request(
         weight: torch.Tensor,
@@ -140,13 +142,8 @@ def differentiable_loss(
         target: torch.Tensor,
     ) -> DecoderLoss:
         return DecoderLoss(
-            code=Code(indices, vals, starts),
-            weight=weight,
-            bias=bias,
-            target=target,
-            levels=levels if level_weights is None else level_weights,
-            scale=scale,
-            wanted=wanted,
+            Code(indices, vals, starts),
+            *(weight, bias, target, levels, scale, wanted),
             deterministic=is_deterministic(),
         )
 
@@ -178,14 +175,15 @@ def differentiable_loss(
     return attach(name, compute_and_hold, inputs, give, saves=repeats)[0]
 
 
-def _dtypes(
-    tensors: Sequence[torch.Tensor | None], flags: Sequence[bool]
-) -> list[torch.dtype | None]:
-    """Return the dtype of each gradient that is wanted."""
-    return [
-        gradient_dtype(tensor.dtype) if tensor is not None and is_wanted else None
-        for tensor, is_wanted in zip(tensors, flags, strict=True)
-    ]
+def _wanted(tensors: Sequence[torch.Tensor | None], flags: Sequence[bool]) -> Wanted:
+    """Return what is wanted where the gradients with a flag are."""
+    return Wanted(
+        False,
+        *[
+            gradient_dtype(tensor.dtype) if is_wanted and tensor is not None else None
+            for tensor, is_wanted in zip(tensors, flags, strict=True)
+        ],
+    )
 
 
 def triton_hierarchical_sae_loss(
@@ -229,10 +227,11 @@ def triton_hierarchical_sae_loss(
         NotImplementedError: for forward-mode differentiation.
     """
     check_arguments(indices, weight, vals, bias, target, level_weights, starts)
-    starts = _checked(starts, indices)
-    indices, vals = _of_samples(indices, vals, starts)
-    if starts is not None and level_weights is None:
-        level_weights = _equal_weights(starts, indices)
+    if starts is not None:
+        starts = _checked(starts, indices)
+        indices, vals = _of_samples(indices, vals, starts)
+        if level_weights is None:
+            level_weights = _equal_weights(starts, indices)
     return differentiable_loss(
         *(indices, weight, vals, bias, target),
         levels="every" if level_weights is None else level_weights,
@@ -242,21 +241,17 @@ def triton_hierarchical_sae_loss(
     )
 
 
-def _checked(starts: torch.Tensor | None, indices: torch.Tensor) -> torch.Tensor | None:
+def _checked(starts: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     """Return `starts` as a `Code` has them. Where that waits for nothing, check them."""
-    if starts is None:
-        return None
     if not is_traced(starts) and (CHECKS_INDICES or not starts.is_cuda):
         check_starts(starts, len(indices))
     return starts.long().contiguous()
 
 
 def _of_samples(
-    indices: torch.Tensor, vals: torch.Tensor, starts: torch.Tensor | None
+    indices: torch.Tensor, vals: torch.Tensor, starts: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return latents and values as a `Code` has them: 0 of pairs that belong to no sample."""
-    if starts is None:
-        return indices, vals
     is_spare = torch.arange(len(indices), device=indices.device) >= starts[-1]
     return indices.masked_fill(is_spare, 0), vals.masked_fill(is_spare, 0)
 
@@ -289,8 +284,9 @@ def triton_topk_sae_loss(
     `triton_hierarchical_sae_loss`.
     """
     check_arguments(indices, weight, vals, bias, target, None, starts)
-    starts = _checked(starts, indices)
-    indices, vals = _of_samples(indices, vals, starts)
+    if starts is not None:
+        starts = _checked(starts, indices)
+        indices, vals = _of_samples(indices, vals, starts)
     return differentiable_loss(
         *(indices, weight, vals, bias, target),
         levels="last",
@@ -326,7 +322,7 @@ def _operate(
         target=target,
         levels=levels,
         scale=scale,
-        wanted=Wanted(False, *_dtypes((weight, vals, bias, target), wanted)),
+        wanted=_wanted((weight, vals, bias, target), wanted),
         deterministic=is_deterministic(),
     )
     result = decoder_loss(request, use_triton=use_triton)

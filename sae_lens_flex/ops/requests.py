@@ -58,7 +58,7 @@ class Wanted(NamedTuple):
     target: torch.dtype | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # Making a frozen one takes a microsecond more.
 class DecoderLoss:
     """The request: a loss and which of its gradients to compute.
 

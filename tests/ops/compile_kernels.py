@@ -137,8 +137,10 @@ for dtype, variants in VARIANTS.items():
         for loss in (ops.triton_hierarchical_sae_loss, ops.triton_topk_sae_loss):
             for has_copies, by_triton.SMALL_BATCH, by_triton.MOST_UNFINISHED in variants:
                 copies.is_worth_copies = lambda *_, it_is=has_copies: it_is
+                by_triton._plan_walk.cache_clear()
                 compile_loss(loss, dtype)
         copies.is_worth_copies = lambda *_: True
+        by_triton._plan_walk.cache_clear()
         for rescales in (False, True):
             compile_step(dtype, is_deterministic, rescales)
         compile_step(dtype, is_deterministic, True, over_batch=True)
