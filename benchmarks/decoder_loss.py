@@ -24,6 +24,7 @@ import importlib
 import itertools
 import json
 import platform
+import statistics
 import time
 from collections.abc import Callable
 from functools import partial
@@ -283,7 +284,35 @@ def table_grid(losses: dict[str, dict[str, Loss]]) -> list[dict[str, Any]]:
         cell = cell | {"ms": min(of_step), "readings_ms": of_step}
         rows.append(cell | {"graph_ms": graph_ms(step, warmup=3, rep=12)})
         print(rows[-1], flush=True)
+    print_ratios(rows)
     return rows
+
+
+def print_ratios(rows: list[dict[str, Any]]) -> None:
+    """Print how many times as long each implementation takes as ours, over the cells of a grid.
+
+    Of the device, from Python by the median of paired readings, and by the lowest readings: the
+    geometric mean, and in brackets the lowest cell.
+    """
+    names = list(dict.fromkeys(row["implementation"] for row in rows))
+    for kind, name in itertools.product(LOSSES, names):
+        mine, theirs = (
+            [row for row in rows if (row["loss"], row["implementation"]) == (kind, each)]
+            for each in (OURS, name)
+        )
+        if name == OURS or not theirs:
+            continue
+        ratios = {"device": [], "median": [], "lowest": []}
+        for a, b in zip(mine, theirs, strict=True):  # The cells come in the same order.
+            pairs = zip(a["readings_ms"], b["readings_ms"], strict=True)
+            ratios["device"].append(b["graph_ms"] / a["graph_ms"])
+            ratios["median"].append(statistics.median(y / x for x, y in pairs))
+            ratios["lowest"].append(b["ms"] / a["ms"])
+        means = [
+            f"{what} {statistics.geometric_mean(values):.2f} ({min(values):.2f})"
+            for what, values in ratios.items()
+        ]
+        print(f"{kind}: {name} beside {OURS}:", ", ".join(means), flush=True)
 
 
 def table_sweeps(losses: dict[str, dict[str, Loss]]) -> list[dict[str, Any]]:

@@ -27,7 +27,10 @@ class _Node(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         check_is_first_derivative(ctx.name)
         # A kernel reads what lies in memory. With a negative bit that has the other sign.
-        factors = [None if grad is None else grad.resolve_neg() for grad in grad_outputs]
+        factors = [
+            grad if grad is None or not grad.is_neg() else grad.resolve_neg()
+            for grad in grad_outputs
+        ]
         return None, None, None, None, *ctx.give(factors, lambda: ctx.saved_tensors)
 
 

@@ -118,7 +118,9 @@ def _batch(request: DecoderLoss) -> Batch:
 
 def _contiguous(tensor: torch.Tensor) -> torch.Tensor:
     # A kernel reads what lies in memory, which has the other sign where the negative bit is set. A
-    # conjugate's imaginary part has that bit.
+    # conjugate's imaginary part has that bit. Asking takes half as long as resolving nothing.
+    if tensor.is_contiguous() and not tensor.is_neg():
+        return tensor
     return tensor.resolve_neg().contiguous()
 
 
@@ -290,32 +292,30 @@ def _walk(request: DecoderLoss, batch: Batch, plan: _WalkPlan) -> _Walked:
         grad_target=target,
     )
     plan.walk((*batch, _level_weights(request), table, *outputs), (_scale(request),))
-    shape, shape_of_values = request.weight.shape, request.code.values.shape
+    shape = request.weight.shape
+    values, bias = value_sums, bias_sums
+    if wanted.values and (plan.finish is not None or values is None):
+        values = new(request.code.values.shape, dtype=wanted.values)
+    elif values is not None:
+        values = values[: request.code.values.numel()].view(request.code.values.shape)
+    if wanted.bias and plan.finish is not None:
+        bias = new(shape[1:], dtype=wanted.bias)
 
     def finish(
         factor: torch.Tensor | None = None, loss: torch.Tensor | None = None
     ) -> tuple[torch.Tensor | None, ...]:
-        new = loss_sums.new_empty
-        weight, values, bias = weight_sums, value_sums, bias_sums
-        if plan.finish is None:
-            if wanted.values and value_sums is not None:
-                values = value_sums[: shape_of_values.numel()].view(shape_of_values)
-            elif wanted.values:
-                values = new(shape_of_values)
-        else:
-            cast = None
-            if wanted.weight not in (None, torch.float32):
-                weight = cast = new(shape, dtype=wanted.weight)
-            values = new(shape_of_values, dtype=wanted.values) if wanted.values else None
-            bias = new(shape[1:], dtype=wanted.bias) if wanted.bias else None
+        weight = cast = None
+        if wanted.weight not in (None, torch.float32):
+            weight = cast = loss_sums.new_empty(shape, dtype=wanted.weight)
+        if plan.finish is not None:
             plan.finish(
                 (
                     *(loss_sums, loss, factor, weight_sums, table, cast),
                     *(value_sums, values, bias_sums, bias, None if factor is None else target),
                 )
             )
-        if weight is not None and weight is weight_sums:
-            weight = weight.as_strided(shape, (shape[1], 1))
+        if weight_sums is not None and cast is None:
+            weight = weight_sums.as_strided(shape, (shape[1], 1))
         return weight, values, bias, target
 
     return _Walked(loss, outputs.residual, finish)

@@ -5,8 +5,6 @@ Where Triton is not installed, stand-ins for it let the kernel files be imported
 
 import inspect
 from collections.abc import Callable, Sequence
-from functools import reduce
-from operator import or_
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -137,10 +135,17 @@ class Launch:
                 self(tensors, floats)
             return
         # Triton takes addresses too. Of a tensor it would ask the address, and the driver about it.
-        addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+        addresses: list[int | None] = []
+        bits = 0
+        for tensor in tensors:
+            address = None
+            if tensor is not None:
+                address = tensor.data_ptr()
+                bits |= address
+            addresses.append(address)
         # Triton compiles a program of its own for aligned addresses. Nearly all are, so only this
         # program is kept.
-        is_aligned = reduce(or_, filter(None, addresses), 0) % 16 == 0
+        is_aligned = bits % 16 == 0
         if is_aligned and self._run is not None:
             self._run(*addresses, *floats, *self._after_floats)
             return
@@ -155,17 +160,17 @@ def _is_called(hook: Any) -> bool:
 
 
 def _run(compiled: Any, grid: tuple[int, ...], device: int) -> Callable[..., None]:
-    """Return what launches a compiled kernel on a device, which is the current one.
+    """Return what launches a compiled kernel on a device, which must be the current one.
 
-    `compiled[grid]` describes every launch to the hooks of profilers. That takes a third of the
-    host's time for a launch, and mostly there are none.
+    Triton's own `compiled[grid]` describes every launch to hooks, which profilers set. That takes
+    up to half of a launch's time in Python, and mostly there are none.
     """
     by_triton = compiled[grid]
     hooks, stream = triton.knobs.runtime, triton.runtime.driver.active.get_current_stream
     run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
     parameters = [*inspect.signature(run).parameters]
     if parameters[:5] != ["gridX", "gridY", "gridZ", "stream", "function"]:
-        return by_triton  # as for AMD's GPUs
+        return by_triton  # This version of Triton runs kernels by other arguments.
 
     def launch_without_hooks(*arguments: Any) -> None:
         if _is_called(hooks.launch_enter_hook) or _is_called(hooks.launch_exit_hook):
