@@ -50,8 +50,8 @@ FEWEST_ELEMENTS = 2**27
 BIAS_ROWS = 64
 SMALL_BATCH = 1024
 # Where a backward pass finishes the gradients, the kernel adds up the parts of the loss, too. Each
-# program then waits until its additions are done. That took an H100 12 us of 190 at B=2048, D=768
-# (12,288 programs), where the host mostly needs longer, and 30 of 330 at B=4096.
+# program then waits until its additions are done. That took an H100 12 us of 210 at B=2048, D=768
+# (12,288 programs), where the host mostly needs longer, and 21 of 330 at B=4096.
 MOST_UNFINISHED = 2**14
 # The sums of a gradient are float32. So one in 16 bits holds twice its memory until then. With more
 # elements it is finished at once.
