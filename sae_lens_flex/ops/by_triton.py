@@ -76,18 +76,24 @@ def decoder_loss(request: DecoderLoss) -> LossAndGradients:
 def unfinished_decoder_loss(request: DecoderLoss) -> UnfinishedLoss | None:
     """Compute the loss, and sums of which the gradients are made once their factor is known.
 
-    Of a small batch, which waits for the host, this takes a launch less than `decoder_loss` and a
-    multiplication by the factor, or two. Return None for others: nothing is computed then.
+    One launch of the backward pass then makes the gradients and multiplies them by the factor. That
+    is for batches that wait for the host. Return None for others: nothing is computed then.
     """
-    if request.widths is not None or request.deterministic or _takes_index(request):
-        return None
-    batch = _batch(request)
-    plan = _plan(request, batch, is_finished_later=True)
-    if plan.is_heavy:
+    if not _is_finished_later(request):
         return None
     _check_indices(request)
-    walked = _walk(request, batch, plan)
+    walked = _walk(request, is_finished_later=True)
     return UnfinishedLoss(walked.loss, walked.finish)
+
+
+def _is_finished_later(request: DecoderLoss) -> bool:
+    if request.widths is not None or request.deterministic or _takes_index(request):
+        return False
+    n_samples, d_in = request.target.shape
+    is_in_place = request.wanted.weight in (None, torch.float32)
+    return cdiv(n_samples, 2) * cdiv(d_in, hierarchical.BLOCK_D) <= MOST_UNFINISHED and (
+        is_in_place or request.weight.numel() <= MOST_HELD
+    )
 
 
 def _check_indices(request: DecoderLoss) -> None:
@@ -118,7 +124,8 @@ def _batch(request: DecoderLoss) -> Batch:
 
 def _contiguous(tensor: torch.Tensor) -> torch.Tensor:
     # A kernel reads what lies in memory, which has the other sign where the negative bit is set. A
-    # conjugate's imaginary part has that bit. Asking takes half as long as resolving nothing.
+    # conjugate's imaginary part has that bit. These two questions take half the time of the two
+    # calls below on a tensor that they leave as it is.
     if tensor.is_contiguous() and not tensor.is_neg():
         return tensor
     return tensor.resolve_neg().contiguous()
@@ -155,7 +162,6 @@ class _WalkPlan(NamedTuple):
         walk: the launch of the walk.
         finish: the launch that makes results of the sums. None where the sums are the results.
         is_loss_left: whether `finish` adds up the loss.
-        is_heavy: whether it takes too long, or too much memory, to leave gradients for later.
     """
 
     parts: list[int]
@@ -164,40 +170,20 @@ class _WalkPlan(NamedTuple):
     walk: Launch
     finish: Launch | None
     is_loss_left: bool
-    is_heavy: bool
-
-
-def _plan(request: DecoderLoss, batch: Batch, *, is_finished_later: bool) -> _WalkPlan:
-    levels = request.levels
-    of_level = None if isinstance(levels, str) else levels.dtype
-    return _plan_walk(
-        batch.sizes(),
-        batch.latents.numel(),
-        levels if isinstance(levels, str) else levels.ndim,
-        request.wanted,
-        is_finished_later,
-        batch.starts is not None,
-        request.target.device,
-        of_level,
-        *[None if tensor is None else tensor.dtype for tensor in batch],
-    )
 
 
 @lru_cache(PLANS)
 def _plan_walk(
     sizes: Sizes,
     n_pairs: int,
-    levels: str | int,
+    is_last_level: bool,
+    of_samples: bool,
     wanted: Wanted,
     is_finished_later: bool,
     is_ragged: bool,
     *_: object,
 ) -> _WalkPlan:
-    """Make a plan, another one for each device and for each set of dtypes, the last arguments.
-
-    Args:
-        levels: "every" or "last", or the number of dimensions of level weights.
-    """
+    """Make a plan, another one for each device and for each set of dtypes, the last arguments."""
     n_samples, n_latents, d_in = sizes.n_samples, sizes.n_latents, sizes.d_in
     is_small = n_samples <= SMALL_BATCH
     has_copies = wanted.weight is not None and copies.is_worth_copies(n_samples, n_pairs)
@@ -215,9 +201,9 @@ def _plan_walk(
     ]
     walk = hierarchical.walk(
         sizes,
-        last_level_alone=levels == "last",
+        last_level_alone=is_last_level,
         walks_down=any(wanted[1:]),
-        of_samples=levels == 2 or (is_ragged and levels == 1),
+        of_samples=of_samples,
         is_ragged=is_ragged,
         n_rows=n_rows,
         bias_rows=bias_rows,
@@ -236,7 +222,6 @@ def _plan_walk(
             has_factor=is_finished_later,
             n_target=n_samples * d_in if is_finished_later and wanted.target else 0,
         )
-    n_programs = cdiv(n_samples, 2) * cdiv(d_in, hierarchical.BLOCK_D)
     return _WalkPlan(
         parts,
         sum(parts),
@@ -244,7 +229,6 @@ def _plan_walk(
         walk,
         finish_walk,
         is_loss_left=is_left and not is_finished_later,
-        is_heavy=n_programs > MOST_UNFINISHED or (casts_weight and n_latents * d_in > MOST_HELD),
     )
 
 
@@ -256,7 +240,7 @@ class _Walked(NamedTuple):
     """What a walk has computed.
 
     Attributes:
-        loss: a scalar, which is still to be added up where the plan's `is_loss_left`.
+        loss: a scalar, which is still to be added up where `is_loss_left`.
         residual: r_K, or None.
         finish: returns the gradients of weight, values, bias and target. It takes a factor of them,
             a scalar, float32, or None and where to add up the loss. It does not hold the loss,
@@ -266,11 +250,29 @@ class _Walked(NamedTuple):
     loss: torch.Tensor
     residual: torch.Tensor | None
     finish: Callable[..., tuple[torch.Tensor | None, ...]]
+    is_loss_left: bool
 
 
-def _walk(request: DecoderLoss, batch: Batch, plan: _WalkPlan) -> _Walked:
-    """Walk, and return gradients that are still to be finished."""
-    wanted, new, n_and_d = request.wanted, request.target.new_empty, request.target.shape
+def _walk(request: DecoderLoss, *, is_finished_later: bool = False) -> _Walked:
+    """Walk, and return gradients that are still to be finished.
+
+    Args:
+        request: what is asked for.
+        is_finished_later: whether `finish` is called with a factor. The walk then adds up the loss.
+    """
+    batch, wanted, level_weights = _batch(request), request.wanted, _level_weights(request)
+    plan = _plan_walk(
+        batch.sizes(),
+        batch.latents.numel(),
+        _is_last_level(request),
+        are_of_samples(request.levels, request.code),
+        wanted,
+        is_finished_later,
+        batch.starts is not None,
+        request.target.device,
+        *_dtypes(*batch, level_weights),
+    )
+    new, b_and_d = request.target.new_empty, request.target.shape
     zeros = request.target.new_zeros(plan.n_zeros, dtype=torch.float32)
     weight_sums, value_sums, loss_sums, table, bias_sums = [
         part if size else None
@@ -281,52 +283,53 @@ def _walk(request: DecoderLoss, batch: Batch, plan: _WalkPlan) -> _Walked:
         table = table.view(torch.int32)
         plan.choose((batch.latents, table))
     loss = new((), dtype=torch.float32)
-    target = new(n_and_d, dtype=wanted.target) if wanted.target else None
+    grad_target = new(b_and_d, dtype=wanted.target) if wanted.target else None
     outputs = hierarchical.Outputs(
         loss_sums=loss_sums,
         loss=None if plan.is_loss_left else loss,
-        residual=new(n_and_d, dtype=torch.float32) if wanted.residual else None,
+        residual=new(b_and_d, dtype=torch.float32) if wanted.residual else None,
         grad_weight=weight_sums,
         grad_values=value_sums,
         grad_bias=bias_sums,
-        grad_target=target,
+        grad_target=grad_target,
     )
-    plan.walk((*batch, _level_weights(request), table, *outputs), (_scale(request),))
-    shape = request.weight.shape
-    values, bias = value_sums, bias_sums
-    if wanted.values and (plan.finish is not None or values is None):
-        values = new(request.code.values.shape, dtype=wanted.values)
-    elif values is not None:
-        values = values[: request.code.values.numel()].view(request.code.values.shape)
-    if wanted.bias and plan.finish is not None:
-        bias = new(shape[1:], dtype=wanted.bias)
+    plan.walk((*batch, level_weights, table, *outputs), (_scale(request),))
+    # `finish` makes the gradient of weight. The small ones are made here, because a backward pass
+    # on a GPU runs in a thread whose caches are cold.
+    shape, shape_of_values = request.weight.shape, request.code.values.shape
+    grad_values, grad_bias = None, bias_sums
+    if plan.finish is None and value_sums is not None:
+        grad_values = value_sums[: shape_of_values.numel()].view(shape_of_values)
+    elif wanted.values:  # also where there is no pair
+        grad_values = new(shape_of_values, dtype=wanted.values)
+    if plan.finish is not None and wanted.bias:
+        grad_bias = new(shape[1:], dtype=wanted.bias)
 
     def finish(
         factor: torch.Tensor | None = None, loss: torch.Tensor | None = None
     ) -> tuple[torch.Tensor | None, ...]:
-        weight = cast = None
+        grad_weight = cast = None
         if wanted.weight not in (None, torch.float32):
-            weight = cast = loss_sums.new_empty(shape, dtype=wanted.weight)
+            grad_weight = cast = loss_sums.new_empty(shape, dtype=wanted.weight)
+        elif weight_sums is not None:
+            grad_weight = weight_sums.as_strided(shape, (shape[1], 1))
         if plan.finish is not None:
+            scaled_target = None if factor is None else grad_target
             plan.finish(
                 (
                     *(loss_sums, loss, factor, weight_sums, table, cast),
-                    *(value_sums, values, bias_sums, bias, None if factor is None else target),
+                    *(value_sums, grad_values, bias_sums, grad_bias, scaled_target),
                 )
             )
-        if weight_sums is not None and cast is None:
-            weight = weight_sums.as_strided(shape, (shape[1], 1))
-        return weight, values, bias, target
+        return grad_weight, grad_values, grad_bias, grad_target
 
-    return _Walked(loss, outputs.residual, finish)
+    return _Walked(loss, outputs.residual, finish, plan.is_loss_left)
 
 
 def _by_walk(request: DecoderLoss) -> LossAndGradients:
-    batch = _batch(request)
-    plan = _plan(request, batch, is_finished_later=False)
-    walked = _walk(request, batch, plan)
-    gradients = walked.finish(loss=walked.loss if plan.is_loss_left else None)
-    return LossAndGradients(walked.loss, walked.residual, *gradients)
+    loss, residual, finish, is_loss_left = _walk(request)
+    gradients = finish(loss=loss if is_loss_left else None)
+    return LossAndGradients(loss, residual, *gradients)
 
 
 @lru_cache(PLANS)

@@ -142,8 +142,13 @@ def differentiable_loss(
         target: torch.Tensor,
     ) -> DecoderLoss:
         return DecoderLoss(
-            Code(indices, vals, starts),
-            *(weight, bias, target, levels, scale, wanted),
+            code=Code(indices, vals, starts),
+            weight=weight,
+            bias=bias,
+            target=target,
+            levels=levels,
+            scale=scale,
+            wanted=wanted,
             deterministic=is_deterministic(),
         )
 

@@ -80,10 +80,12 @@ def by_torch(levels: Levels) -> Callable[..., torch.Tensor]:
 
 LOSSES = {
     "triton_hierarchical": (hierarchical_sae_loss, triton_hierarchical_sae_loss),
-    # as for more than SMALL_BATCH samples, whose gradients the backward pass finishes
-    "triton_hierarchical_later": (hierarchical_sae_loss, triton_hierarchical_sae_loss),
-    # as for large batches, whose gradients the forward pass finishes
+    # as for more than SMALL_BATCH samples, whose gradient of bias is summed in parts
+    "triton_hierarchical_in_parts": (hierarchical_sae_loss, triton_hierarchical_sae_loss),
+    # as for large D, whose gradients the forward pass finishes
     "triton_hierarchical_at_once": (hierarchical_sae_loss, triton_hierarchical_sae_loss),
+    # as for large batches
+    "triton_hierarchical_in_parts_at_once": (hierarchical_sae_loss, triton_hierarchical_sae_loss),
     "triton_topk": (topk_sae_loss, triton_topk_sae_loss),
     "triton_topk_by_latent": (topk_sae_loss, triton_topk_sae_loss),  # as for large batches
     "torch_hierarchical": (hierarchical_sae_loss, by_torch("every")),
@@ -94,7 +96,7 @@ LOSSES = {
 def implementation_named(name: str, device: str, monkeypatch: pytest.MonkeyPatch) -> Implementation:
     if name.endswith("by_latent"):
         monkeypatch.setattr(by_triton, "FEWEST_ELEMENTS", 0)
-    if name.endswith(("later", "at_once")):
+    if "in_parts" in name:
         monkeypatch.setattr(by_triton, "SMALL_BATCH", 0)
     if name.endswith("at_once"):
         monkeypatch.setattr(by_triton, "MOST_UNFINISHED", 0)

@@ -21,13 +21,23 @@ class Compiled:
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         return lambda *arguments: self.launches.append((grid, *arguments))
 
-    def run(self, gridX, gridY, gridZ, stream, function, *rest) -> None:  # noqa: N803
-        self.launches.append(((gridX, gridY, gridZ), "direct", stream, function, *rest))
+    def run(self, gridX, gridY, gridZ, stream, function, *args) -> None:  # noqa: N803
+        self.launches.append(((gridX, gridY, gridZ), "direct", stream, function, *args))
 
 
 class OtherwiseCalled(Compiled):
-    def run(self, stream, *rest) -> None:
+    def run(self, gridX, gridY, gridZ, stream, function, more, *args) -> None:  # noqa: N803
         raise AssertionError
+
+
+class OnGPU1:
+    """Stands for a tensor on the second GPU."""
+
+    def get_device(self) -> int:
+        return 1
+
+    def data_ptr(self) -> int:
+        return 64
 
 
 @pytest.fixture
@@ -46,7 +56,7 @@ def hooks(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 def test_without_hooks_the_kernel_runs_at_once(hooks, hook) -> None:
     hooks.launch_enter_hook = hooks.launch_exit_hook = hook
     compiled = Compiled()
-    launch._run(compiled, (3, 2, 1), device=1)(100, 0.5)
+    launch.launcher(compiled, (3, 2, 1), device=1)(100, 0.5)
     assert compiled.launches == [
         ((3, 2, 1), "direct", 11, "function", "metadata", None, None, None, 100, 0.5)
     ]
@@ -56,7 +66,7 @@ def test_without_hooks_the_kernel_runs_at_once(hooks, hook) -> None:
 @pytest.mark.parametrize("hook", [print, SimpleNamespace(calls=[print])], ids=["one", "chain"])
 def test_hooks_that_come_later_are_told_of_each_launch(hooks, which, hook) -> None:
     compiled = Compiled()
-    run = launch._run(compiled, (3, 2, 1), device=0)
+    run = launch.launcher(compiled, (3, 2, 1), device=0)
     setattr(hooks, which, hook)
     run(100)
     assert compiled.launches == [((3, 2, 1), 100)]
@@ -64,8 +74,27 @@ def test_hooks_that_come_later_are_told_of_each_launch(hooks, which, hook) -> No
 
 def test_a_triton_that_is_called_otherwise_launches_itself(hooks) -> None:
     compiled = OtherwiseCalled()
-    launch._run(compiled, (3, 2, 1), device=0)(100)
+    launch.launcher(compiled, (3, 2, 1), device=0)(100)
     assert compiled.launches == [((3, 2, 1), 100)]
+
+
+def test_a_launch_is_kept_with_its_grid_and_device(hooks, monkeypatch) -> None:
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    compiled = Compiled()
+    kernel = {(3, 2): lambda *arguments, **constants: compiled}
+    kept = launch.Launch(kernel, (3, 2), (7,), BLOCK=16, num_warps=1)
+    kept([OnGPU1(), None], (1,))  # pyright: ignore[reportArgumentType]
+    assert compiled.launches == []  # Triton has launched it as it compiled it.
+    kept([OnGPU1(), None], (1,))  # pyright: ignore[reportArgumentType]
+    direct = ((3, 2, 1), "direct", 11, "function", "metadata", None, None, None)
+    assert compiled.launches == [(*direct, 64, None, 1.0, 7, 16)]
+
+
+def test_the_installed_triton_takes_the_known_arguments() -> None:
+    driver = pytest.importorskip("triton.backends.nvidia.driver")
+    launcher = object.__new__(driver.CudaLauncher)
+    assert launch._takes_known_arguments(launcher.__call__)
 
 
 @pytest.mark.gpu

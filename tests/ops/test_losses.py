@@ -280,7 +280,7 @@ def test_a_loss_on_which_nothing_depends_gives_no_gradient(
 )
 @pytest.mark.parametrize("loss", [triton_hierarchical_sae_loss, triton_topk_sae_loss])
 @pytest.mark.parametrize("device", KERNEL_DEVICES)
-def test_gradients_that_the_backward_pass_finishes_take_a_launch_less(
+def test_which_gradients_the_launch_of_the_backward_pass_finishes(
     device, loss, dtype, fields, is_later, monkeypatch
 ) -> None:
     launches: list[str] = []

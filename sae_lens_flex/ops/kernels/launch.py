@@ -151,7 +151,7 @@ class Launch:
             return
         compiled = self._kernel[self._grid](*tensors, *floats, *self._ints, **self._constants)
         if is_aligned and MOST_KEPT > 0:
-            self._run = _run(compiled, (*self._grid, 1, 1)[:3], device)
+            self._run = launcher(compiled, (*self._grid, 1, 1)[:3], device)
 
 
 def _is_called(hook: Any) -> bool:
@@ -159,18 +159,28 @@ def _is_called(hook: Any) -> bool:
     return hook is not None and bool(getattr(hook, "calls", True))
 
 
-def _run(compiled: Any, grid: tuple[int, ...], device: int) -> Callable[..., None]:
+def _takes_known_arguments(run: Any) -> bool:
+    """Return whether Triton's function that runs a kernel takes the arguments that 3.6 to 3.9 pass.
+
+    3.6 names the first ones only.
+    """
+    first = ["gridX", "gridY", "gridZ", "stream", "function"]
+    next_ones = ["kernel_metadata", "launch_metadata", "launch_enter_hook", "launch_exit_hook"]
+    names = [*inspect.signature(run).parameters]
+    return names in ([*first, "args"], [*first, *next_ones, "args"])
+
+
+def launcher(compiled: Any, grid: tuple[int, ...], device: int) -> Callable[..., None]:
     """Return what launches a compiled kernel on a device, which must be the current one.
 
     Triton's own `compiled[grid]` describes every launch to hooks, which profilers set. That takes
     up to half of a launch's time in Python, and mostly there are none.
     """
     by_triton = compiled[grid]
+    if not _takes_known_arguments(compiled.run):
+        return by_triton
     hooks, stream = triton.knobs.runtime, triton.runtime.driver.active.get_current_stream
     run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
-    parameters = [*inspect.signature(run).parameters]
-    if parameters[:5] != ["gridX", "gridY", "gridZ", "stream", "function"]:
-        return by_triton  # This version of Triton runs kernels by other arguments.
 
     def launch_without_hooks(*arguments: Any) -> None:
         if _is_called(hooks.launch_enter_hook) or _is_called(hooks.launch_exit_hook):
