@@ -356,7 +356,10 @@ def train(argv: list[str]) -> int:
         )
     where = "not saved" if cfg.output_path is None else cfg.output_path
     k = f", k={trained.cfg.k}" if hasattr(trained.cfg, "k") else ""
-    print(f"{where}: a {trained.cfg.get_inference_config_class().architecture()} SAE{k}")
+    saved_as = trained.cfg.get_inference_config_class().architecture()
+    if saved_as == "jumprelu" and k:
+        k = f", trained for {trained.cfg.k:g} latents on average"
+    print(f"{where}: a {saved_as} SAE{k}")
     return 0
 
 
@@ -930,6 +933,10 @@ def _load(path_or_repo: str, sae_id: str | None, device: str) -> Any:
         if not (path / "cfg.json").is_file():
             raise ValueError(f"{str(path)!r} holds no SAE: there is no cfg.json in it")
         with _naming(str(path)), _quietly():
+            if "dtype" not in json.loads((path / "cfg.json").read_text()):
+                raise ValueError(
+                    "cfg.json names no dtype, expected an SAE of SAELens (sparsify's is none)"
+                )
             return SAE.load_from_disk(path, device=device)
     if sae_id is None:
         raise ValueError(

@@ -613,5 +613,5 @@ def _check_hierarchical(sae: Any) -> None:
     if not isinstance(sae, (HierarchicalTopKSAE, HierarchicalTopKTrainingSAE)):
         raise TypeError(
             f"sae is a {type(sae).__name__}, expected a HierarchicalTopKSAE or a "
-            "HierarchicalTopKTrainingSAE"
+            "HierarchicalTopKTrainingSAE (`from_topk` makes one of a TopK SAE)"
         )

@@ -312,6 +312,9 @@ def test_training_ends_with_what_was_saved(train_flags, run, tmp_path: Path) -> 
     assert result.out.splitlines()[-1] == f"{tmp_path / 'sae'}: a hierarchical_topk SAE, k={K}"
     result = run("train", *as_arguments(flags | {"--architecture": "flex_topk"}))
     assert result.out.splitlines()[-1] == f"{tmp_path / 'sae'}: a topk SAE, k={K}"
+    result = run("train", *as_arguments(flags | {"--architecture": "flex_batchtopk"}))
+    trained = f"a jumprelu SAE, trained for {K} latents on average"
+    assert result.out.splitlines()[-1] == f"{tmp_path / 'sae'}: {trained}"
 
 
 def test_training_that_diverged_says_so(train_flags, run, tmp_path: Path) -> None:
@@ -505,6 +508,7 @@ def test_unknown_command_is_refused(command, run) -> None:
         ("sweep someone/saes", ["someone/saes", "--sae-id"]),
         ("sweep TMP", ["holds no SAE", "cfg.json"]),
         ("sweep SAE --sae-id layer_9", ["layer_9", "holds no SAE"]),
+        ("sweep SPARSIFY", ["sparsify", "cfg.json names no dtype", "expected an SAE of SAELens"]),
         ("train", ["no flags", "--help"]),
         ("sweep SAE --model MISSING", ["missing"]),
         ("sweep SAE --model-class Transformer", ["Transformer"]),
@@ -547,8 +551,10 @@ def test_wrong_arguments_are_refused(
     (places["CORRUPTED"] / "train.jsonl").write_text('{"text": "w1 w2"\nnonsense')
     Dataset.from_dict({"words": ["w1 w2"]}).to_json(places["COLUMNS"] / "train.jsonl")
     TopKSAE(TopKSAEConfig(d_in=D_IN, d_sae=D_SAE, k=K)).save_model(places["TOPK"])
+    sae_lens_flex.export_sparsify(SAE.load_from_disk(trained), tmp_path / "sparsify", budget=2)
     (tmp_path / "file").write_text("")
     places |= {
+        "SPARSIFY": tmp_path / "sparsify",
         "SAE": trained,
         "MISSING": tmp_path / "missing",
         "FILE": tmp_path / "file",

@@ -99,6 +99,8 @@ Budget = int | MeanBudget
 
 def check_budget(budget: Any, k: int) -> Budget:
     """Return a run-time budget of an SAE, or raise a ValueError that names it."""
+    if budget is None:
+        raise ValueError(f"budget is None, expected an integer within 1..k ({k}) or a MeanBudget")
     if not isinstance(budget, MeanBudget):
         return check_integer("budget", budget, k, "k")
     if budget.mean > k:

@@ -16,6 +16,7 @@ from ..training.shards import local_part
 # What a checkpoint was trained with, and what a run that goes on from it would change.
 SETTINGS = (
     "architecture",
+    "dtype",
     "k",
     "budgets",
     "level_weights",
@@ -23,6 +24,10 @@ SETTINGS = (
     "rescale_acts_by_decoder_norm",
     "apply_b_dec_to_input",
     "normalize_activations",
+    "reshape_activations",
+    "topk_threshold_lr",
+    "matryoshka_widths",
+    "use_matryoshka_aux_loss",
 )
 
 

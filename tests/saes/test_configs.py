@@ -364,6 +364,48 @@ def test_going_on_with_other_settings_warns(tmp_path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         new(budgets=[1, 4], level_weights=[1, 2]).load_weights_from_checkpoint(tmp_path)
-    larger = HierarchicalTopKTrainingSAE(HierarchicalTopKTrainingSAEConfig(d_in=8, d_sae=17, k=4))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "fields"),
+    [
+        ("flex_topk", {"dtype": "float64"}),
+        ("flex_topk", {"k": 3}),
+        ("flex_topk", {"aux_loss_coefficient": 0.5}),
+        ("flex_topk", {"rescale_acts_by_decoder_norm": False}),
+        ("flex_topk", {"apply_b_dec_to_input": False}),
+        ("flex_topk", {"normalize_activations": "expected_average_only_in"}),
+        ("flex_topk", {"reshape_activations": "hook_z"}),
+        ("flex_batchtopk", {"topk_threshold_lr": 0.5}),
+        ("flex_matryoshka_batchtopk", {"matryoshka_widths": [8, 16]}),
+        ("flex_matryoshka_batchtopk", {"use_matryoshka_aux_loss": True}),
+    ],
+)
+def test_going_on_with_each_other_setting_warns(architecture, fields, tmp_path) -> None:
+    sae_class, config_class = TRAINING_CLASSES[architecture]
+    base = {"d_in": 8, "d_sae": 16, "k": 4}
+    if "matryoshka" in architecture:
+        base["matryoshka_widths"] = [4, 16]
+
+    def new(**fields: Any) -> Any:
+        return sae_class(config_class(**(base | fields)))
+
+    new().save_model(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        new().load_weights_from_checkpoint(tmp_path)
+    ((name, value),) = fields.items()
+    assert getattr(config_class(**base), name) != value
+    message = f"other settings than the checkpoint's: {name} is {value!r}, and was"
+    with pytest.warns(UserWarning, match=re.escape(message)):
+        new(**fields).load_weights_from_checkpoint(tmp_path)
+
+
+def test_going_on_from_another_size_is_refused(tmp_path) -> None:
+    def new(d_sae: int) -> HierarchicalTopKTrainingSAE:
+        cfg = HierarchicalTopKTrainingSAEConfig(d_in=8, d_sae=d_sae, k=4)
+        return HierarchicalTopKTrainingSAE(cfg)
+
+    new(16).save_model(tmp_path)
     with pytest.raises(ValueError, match="d_sae is 17, expected that of the checkpoint, 16"):
-        larger.load_weights_from_checkpoint(tmp_path)
+        new(17).load_weights_from_checkpoint(tmp_path)
