@@ -51,8 +51,8 @@ BIAS_ROWS = 64
 SMALL_BATCH = 1024
 # Where a backward pass finishes the gradients, the kernel adds up the parts of the loss, too. Each
 # program then waits until its additions are done. That takes an H100 12 us of 210 at B=2048, D=768,
-# and 21 of 330 at B=4096 (24,576 programs). A slow host gains 30 us there by a launch less. So this
-# is for batches of up to that many programs, which such a host keeps the device waiting for.
+# and 21 of 330 at B=4096 (24,576 programs). A launch less there spares a slow host 39 us. Larger
+# batches keep the device busy for longer than any host needs.
 MOST_UNFINISHED = 2**15
 # The sums of a gradient are float32. So one in 16 bits holds twice its memory until then. With more
 # elements it is finished at once.
