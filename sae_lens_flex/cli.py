@@ -41,7 +41,13 @@ from .evals import sweep_budgets
 from .evals.batches import flat_activations
 from .evals.calibration import mean_budgets
 from .evals.figures import check_can_write, check_suffix
-from .interruption import InterruptibleRunner, Stop, catching_signals, telling_what_is_saved
+from .interruption import (
+    InterruptibleRunner,
+    Stop,
+    catching_signals,
+    ignore_signals,
+    telling_what_is_saved,
+)
 from .ops.policy import uses_triton
 from .saes.budgets import (
     MeanBudget,
@@ -196,22 +202,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 2
     stop = Stop()
-    try:
-        with catching_signals(stop), _warning_in_one_line(command, shows_traceback):
-            return commands[command](rest)
-    except (KeyboardInterrupt, InterruptedException) as interruption:
-        if is_first_to_fail():
-            nothing_saved = "interrupted, nothing saved" if command == "train" else "interrupted"
-            what = str(interruption) or nothing_saved
-            print(f"sae-lens-flex {command}: {what}", file=sys.stderr)
-        return 128 + (stop.number or signal.SIGINT)
-    except Exception as error:
-        if not is_first_to_fail():
+    with catching_signals(stop):
+        try:
+            with _warning_in_one_line(command, shows_traceback):
+                return commands[command](rest)
+        except (KeyboardInterrupt, InterruptedException) as interruption:
+            ignore_signals()
+            if is_first_to_fail():
+                nothing = "interrupted, nothing saved" if command == "train" else "interrupted"
+                print(f"sae-lens-flex {command}: {str(interruption) or nothing}", file=sys.stderr)
+            return 128 + (stop.number or signal.SIGINT)
+        except Exception as error:
+            ignore_signals()
+            if not is_first_to_fail():
+                return 2
+            if shows_traceback:
+                raise
+            print(f"sae-lens-flex {command}: error: {_in_one_line(error)}", file=sys.stderr)
             return 2
-        if shows_traceback:
-            raise
-        print(f"sae-lens-flex {command}: error: {_in_one_line(error)}", file=sys.stderr)
-        return 2
 
 
 @contextlib.contextmanager

@@ -55,6 +55,16 @@ def catching_signals(stop: Stop) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def ignore_signals() -> None:
+    """Within a block of `catching_signals`, ignore them from here on.
+
+    A command that has failed then prints why, also where a launcher is ending its process.
+    """
+    if threading.current_thread() is threading.main_thread():
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
+
 class InterruptibleRunner(LanguageModelSAETrainingRunner):
     """
     SAELens's runner, which on a signal ends after a step and saves a whole checkpoint.

@@ -911,3 +911,26 @@ def test_repository_that_cannot_be_reached_is_refused(run, monkeypatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     result = run("sweep", "someone/saes", "--sae-id", "layer_0")
     assert_refused(result, "someone/saes layer_0: ")
+
+
+@pytest.mark.parametrize("raised", [ValueError("it failed"), KeyboardInterrupt("it was ended")])
+def test_signal_after_a_failure_does_not_keep_it_from_being_told(
+    raised: BaseException, run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(arguments: list[str]) -> int:
+        raise raised
+
+    def end_process() -> bool:  # as a launcher does, once another process has failed
+        os.kill(os.getpid(), signal.SIGTERM)
+        return True
+
+    monkeypatch.setattr(sae_lens_flex.cli, "sweep", fail)
+    monkeypatch.setattr(sae_lens_flex.cli, "is_first_to_fail", end_process)
+    received: list[int] = []
+    previous = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    try:
+        result = run("sweep", "SAE")
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    assert str(raised) in result.err
+    assert received == []

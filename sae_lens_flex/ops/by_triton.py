@@ -52,7 +52,7 @@ SMALL_BATCH = 1024
 # Where a backward pass finishes the gradients, the kernel adds up the parts of the loss, too. Each
 # program then waits until its additions are done. That takes an H100 12 us of 210 at B=2048, D=768,
 # and 21 of 330 at B=4096 (24,576 programs). A launch less there spares a slow host 39 us. Larger
-# batches keep the device busy for longer than any host needs.
+# batches keep the device busy for longer than their launches take.
 MOST_UNFINISHED = 2**15
 # The sums of a gradient are float32. So one in 16 bits holds twice its memory until then. With more
 # elements it is finished at once.
@@ -158,7 +158,6 @@ class _WalkPlan(NamedTuple):
         parts: of the one tensor that is zeroed, float32: sums of the gradients of weight and
             values, those of the loss, the table of copies, and sums of the gradient of bias. Each
             is at least as long as what it holds, and 0 for what is not wanted.
-        n_zeros: the sum of the parts.
         choose: the launch that gives copies to latents, or None.
         walk: the launch of the walk.
         finish: the launch that makes results of the sums. None where the sums are the results.
@@ -166,7 +165,6 @@ class _WalkPlan(NamedTuple):
     """
 
     parts: list[int]
-    n_zeros: int
     choose: Launch | None
     walk: Launch
     finish: Launch | None
@@ -225,7 +223,6 @@ def _plan_walk(
         )
     return _WalkPlan(
         parts,
-        sum(parts),
         copies.choose(n_pairs, n_latents) if has_copies else None,
         walk,
         finish_walk,
@@ -274,7 +271,7 @@ def _walk(request: DecoderLoss, *, is_finished_later: bool = False) -> _Walked:
         *_dtypes(*batch, level_weights),
     )
     new, b_and_d = request.target.new_empty, request.target.shape
-    zeros = request.target.new_zeros(plan.n_zeros, dtype=torch.float32)
+    zeros = request.target.new_zeros(sum(plan.parts), dtype=torch.float32)
     weight_sums, value_sums, loss_sums, table, bias_sums = [
         part if size else None
         for part, size in zip(zeros.split_with_sizes(plan.parts), plan.parts, strict=True)
