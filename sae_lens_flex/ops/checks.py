@@ -11,7 +11,7 @@ INDEX_DTYPES = (torch.int32, torch.int64)
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ARGUMENTS = ("indices", "weight", "vals", "bias", "target")
 INTEGERS = ("indices", "starts")
-TENSORS = frozenset((torch.Tensor, torch.nn.Parameter))  # Others are asked one by one.
+TENSORS = frozenset((torch.Tensor, torch.nn.Parameter))  # A subclass takes a longer check.
 
 
 class Form(NamedTuple):

@@ -233,8 +233,7 @@ def triton_hierarchical_sae_loss(
     """
     check_arguments(indices, weight, vals, bias, target, level_weights, starts)
     if starts is not None:
-        starts = _checked(starts, indices)
-        indices, vals = _of_samples(indices, vals, starts)
+        indices, vals, starts = _checked(indices, vals, starts)
         if level_weights is None:
             level_weights = _equal_weights(starts, indices)
     return differentiable_loss(
@@ -246,19 +245,18 @@ def triton_hierarchical_sae_loss(
     )
 
 
-def _checked(starts: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    """Return `starts` as a `Code` has them. Where that waits for nothing, check them."""
+def _checked(
+    indices: torch.Tensor, vals: torch.Tensor, starts: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return latents, values and starts as a `Code` has them: 0 of pairs that belong to no sample.
+
+    Where that waits for nothing, check the starts.
+    """
     if not is_traced(starts) and (CHECKS_INDICES or not starts.is_cuda):
         check_starts(starts, len(indices))
-    return starts.long().contiguous()
-
-
-def _of_samples(
-    indices: torch.Tensor, vals: torch.Tensor, starts: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return latents and values as a `Code` has them: 0 of pairs that belong to no sample."""
+    starts = starts.long().contiguous()
     is_spare = torch.arange(len(indices), device=indices.device) >= starts[-1]
-    return indices.masked_fill(is_spare, 0), vals.masked_fill(is_spare, 0)
+    return indices.masked_fill(is_spare, 0), vals.masked_fill(is_spare, 0), starts
 
 
 def _equal_weights(starts: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
@@ -290,8 +288,7 @@ def triton_topk_sae_loss(
     """
     check_arguments(indices, weight, vals, bias, target, None, starts)
     if starts is not None:
-        starts = _checked(starts, indices)
-        indices, vals = _of_samples(indices, vals, starts)
+        indices, vals, starts = _checked(indices, vals, starts)
     return differentiable_loss(
         *(indices, weight, vals, bias, target),
         levels="last",

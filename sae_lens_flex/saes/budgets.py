@@ -99,10 +99,12 @@ Budget = int | MeanBudget
 
 def check_budget(budget: Any, k: int) -> Budget:
     """Return a run-time budget of an SAE, or raise a ValueError that names it."""
-    if budget is None:
-        raise ValueError(f"budget is None, expected an integer within 1..k ({k}) or a MeanBudget")
     if not isinstance(budget, MeanBudget):
-        return check_integer("budget", budget, k, "k")
+        try:
+            return check_integer("budget", budget, k, "k")
+        except ValueError:
+            expected = f"an integer within 1..k ({k}) or a MeanBudget"
+            raise ValueError(f"budget is {budget!r}, expected {expected}") from None
     if budget.mean > k:
         raise ValueError(f"budget is {budget!r}, expected a mean up to k ({k})")
     return budget

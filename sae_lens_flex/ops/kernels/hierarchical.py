@@ -104,8 +104,8 @@ def _lowest(x, LEVELS: tl.constexpr):
 def _add_up_loss(loss, loss_sums, SUMS: tl.constexpr):
     # The program that finishes last adds up the sums. It reads them by atomic additions of zero,
     # which see what the other programs added. Behind the sums is the number of those that are done.
-    # Counting releases a program's own additions. Only the last program acquires those of others:
-    # that takes an addition of its own, whose result nobody needs.
+    # Counting releases a program's own additions. Only the last program acquires those of others.
+    # It does so by adding 0 to the count.
     n_done = tl.atomic_add(loss_sums + SUMS, 1.0, sem="release")
     if n_done == tl.num_programs(0) * tl.num_programs(1) - 1:
         tl.atomic_add(loss_sums + SUMS, 0.0, sem="acquire")
